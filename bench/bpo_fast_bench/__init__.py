@@ -1,0 +1,1 @@
+"""Benchmarks behind `bpo-fast bench`: they check correctness before they time."""

@@ -1,0 +1,1 @@
+"""bpo-fast: online preference optimisation against the behavior policy (BPO)."""

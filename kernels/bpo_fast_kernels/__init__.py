@@ -1,0 +1,1 @@
+"""Fused operators for preference training: sequence log-probs and the pair loss."""
