@@ -1,0 +1,72 @@
+"""The values that travel through the loop: prompts, completions, pairs.
+
+Token ids are made once, by the tokenizer for prompts and by the sampler for completions, and are never turned into
+text and back. Text rides along for annotators and for people.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of the data set.
+
+    Attributes:
+        id: position of the row in the data set before any shuffle; the stable name of the prompt.
+        text: the prompt as the model sees it, template applied, special tokens left out.
+        ids: token ids, BOS included where the tokenizer adds one.
+        label: reference (human) completion, if the data has one.
+        columns: the remaining columns of the row, passed on to annotator callables.
+    """
+
+    id: int
+    text: str
+    ids: tuple[int, ...]
+    label: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer to a prompt.
+
+    Attributes:
+        prompt_id: `Prompt.id` of its prompt.
+        sample_id: 0, 1, ... among the answers to that prompt.
+        ids: sampled token ids, EOS included if and only if the sampler emitted it.
+        text: the ids decoded without special tokens.
+        truncated: True if sampling stopped at the length limit, without EOS.
+        policy_version: optimizer steps taken by the weights that sampled it.
+        seed: seed of this request.
+        logps: sampler log-probs of `ids` in nats, when asked for.
+    """
+
+    prompt_id: int
+    sample_id: int
+    ids: tuple[int, ...]
+    text: str
+    truncated: bool
+    policy_version: int
+    seed: int
+    logps: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two completions of one prompt in the annotator's order.
+
+    Attributes:
+        prompt: the prompt of both.
+        chosen, rejected: the preferred completion and the other one.
+        chosen_score, rejected_score: the annotator's scores; chosen_score > rejected_score.
+        ref_logps: (chosen, rejected) sums of reference log-probs in nats, once computed.
+    """
+
+    prompt: Prompt
+    chosen: Completion
+    rejected: Completion
+    chosen_score: float
+    rejected_score: float
+    ref_logps: tuple[float, float] | None = None
