@@ -1,0 +1,346 @@
+"""Every knob of a run: one tree of frozen dataclasses, read from TOML and `--set a.b=c`, checked in one place.
+
+A knob left at None is filled in by `resolve`: from the task's preset (lengths, batch, budget), or, where no model is
+named, from the embedded default. Names follow TRL where TRL has one.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ON_POLICY = "on-policy"
+LOSS_ALIASES = {"sigmoid": "dpo", "hinge": "slic"}
+
+
+def knob(default: Any, doc: str, *, choices=None, gt=None, ge=None, le=None) -> Any:
+    """A dataclass field that carries its one-line meaning and its range."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "gt": gt, "ge": ge, "le": le})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy and the form in which it is trained."""
+
+    path: str | None = knob(None, "model folder or Hub id; none: the embedded policy")
+    dtype: str = knob(
+        "auto", "auto is float32 on a CPU, bfloat16 on a GPU", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    attn_implementation: str | None = knob(None, "attention of transformers, such as sdpa or flash_attention_2")
+    trust_remote_code: bool = knob(False, "run code that comes with the model")
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass")
+    full: bool = knob(False, "train all weights; otherwise LoRA on a frozen base")
+    members: int = knob(1, "LoRA members of the ensemble; the behavior is their exact average", ge=1)
+    lora_r: int | None = knob(None, "LoRA rank of one member", ge=1)
+    lora_alpha: float | None = knob(None, "LoRA alpha; none: 2 r", gt=0)
+    lora_dropout: float = knob(0.0, "dropout in front of A, in training only", ge=0, le=0.99)
+    lora_targets: tuple[str, ...] = knob((), "names of linear layers; empty: all of the trunk")
+    adapters: tuple[str, ...] = knob((), "PEFT folders, one a member, that the members start from")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prompts come from and how a row becomes a prompt."""
+
+    path: str | None = knob(None, "file, folder or Hub id, `name[:n]` for the first n rows; none: the task's own")
+    eval_path: str | None = knob(None, "the same for held-out rows")
+    split: str = knob("train", "split of a folder or Hub data set")
+    eval_split: str = knob("test", "split of the evaluation data")
+    prompt_column: str | None = knob(None, "none: prompt, question, post, messages or chosen, whichever is there")
+    label_column: str | None = knob(None, "reference text; none: label, completion, response or summary")
+    chat_template: bool | None = knob(None, "apply the tokenizer's; none: to conversational rows, if it has one")
+    max_prompt_length: int | None = knob(None, "prompt tokens", ge=1)
+    long_prompts: str = knob("drop", "prompts over the limit", choices=("drop", "truncate"))
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the behavior LLM is sampled. The defaults are pure ancestral sampling."""
+
+    engine: str = knob("auto", "auto: vllm where it is installed and can run, else hf", choices=("auto", "hf", "vllm"))
+    max_new_tokens: int | None = knob(None, "completion tokens", ge=1)
+    temperature: float = knob(1.0, "softmax temperature of the sampler", gt=0)
+    top_p: float = knob(1.0, "nucleus mass; 1 is off", gt=0, le=1)
+    top_k: int = knob(0, "0 is off", ge=0)
+    batch_size: int = knob(128, "sequences decoded together by the hf engine", ge=1)
+
+
+@dataclass(frozen=True)
+class AnnotatorConfig:
+    """Who picks the better completion."""
+
+    path: str | None = knob(None, "reward model folder or Hub id, module:function, or a .jsonl of recorded labels")
+    batch_tokens: int = knob(16384, "padded tokens a reward-model batch", ge=1)
+    refill: bool = knob(False, "replace tied and identical pairs by pairs of further prompts")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The algorithm: BPO is ref = behavior, sampler = policy."""
+
+    loss: str = knob("dpo", "sigmoid means dpo, hinge means slic", choices=("dpo", "ipo", "slic"))
+    beta: float = knob(0.1, "loss temperature", gt=0)
+    label_smoothing: float = knob(0.0, "dpo only", ge=0, le=0.5)
+    ref: str = knob(
+        "behavior",
+        "behavior: the policy at the start of the phase; initial; ema; golden",
+        choices=("behavior", "initial", "ema", "golden"),
+    )
+    sampler: str = knob("policy", "who samples: the current policy, or the initial one", choices=("policy", "initial"))
+    phases: int | str = knob(2, "data-collection phases F, or on-policy for F = T", ge=1)
+    pairs: int | None = knob(None, "annotation budget: prompts used, each once", ge=1)
+    batch_pairs: int | None = knob(None, "pairs an optimizer step", ge=1)
+    ema_rate: float = knob(5e-3, "share of the policy taken into the EMA reference at a refresh", gt=0, le=1)
+    golden: str | None = knob(None, "folder of the golden reference")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW under one schedule over all phases."""
+
+    learning_rate: float | None = knob(None, "peak learning rate", gt=0)
+    schedule: str = knob("linear", "decay to 0, or none", choices=("linear", "constant", "cosine"))
+    warmup_steps: int = knob(0, "linear warm-up", ge=0)
+    adam_beta1: float = knob(0.9, "first-moment decay", ge=0, le=0.9999)
+    adam_beta2: float = knob(0.999, "second-moment decay", ge=0, le=0.99999)
+    adam_epsilon: float = knob(1e-6, "AdamW epsilon", gt=0)
+    weight_decay: float = knob(0.0, "decoupled weight decay", ge=0)
+    max_grad_norm: float = knob(1.0, "clip by global norm, of each member alone", gt=0)
+    microbatch_tokens: int = knob(8192, "tokens of a micro-batch", ge=1)
+    max_bad_steps: int = knob(3, "steps in a row with NaN or Inf before the run stops", ge=1)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Greedy decoding of held-out prompts, judged against the reference text."""
+
+    judges: tuple[str, ...] = knob((), "each like annotator.path; empty: the task's own, else the annotator")
+    prompts: int | None = knob(None, "held-out prompts used", ge=0)
+    kl_prompts: int = knob(64, "held-out prompts sampled to estimate the KL to the start", ge=0)
+    eval_steps: int = knob(0, "evaluate every so many steps as well; 0: before and after", ge=0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run folder and what is kept in it."""
+
+    output_dir: str | None = knob(None, "run folder; none: runs/<task>-<ref>-<loss>-<time>")
+    seed: int = knob(42, "seed of shuffle, sampling and LoRA start", ge=0)
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+    save_steps: int = knob(0, "checkpoint every so many steps; 0: at the end of each phase", ge=0)
+    save_total_limit: int = knob(2, "complete checkpoints kept", ge=1)
+    report_to: tuple[str, ...] = knob((), "trackers beside metrics.jsonl: tensorboard, wandb")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of `bpo_fast.train`."""
+
+    task: str = knob("helpfulness", "preset of lengths, batch and data: helpfulness, tldr, harmlessness")
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    annotator: AnnotatorConfig = dataclasses.field(default_factory=AnnotatorConfig)
+    method: MethodConfig = dataclasses.field(default_factory=MethodConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+
+def knobs(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Yields (dotted name, field, resolved type) of every leaf knob."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from knobs(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f, hints[f.name]
+
+
+KNOBS = {name: (f, hint) for name, f, hint in knobs()}
+
+
+def replace(config: Config, values: Mapping[str, Any]) -> Config:
+    """A copy of `config` with dotted knobs set, each checked.
+
+    Args:
+        config: the tree to copy.
+        values: dotted name to value; strings are read as the knob's type.
+
+    Raises:
+        ValueError: an unknown name (with the nearest known one), a wrong type, a value out of range.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    top: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in KNOBS:
+            raise ValueError(f"{name}: no such knob{_did_you_mean(name, KNOBS)}")
+        value = _checked(name, value)
+        section, _, leaf = name.rpartition(".")
+        (sections.setdefault(section, {}) if section else top)[leaf] = value
+    for section, leaves in sections.items():
+        top[section] = dataclasses.replace(getattr(config, section), **leaves)
+    return dataclasses.replace(config, **top)
+
+
+def load(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Reads a TOML file and applies overrides on top.
+
+    Args:
+        path: TOML file, or None for the defaults.
+        overrides: dotted name to value, stronger than the file.
+
+    Raises:
+        ValueError: an unreadable file or a bad knob, by name.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"--config {path}: {error.strerror or error}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config {path}: not TOML: {error}") from None
+        values.update(_flatten(tree))
+    return replace(Config(), values | dict(overrides or {}))
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, str]:
+    """Reads `--set a.b=c` arguments into {dotted name: text}."""
+    out = {}
+    for item in assignments:
+        name, equals, value = item.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--set {item}: expected NAME=VALUE")
+        out[name.strip()] = value.strip()
+    return out
+
+
+def to_flat(config: Config) -> dict[str, Any]:
+    """Dotted name to value of every knob."""
+    flat = {}
+    for name in KNOBS:
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        flat[name] = value
+    return flat
+
+
+def to_toml(config: Config) -> str:
+    """The tree as TOML, unset knobs left out; `load` reads it back to an equal tree."""
+    lines: list[str] = []
+    section = ""
+    for name, value in to_flat(config).items():
+        if value is None:
+            continue
+        head, _, leaf = name.rpartition(".")
+        if head != section:
+            lines += ["", f"[{head}]"]
+            section = head
+        lines.append(f"{leaf} = {_toml_value(value)}")
+    return "\n".join(lines).strip() + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return repr(value)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not near:  # a bare leaf name, such as learning_rate
+        leaves = {k.rpartition(".")[2]: k for k in known}
+        near = [leaves[n] for n in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.75)]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _checked(name: str, value: Any) -> Any:
+    field, hint = KNOBS[name]
+    value = _coerce(name, value, hint)
+    if value is None:
+        return None
+    rules = field.metadata
+    if rules["choices"]:
+        value = LOSS_ALIASES.get(value, value) if name == "method.loss" else value
+        if value not in rules["choices"]:
+            raise ValueError(
+                f"{name} = {value!r}: not one of {', '.join(rules['choices'])}{_did_you_mean(value, rules['choices'])}"
+            )
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, str):
+            continue
+        for rule, broken, sign in (
+            ("gt", lambda v, b: v <= b, ">"),
+            ("ge", lambda v, b: v < b, ">="),
+            ("le", lambda v, b: v > b, "<="),
+        ):
+            if rules[rule] is not None and (item != item or broken(item, rules[rule])):
+                raise ValueError(f"{name} = {item}: must be {sign} {rules[rule]}")
+    return value
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in options):
+        if type(None) in options:
+            return None
+        raise ValueError(f"{name} = none: a value is required")
+    for option in options:
+        try:
+            return _as_type(value, option)
+        except (ValueError, TypeError):
+            continue
+    wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
+    raise ValueError(f"{name} = {value!r}: expected {wanted}")
+
+
+def _as_type(value: Any, option: Any) -> Any:
+    if typing.get_origin(option) is tuple:
+        items = value.split(",") if isinstance(value, str) else list(value)
+        return tuple(
+            _as_type(i.strip() if isinstance(i, str) else i, typing.get_args(option)[0]) for i in items if i != ""
+        )
+    if option is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[_lower(value)]
+    if option is int:
+        if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+            raise ValueError
+        return int(value)
+    if option is float:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    if option is str and isinstance(value, str):
+        return value
+    raise ValueError
+
+
+def _lower(value: Any) -> str:
+    text = str(value).lower()
+    if text not in ("true", "false", "1", "0", "yes", "no"):
+        raise ValueError
+    return text

@@ -1,0 +1,295 @@
+"""Rows of JSONL(.gz), Parquet or a Hub data set, and how a row becomes a `Prompt`.
+
+Recognised forms: {"prompt": str | messages, ...}, {"messages": [...]}, preference rows {"prompt", "chosen",
+"rejected"} as text or messages, and HH-RLHF's "Human: ... Assistant: ..." strings. Blanks at the end of a plain prompt
+are cut: a sampler speaks " word", not "word" after a dangling space.
+"""
+
+import gzip
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bpo_fast.config import DataConfig
+from bpo_fast.tasks import Task
+from bpo_fast.types import Prompt
+
+PROMPT_COLUMNS = ("prompt", "question", "query", "post", "messages", "chosen")
+LABEL_COLUMNS = ("label", "completion", "response", "answer", "summary", "chosen")
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
+SPLIT_STEMS = {"train": ("train", "prompts"), "test": ("test", "dev", "eval", "validation")}
+_TURN = re.compile(r"\s*\n\n(Human|Assistant):[ ]?")
+_SLICE = re.compile(r"^(?P<name>.*)\[:(?P<n>\d+)\]$")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in sampling order, and what was left out on the way.
+
+    Attributes:
+        prompts: usable prompts, shuffled by seed.
+        num_rows: rows read.
+        num_duplicates, num_too_long, num_truncated, num_excluded: rows dropped as repeated, dropped as over the
+            limit, cut from the left, dropped because another set holds them.
+    """
+
+    prompts: tuple[Prompt, ...]
+    num_rows: int
+    num_duplicates: int = 0
+    num_too_long: int = 0
+    num_truncated: int = 0
+    num_excluded: int = 0
+
+
+def read_rows(source: str, split: str = "train") -> list[Row]:
+    """Reads the rows of a file, a folder or a Hub data set.
+
+    Args:
+        source: path of a .jsonl, .jsonl.gz or .parquet file, a folder of such files, or a Hub id `owner/name` (with
+            `/folder` inside it if need be); `[:n]` at the end takes the first n rows.
+        split: which file of a folder or data set: train or test.
+
+    Returns:
+        One dict a row.
+
+    Raises:
+        ValueError: nothing there, an empty file, invalid JSON or a row that is no object (file and line named).
+    """
+    match = _SLICE.match(source)
+    limit = int(match["n"]) if match else None
+    name = match["name"] if match else source
+    rows: list[Row] = []
+    for path in _files(name, split):
+        for row in _parquet_rows(path) if path.name.endswith(".parquet") else _json_rows(path):
+            if limit is not None and len(rows) >= limit:
+                return rows
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{source}: no rows")
+    return rows
+
+
+def load_prompts(
+    rows: Sequence[Row],
+    data: DataConfig,
+    task: Task,
+    tokenizer: Any,
+    *,
+    source: str,
+    seed: int | None,
+    exclude: Iterable[str] = (),
+) -> PromptSet:
+    """Turns rows into prompts: form, template, token ids, limits, order.
+
+    Args:
+        rows: rows as `read_rows` gives them.
+        data: columns, chat template and the prompt limit in tokens.
+        task: closes bare questions (`Task.suffix`).
+        tokenizer: a transformers tokenizer.
+        source: name of the rows in error messages.
+        seed: shuffle seed; None keeps the order.
+        exclude: prompt texts that must not occur, such as those of the training set.
+
+    Raises:
+        ValueError: a row without a prompt, or no usable prompt at all.
+    """
+    texts = [_to_text(row, i, data, task, tokenizer, source) for i, row in enumerate(rows)]
+    seen, excluded = set(), set(exclude)
+    kept, num_duplicates, num_excluded = [], 0, 0
+    for i, (text, _, _) in enumerate(texts):
+        num_duplicates += text in seen
+        num_excluded += text in excluded and text not in seen
+        if text not in seen and text not in excluded:
+            kept.append(i)
+        seen.add(text)
+    encoded = _encode([texts[i][0] for i in kept], [texts[i][2] for i in kept], tokenizer)
+    limit = data.max_prompt_length
+    assert limit is not None, "resolve() has set the limit"
+    prompts, num_too_long, num_truncated = [], 0, 0
+    for i, ids in zip(kept, encoded, strict=True):
+        text, label, _ = texts[i]
+        if len(ids) > limit and data.long_prompts == "drop":
+            num_too_long += 1
+            continue
+        if len(ids) > limit:
+            num_truncated += 1
+            ids = ids[-limit:]
+        columns = {k: v for k, v in rows[i].items() if k not in ("prompt", "completion", "completions")}
+        prompts.append(Prompt(id=i, text=text, ids=tuple(ids), label=label, columns=columns))
+    if not prompts:
+        raise ValueError(
+            f"{source}: no usable prompt among {len(rows)} rows ({num_too_long} over data.max_prompt_length = {limit},"
+            f" {num_duplicates} repeated, {num_excluded} held by the training set)"
+        )
+    if seed is not None:
+        random.Random(seed).shuffle(prompts)
+    return PromptSet(tuple(prompts), len(rows), num_duplicates, num_too_long, num_truncated, num_excluded)
+
+
+def split_answer(text: str) -> tuple[list[dict[str, str]], str | None]:
+    """Reads an HH-RLHF string into messages before the last assistant turn, and that turn's text (None if empty)."""
+    parts = _TURN.split(text if text.startswith("\n\n") else "\n\n" + text)
+    turns = [{"role": _ROLES[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2], strict=True)]
+    if turns and turns[-1]["role"] == "assistant":
+        return turns[:-1], turns[-1]["content"] or None
+    return turns, None
+
+
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def _to_text(
+    row: Row, index: int, data: DataConfig, task: Task, tokenizer: Any, source: str
+) -> tuple[str, str | None, bool]:
+    """(prompt text, label, True if the text comes from a chat template and holds its special tokens)."""
+    column = data.prompt_column or next((c for c in PROMPT_COLUMNS if row.get(c)), None)
+    value = row.get(column) if column else None
+    if not value:
+        raise ValueError(f"{source}: row {index + 1} has no prompt (column {data.prompt_column or 'prompt'})")
+    label = _label(row, data, column)
+    if isinstance(value, str) and _TURN.match(value if value.startswith("\n\n") else "\n\n" + value):
+        value, answer = split_answer(value)
+        label = label or answer
+    if isinstance(value, str):
+        if data.chat_template:
+            return _render([{"role": "user", "content": value.strip()}], tokenizer), label, True
+        text = value.rstrip()
+        closed = text.lower().endswith((task.suffix.strip().lower(), "assistant:"))
+        return text if closed else text + task.suffix, label, False
+    messages = _messages(value, source, index)
+    if messages and messages[-1]["role"] == "assistant":
+        label = label or messages[-1]["content"]
+        messages = messages[:-1]
+    if not messages:
+        raise ValueError(f"{source}: row {index + 1} has no prompt before the answer")
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if data.chat_template or (data.chat_template is None and has_template):
+        return _render(messages, tokenizer), label, True
+    return _plain(messages, task), label, False
+
+
+def _label(row: Row, data: DataConfig, prompt_column: str | None) -> str | None:
+    names = (data.label_column,) if data.label_column else [c for c in LABEL_COLUMNS if c != prompt_column]
+    value = next((row[c] for c in names if row.get(c)), None)
+    if isinstance(value, str):
+        if _TURN.match(value):
+            return split_answer(value)[1]
+        return value.strip() or None
+    if isinstance(value, list) and value and isinstance(value[-1], Mapping):
+        return str(value[-1].get("content", "")).strip() or None
+    return None
+
+
+def _messages(value: Any, source: str, index: int) -> list[dict[str, str]]:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, list) or not all(isinstance(m, Mapping) and "role" in m and "content" in m for m in value):
+        raise ValueError(f"{source}: row {index + 1}: a prompt is text or a list of role/content messages")
+    return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
+
+
+def _render(messages: list[dict[str, str]], tokenizer: Any) -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("data.chat_template = true: the tokenizer has no chat template")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _plain(messages: list[dict[str, str]], task: Task) -> str:
+    """The paper's forms: a lone question plus the suffix, several turns as `user: ... assistant: ...`."""
+    if len(messages) == 1:
+        return messages[0]["content"].rstrip() + task.suffix
+    names = {"assistant": task.suffix.strip(), "user": "Human:" if task.suffix.strip()[0].isupper() else "user:"}
+    turns = (f"{names.get(m['role'], m['role'] + ':')} {m['content'].strip()}" for m in messages)
+    return " ".join(turns) + task.suffix
+
+
+def _encode(texts: list[str], templated: list[bool], tokenizer: Any) -> list[list[int]]:
+    """Token ids; special tokens are added to plain text only, and never an EOS at the end."""
+    out: list[list[int]] = []
+    for want in (False, True):
+        group = [t for t, is_templated in zip(texts, templated, strict=True) if is_templated == want]
+        if group:
+            out.append(tokenizer(group, add_special_tokens=not want)["input_ids"])
+        else:
+            out.append([])
+    plain, rendered = iter(out[0]), iter(out[1])
+    ids = [next(rendered) if t else next(plain) for t in templated]
+    eos = tokenizer.eos_token_id
+    return [i[:-1] if len(i) > 1 and i[-1] == eos and not t else i for i, t in zip(ids, templated, strict=True)]
+
+
+def _files(name: str, split: str) -> list[Path]:
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _pick([p for p in sorted(path.rglob("*")) if p.name.endswith(ENDINGS)], path, split)
+    if name.count("/") >= 1 and not name.startswith((".", "/", "~")) and not name.endswith(ENDINGS):
+        return _hub_files(name, split)
+    raise ValueError(f"{name}: no such file or folder")
+
+
+def _pick(files: list[Path], root: Path, split: str) -> list[Path]:
+    stems = SPLIT_STEMS.get(split, (split,))
+    for stem in stems:
+        match = [p for p in files if re.match(rf"{re.escape(stem)}(?![a-z])", p.name.lower())]
+        if match:
+            return match
+    if len(files) == 1:
+        return files
+    listed = ", ".join(str(p.relative_to(root)) for p in files[:6]) or "no data files"
+    raise ValueError(f"{root}: no file for split {split!r} ({' or '.join(stems)}); there: {listed}")
+
+
+def _hub_files(name: str, split: str) -> list[Path]:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    owner, repo, *folder = name.split("/")
+    prefix = "/".join(folder)
+    repo_id = f"{owner}/{repo}"
+    try:
+        listing = huggingface_hub.HfApi().list_repo_files(repo_id, repo_type="dataset")
+        files = [Path(f) for f in sorted(listing) if f.endswith(ENDINGS) and f.startswith(prefix)]
+        picked = _pick(files, Path(), split)
+        return [Path(huggingface_hub.hf_hub_download(repo_id, str(f), repo_type="dataset")) for f in picked]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{name}: no such file or folder, and the Hub did not give it: {reason}") from None
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}: invalid JSON at line {number}: {error.msg}") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}: line {number} is not a JSON object")
+                yield row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from None
+    yield from table.to_pylist()

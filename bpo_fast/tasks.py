@@ -1,0 +1,164 @@
+"""Task presets: template, lengths, batch and default data of the paper's tasks, and of the embedded world.
+
+Source: the released settings of Xu et al. 2024 (arXiv 2406.12168).
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+from bpo_fast.config import ON_POLICY, Config
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task fixes unless the user says otherwise.
+
+    Attributes:
+        max_prompt_length, max_new_tokens: limits in tokens.
+        batch_pairs: pairs an optimizer step.
+        pairs: annotation budget in prompts.
+        data, eval_data: Hub data sets used when a model but no data is named.
+        suffix: what a bare question is closed with to become a prompt.
+    """
+
+    name: str
+    max_prompt_length: int
+    max_new_tokens: int
+    batch_pairs: int
+    pairs: int
+    data: str
+    eval_data: str
+    suffix: str
+
+
+TASKS = {
+    t.name: t
+    for t in (
+        Task(
+            "helpfulness",
+            64,
+            128,
+            64,
+            10_000,
+            "Anthropic/hh-rlhf/helpful-base",
+            "Anthropic/hh-rlhf/helpful-base",
+            " Assistant:",
+        ),
+        Task("tldr", 512, 128, 16, 10_000, "trl-lib/tldr", "trl-lib/tldr", "\nTL;DR:"),
+        Task(
+            "harmlessness",
+            256,
+            128,
+            16,
+            10_000,
+            "Anthropic/hh-rlhf/harmless-base",
+            "Anthropic/hh-rlhf/harmless-base",
+            " assistant:",
+        ),
+    )
+}
+
+
+def get_task(name: str) -> Task:
+    """The preset called `name`; ValueError with the known names otherwise."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(TASKS)}"
+        raise ValueError(f"task = {name!r}: no such task{hint}")
+    return TASKS[name]
+
+
+def resolve(config: Config) -> Config:
+    """Fills every knob left at None from the task, or from the embedded default where no model is named.
+
+    Raises:
+        ValueError: knobs that contradict each other, by name.
+    """
+    task = get_task(config.task)
+    embedded = config.model.path is None
+    if embedded and config.task != "helpfulness":
+        raise ValueError(f"task = {config.task!r}: only helpfulness has an embedded policy; name one with --model")
+    if embedded and config.data.path is None:
+        config = _embed(config)
+    base = {"pairs": task.pairs, "batch_pairs": task.batch_pairs, "lr": 5e-5, "r": 256, "eval": 512}
+    if embedded:
+        base |= {"pairs": 768, "batch_pairs": 16, "lr": 1e-3, "r": 16, "eval": 128}
+    r = config.model.lora_r or base["r"]
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, lora_r=r, lora_alpha=config.model.lora_alpha or 2.0 * r),
+        data=dataclasses.replace(
+            config.data,
+            path=config.data.path or task.data,
+            eval_path=config.data.eval_path or _sibling_eval(config.data.path) or task.eval_data,
+            max_prompt_length=config.data.max_prompt_length or task.max_prompt_length,
+        ),
+        sampling=dataclasses.replace(
+            config.sampling, max_new_tokens=config.sampling.max_new_tokens or (64 if embedded else task.max_new_tokens)
+        ),
+        method=dataclasses.replace(
+            config.method,
+            pairs=config.method.pairs or base["pairs"],
+            batch_pairs=config.method.batch_pairs or base["batch_pairs"],
+        ),
+        optim=dataclasses.replace(config.optim, learning_rate=config.optim.learning_rate or base["lr"]),
+        eval=dataclasses.replace(
+            config.eval, prompts=base["eval"] if config.eval.prompts is None else config.eval.prompts
+        ),
+    )
+    _check(config)
+    return config
+
+
+def _embed(config: Config) -> Config:
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=str(ASSETS / "policy")),
+        data=dataclasses.replace(
+            config.data,
+            path=str(ASSETS / "prompts.jsonl"),
+            eval_path=config.data.eval_path or str(ASSETS / "eval.jsonl"),
+        ),
+        annotator=dataclasses.replace(config.annotator, path=config.annotator.path or str(ASSETS / "annotator")),
+        eval=dataclasses.replace(
+            config.eval,
+            judges=config.eval.judges or ("rubric=bpo_fast.helpdesk:judge", f"rm={ASSETS / 'judge'}"),
+        ),
+    )
+
+
+def _sibling_eval(data: str | None) -> str | None:
+    """dev.jsonl, eval.jsonl or test.jsonl beside or in a local training set."""
+    if data is None:
+        return None
+    path = Path(data)
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        return None
+    for stem in ("dev", "eval", "test", "validation"):
+        for ending in (".jsonl", ".jsonl.gz", ".parquet"):
+            if (folder / (stem + ending)).exists():
+                return str(folder / (stem + ending))
+    return None
+
+
+def _check(config: Config) -> None:
+    model, method = config.model, config.method
+    if isinstance(method.phases, str) and method.phases != ON_POLICY:
+        raise ValueError(f"method.phases = {method.phases!r}: a number of phases or {ON_POLICY}")
+    if model.full and model.members > 1:
+        raise ValueError(f"model.members = {model.members}: an ensemble needs LoRA; full fine-tuning has one member")
+    if model.full and model.adapters:
+        raise ValueError(f"model.adapters = {', '.join(model.adapters)}: full fine-tuning starts from no adapter")
+    if model.adapters and len(model.adapters) != model.members:
+        raise ValueError(
+            f"model.adapters = {', '.join(model.adapters)}: {len(model.adapters)} for model.members = {model.members}"
+        )
+    if (method.ref == "golden") != (method.golden is not None):
+        raise ValueError(f"method.golden = {method.golden!r}: method.ref = golden and method.golden go together")
+    if method.label_smoothing and method.loss != "dpo":
+        raise ValueError(f"method.label_smoothing = {method.label_smoothing}: only dpo has it, not {method.loss}")
