@@ -1,0 +1,74 @@
+"""Argument checks of the public operators: one ValueError that names the argument and the value."""
+
+import math
+
+import torch
+
+LOSSES = ("dpo", "ipo", "slic")
+MODES = ("auto", "fused", "store", "recompute", "forward")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def require(condition: bool, argument: str, value: object, expected: str) -> None:
+    """Raise the one kind of error a caller can cause."""
+    if not condition:
+        raise ValueError(f"{argument} = {value}: {expected}")
+
+
+def check_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, prefix: str = "") -> None:
+    """Check [T, H], [V, H], [T]; targets are range-checked on the CPU only, a GPU check would be a host sync."""
+    names = (prefix + "hidden", prefix + "weight")
+    for name, tensor in zip(names, (hidden, weight), strict=True):
+        require(tensor.dim() == 2, f"{name}.shape", list(tensor.shape), "expected two dimensions")
+        require(tensor.dtype in FLOATS, f"{name}.dtype", tensor.dtype, "expected float32, bfloat16 or float16")
+    require(weight.dtype == hidden.dtype, f"{names[1]}.dtype", weight.dtype, f"expected {hidden.dtype} like {names[0]}")
+    require(weight.device == hidden.device, f"{names[1]}.device", weight.device, f"expected {hidden.device}")
+    width = hidden.shape[1]
+    require(weight.shape[1] == width, f"{names[1]}.shape", list(weight.shape), f"expected [V, {width}]")
+    require(weight.shape[0] >= 1, f"{names[1]}.shape", list(weight.shape), "expected at least one row")
+    require(targets.dtype == torch.int64, "targets.dtype", targets.dtype, "expected torch.int64")
+    require(targets.shape == hidden.shape[:1], "targets.shape", list(targets.shape), f"expected [{hidden.shape[0]}]")
+    require(targets.device == hidden.device, "targets.device", targets.device, f"expected {hidden.device}")
+    if targets.device.type == "cpu" and targets.numel():
+        low, high = (int(bound) for bound in targets.aminmax())
+        size = weight.shape[0]
+        require(low >= 0, "targets", low, f"expected 0 <= target < {size}")
+        require(high < size, "targets", high, f"expected 0 <= target < {size}")
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, num_rows: int, *, paired: bool = False) -> None:
+    """Check int32 [N+1], on the CPU also that it rises from 0 to T."""
+    require(cu_seqlens.dtype == torch.int32, "cu_seqlens.dtype", cu_seqlens.dtype, "expected torch.int32")
+    shape = list(cu_seqlens.shape)
+    require(cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1, "cu_seqlens.shape", shape, "expected [N + 1]")
+    if paired:
+        require(cu_seqlens.numel() % 2 == 1, "cu_seqlens.shape", shape, "expected [2P + 1]: chosen, then rejected")
+    if cu_seqlens.device.type == "cpu":
+        values = cu_seqlens.tolist()
+        require(values[0] == 0, "cu_seqlens[0]", values[0], "expected 0")
+        require(values[-1] == num_rows, "cu_seqlens[-1]", values[-1], f"expected the number of rows, {num_rows}")
+        falls = [i for i in range(len(values) - 1) if values[i] > values[i + 1]]
+        require(not falls, "cu_seqlens", values, "expected a sequence that never falls")
+
+
+def check_scaling(temperature: float, logit_softcap: float | None) -> None:
+    """Check the two scalars that shape the logits."""
+    good = math.isfinite(temperature) and temperature > 0
+    require(good, "temperature", temperature, "expected a finite number above 0")
+    good = logit_softcap is None or (math.isfinite(logit_softcap) and logit_softcap > 0)
+    require(good, "logit_softcap", logit_softcap, "expected None or a finite number above 0")
+
+
+def check_loss(loss: str, beta: float, label_smoothing: float) -> None:
+    """Check the three arguments that name a loss."""
+    require(loss in LOSSES, "loss", repr(loss), f"expected one of {', '.join(LOSSES)}")
+    require(math.isfinite(beta) and beta > 0, "beta", beta, "expected a finite number above 0")
+    require(0.0 <= label_smoothing < 0.5, "label_smoothing", label_smoothing, "expected 0 <= label_smoothing < 0.5")
+    smooth_ok = label_smoothing == 0.0 or loss == "dpo"
+    require(smooth_ok, "label_smoothing", label_smoothing, f"expected 0 for loss {loss!r}; only dpo is smoothed")
+
+
+def check_pair_vector(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+    """Check a [2P] vector against another one."""
+    require(value.shape == like.shape, f"{name}.shape", list(value.shape), f"expected {list(like.shape)}")
+    require(value.device == like.device, f"{name}.device", value.device, f"expected {like.device}")

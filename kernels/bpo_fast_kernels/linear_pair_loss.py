@@ -1,0 +1,208 @@
+"""The training step's operator: head, sequence log-probs and preference loss with their gradients in one pass.
+
+A frozen head costs 4THV and a trained one 6THV: chunks hold whole pairs, so the coefficient of every sequence is known
+before its dW GEMM, while E of the chunk is still there.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from bpo_fast_kernels.backends import pick_backend
+from bpo_fast_kernels.checks import check_cu_seqlens, check_loss, check_pair_vector, check_rows, check_scaling, require
+from bpo_fast_kernels.linear_logps import BUDGET_BYTES, linear_logps, linear_logps_reference, spread
+from bpo_fast_kernels.pair_loss import LossSpec, PairLoss, loss_and_slope, pair_loss, pair_loss_reference
+from bpo_fast_kernels.rows import Backend, Head
+
+
+def linear_pair_loss_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    *,
+    loss: str = "dpo",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    num_pairs: int | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The naive twin of `linear_pair_loss`: (scalar, loss [P], margins [P])."""
+    logps = linear_logps_reference(
+        hidden, weight, targets, cu_seqlens, temperature=temperature, logit_softcap=logit_softcap
+    )
+    ref = logps.detach() if ref_logps is None else ref_logps
+    value, margins = pair_loss_reference(
+        logps, ref, loss=loss, beta=beta, label_smoothing=label_smoothing, lengths=cu_seqlens.diff().clamp(min=1)
+    )
+    return value.sum() / (num_pairs or len(value)), value, margins
+
+
+def linear_pair_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    *,
+    loss: str = "dpo",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    num_pairs: int | None = None,
+    lengths: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    mode: str = "auto",
+    budget_bytes: int = BUDGET_BYTES,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, PairLoss]:
+    """Preference loss of packed pairs straight from hidden states.
+
+    Args:
+        hidden, weight, targets, temperature, logit_softcap, backend: as in `linear_token_logps`.
+        cu_seqlens: [2P + 1] int32. row offsets: all chosen sequences, then all rejected.
+        ref_logps: [2P] float32. reference log-probs, nats; None means the reference is the policy itself (the first
+            step of a phase): every margin is exactly 0.
+        loss, beta, label_smoothing: as in `pair_loss`.
+        num_pairs: pairs of the whole step, the divisor of the loss; P if None.
+        lengths: [2P]. divisors of ipo; the sequence lengths if None.
+        mode: "fused" (gradients formed in the forward pass, chunk by chunk of whole pairs), "store" and "recompute" (as
+            in `linear_token_logps`), "forward" (no gradient), or "auto", which is "fused".
+        budget_bytes: most bytes of E a chunk of pairs may take; a pair is never split.
+
+    Returns:
+        (loss, PairLoss): the scalar sum of pair losses / num_pairs, differentiable in `hidden` and `weight`, and the
+        parts. The parts carry no gradient.
+
+    Raises:
+        ValueError: as `linear_logps` and `pair_loss`; an odd number of sequences; num_pairs below 1.
+    """
+    check_rows(hidden, weight, targets)
+    check_cu_seqlens(cu_seqlens, len(hidden), paired=True)
+    check_loss(loss, beta, label_smoothing)
+    pairs = cu_seqlens.numel() // 2
+    divisor = max(pairs, 1) if num_pairs is None else num_pairs
+    require(divisor >= 1, "num_pairs", divisor, "expected at least 1")
+    cu_device = cu_seqlens.to(hidden.device)
+    lengths = cu_device.diff() if lengths is None else lengths
+    if ref_logps is not None:
+        check_pair_vector("ref_logps", ref_logps, lengths)
+    grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    spec = LossSpec(loss, beta, label_smoothing)
+    if grad and mode in ("auto", "fused") and (weight.requires_grad or loss == "slic"):
+        check_scaling(temperature, logit_softcap)
+        head = Head(weight, 1.0 / temperature, logit_softcap)
+        engine = pick_backend(backend, hidden.device)
+        call = _Call(targets, cu_seqlens, ref_logps, lengths, head, spec, divisor, budget_bytes, engine)
+        scalar, value, margins, logps = _LinearPairLoss.apply(hidden, weight, call)
+        return scalar, PairLoss(value, margins, logps, logps if ref_logps is None else ref_logps)
+    logps = linear_logps(
+        hidden,
+        weight,
+        targets,
+        cu_seqlens,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        mode=mode,
+        budget_bytes=budget_bytes,
+        backend=backend,
+    )
+    assert isinstance(logps, torch.Tensor)
+    ref = logps.detach() if ref_logps is None else ref_logps
+    parts = pair_loss(
+        logps, ref, loss=loss, beta=beta, label_smoothing=label_smoothing, lengths=lengths, backend=backend
+    )
+    return parts.loss.sum() / divisor, PairLoss(parts.loss.detach(), parts.margins, parts.policy_logps, ref)
+
+
+@dataclass(frozen=True)
+class _Call:
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor
+    ref_logps: torch.Tensor | None
+    lengths: torch.Tensor
+    head: Head
+    spec: LossSpec
+    divisor: int
+    budget_bytes: int
+    engine: Backend
+
+
+def pair_chunks(bounds: list[int], max_rows: int) -> list[tuple[int, int]]:
+    """Cut pairs into consecutive runs of at most `max_rows` rows, at least one pair each."""
+    pairs = len(bounds) // 2
+    chunks, first, rows = [], 0, 0
+    for i in range(pairs):
+        size = bounds[i + 1] - bounds[i] + bounds[pairs + i + 1] - bounds[pairs + i]
+        if i > first and rows + size > max_rows:
+            chunks.append((first, i))
+            first, rows = i, 0
+        rows += size
+    return [*chunks, (first, pairs)] if pairs else chunks
+
+
+@dataclass
+class _Sums:
+    """What the chunks fill in."""
+
+    dx: torch.Tensor | None
+    dw: torch.Tensor | None
+    loss: torch.Tensor
+    margins: torch.Tensor
+    logps: torch.Tensor
+
+
+def _run_chunk_(sums: _Sums, hidden: torch.Tensor, call: _Call, spans: tuple[slice, slice], pairs: slice) -> None:
+    """Forward and backward of one run of pairs: `spans` are its chosen and its rejected rows."""
+    num_pairs = len(call.lengths) // 2
+    both = torch.cat([torch.arange(pairs.start, pairs.stop), torch.arange(pairs.start, pairs.stop) + num_pairs])
+    both = both.to(hidden.device, non_blocking=True)
+    rows = torch.cat([hidden[span] for span in spans])
+    targets = torch.cat([call.targets[span] for span in spans])
+    cu = offsets(call.cu_seqlens.to(hidden.device).diff()[both])
+    kept = call.engine.score_keep(rows, targets, call.head)
+    logps = call.engine.sequence_sums(kept.stats.token_logps, cu)
+    ref = logps if call.ref_logps is None else call.ref_logps[both]
+    loss, margins, slope = loss_and_slope(logps, ref, call.lengths[both], call.spec)
+    sums.loss[pairs], sums.margins[pairs], sums.logps[both] = loss, margins, logps
+    coefs = spread(slope / call.divisor, cu, len(rows))
+    if sums.dx is not None:
+        dx = call.engine.kept_dx(kept, coefs, call.head).to(sums.dx.dtype)
+        cut = spans[0].stop - spans[0].start
+        sums.dx[spans[0]], sums.dx[spans[1]] = dx[:cut], dx[cut:]
+    if sums.dw is not None:
+        call.engine.kept_dw_(sums.dw, kept, coefs, rows, call.head)
+
+
+def offsets(lengths: torch.Tensor) -> torch.Tensor:
+    """Lengths -> cu_seqlens int32."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+class _LinearPairLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, call: _Call):
+        pairs, device = len(call.lengths) // 2, hidden.device
+        sums = _Sums(
+            dx=torch.empty_like(hidden) if ctx.needs_input_grad[0] else None,
+            dw=torch.zeros(weight.shape, device=device) if ctx.needs_input_grad[1] else None,
+            loss=torch.empty(pairs, device=device),
+            margins=torch.empty(pairs, device=device),
+            logps=torch.empty(2 * pairs, device=device),
+        )
+        bounds = call.cu_seqlens.tolist()
+        max_rows = call.budget_bytes // max(call.engine.kept_bytes(1, call.head), 1)
+        for a, b in pair_chunks(bounds, max_rows):
+            spans = (slice(bounds[a], bounds[b]), slice(bounds[pairs + a], bounds[pairs + b]))
+            _run_chunk_(sums, hidden, call, spans, slice(a, b))
+        ctx.dx, ctx.dw = sums.dx, None if sums.dw is None else sums.dw.to(weight.dtype)
+        ctx.mark_non_differentiable(sums.loss, sums.margins, sums.logps)
+        return sums.loss.sum() / call.divisor, sums.loss, sums.margins, sums.logps
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor, *_):
+        dx = None if ctx.dx is None else ctx.dx * grad.to(ctx.dx.dtype)
+        dw = None if ctx.dw is None else ctx.dw * grad.to(ctx.dw.dtype)
+        return dx, dw, None

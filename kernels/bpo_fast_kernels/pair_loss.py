@@ -1,0 +1,144 @@
+"""The preference losses of a batch of pairs: dpo, ipo and slic with their closed-form gradient.
+
+Legend: P pairs; vectors of 2P hold all chosen sequences first, then all rejected. With h the margin (policy
+minus reference, chosen minus rejected; for ipo every log-prob is divided by its length):
+
+    dpo   -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)    (Rafailov et al. 2023, eq. 7; eps: cDPO)
+    ipo   (h - 1 / (2 beta))^2                                         (Azar et al. 2023, eq. 17)
+    slic  max(0, 1 - beta h)                                           (Zhao et al. 2023, eq. 3)
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from bpo_fast_kernels.checks import check_loss, check_pair_vector, require
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """Losses and margins of P pairs.
+
+    Attributes:
+        loss: [P] float32. loss of each pair.
+        margins: [P] float32, no gradient. h, nats (ipo: nats a token).
+        policy_logps: [2P] float32, no gradient. sequence log-probs of the policy, nats.
+        ref_logps: [2P] float32, no gradient. the same of the reference.
+    """
+
+    loss: torch.Tensor
+    margins: torch.Tensor
+    policy_logps: torch.Tensor
+    ref_logps: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss by name with its two numbers."""
+
+    loss: str
+    beta: float
+    label_smoothing: float
+
+
+def pair_loss_reference(
+    policy_logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    *,
+    loss: str = "dpo",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The naive twin of `pair_loss`: (loss [P], margins [P]) with autograd's gradient."""
+    ratios = policy_logps - ref_logps
+    if loss == "ipo":
+        ratios = ratios / lengths
+    chosen, rejected = ratios.chunk(2)
+    h = chosen - rejected
+    if loss == "dpo":
+        return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h), h
+    if loss == "slic":
+        return torch.relu(1 - beta * h), h
+    return (h - 1 / (2 * beta)) ** 2, h
+
+
+def pair_loss(
+    policy_logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    *,
+    loss: str = "dpo",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    lengths: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> PairLoss:
+    """Loss and margin of every pair, with the gradient formed in the same pass.
+
+    Args:
+        policy_logps: [2P] float32. sequence log-probs of the policy, nats; chosen, then rejected.
+        ref_logps: [2P] float32. the same of the reference; gets no gradient.
+        loss: "dpo", "ipo" or "slic".
+        beta: temperature of the loss, above 0.
+        label_smoothing: eps, 0 <= eps < 0.5, for dpo only.
+        lengths: [2P]. completion tokens; required by ipo (ones give its sum form), unused by the others. A length of 0
+            counts as 1.
+        backend: "auto", "native", "torch" or "triton".
+
+    Returns:
+        PairLoss; its `loss` is differentiable in `policy_logps`.
+
+    Raises:
+        ValueError: an unknown loss, a number out of range, vectors that do not match, ipo without lengths.
+    """
+    check_loss(loss, beta, label_smoothing)
+    require(policy_logps.dim() == 1, "policy_logps.shape", list(policy_logps.shape), "expected [2P]")
+    require(len(policy_logps) % 2 == 0, "policy_logps.shape", list(policy_logps.shape), "expected an even length, [2P]")
+    check_pair_vector("ref_logps", ref_logps, policy_logps)
+    require(lengths is not None or loss != "ipo", "lengths", None, "expected [2P], required by loss 'ipo'")
+    if lengths is not None:
+        check_pair_vector("lengths", lengths, policy_logps)
+    spec = LossSpec(loss, beta, label_smoothing)
+    value, margins = _PairLoss.apply(policy_logps, ref_logps, lengths, spec)
+    return PairLoss(value, margins, policy_logps.detach(), ref_logps.detach())
+
+
+def loss_and_slope(
+    policy_logps: torch.Tensor, ref_logps: torch.Tensor, lengths: torch.Tensor | None, spec: LossSpec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss [P], margins [P], d loss_p / d policy_logps [2P])."""
+    ratios = policy_logps.float() - ref_logps.float()
+    inv = None
+    if spec.loss == "ipo":
+        assert lengths is not None
+        inv = lengths.clamp(min=1).float().reciprocal()
+        ratios = ratios * inv
+    chosen, rejected = ratios.chunk(2)
+    h = chosen - rejected
+    u, eps = spec.beta * h, spec.label_smoothing
+    if spec.loss == "dpo":
+        loss = -(1 - eps) * F.logsigmoid(u) - eps * F.logsigmoid(-u)
+        slope = spec.beta * (eps * torch.sigmoid(u) - (1 - eps) * torch.sigmoid(-u))
+    elif spec.loss == "slic":
+        loss = torch.relu(1 - u)
+        slope = torch.where(u < 1, -spec.beta, 0.0)
+    else:
+        gap = h - 1 / (2 * spec.beta)
+        loss, slope = gap * gap, 2 * gap
+    both = torch.cat([slope, -slope])
+    return loss, h, both if inv is None else both * inv
+
+
+class _PairLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, policy_logps, ref_logps, lengths, spec: LossSpec):
+        loss, margins, slope = loss_and_slope(policy_logps, ref_logps, lengths, spec)
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(margins)
+        return loss, margins
+
+    @staticmethod
+    def backward(ctx, grad_loss: torch.Tensor, _):
+        (slope,) = ctx.saved_tensors
+        return grad_loss.repeat(2) * slope, None, None, None
