@@ -1,0 +1,169 @@
+"""Scores of a reward model: any sequence-classification folder of transformers with one label."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+import transformers
+
+from bpo_fast.stages import check_vocabulary, length_batches, named_load_errors, resolve_device
+from bpo_fast.tokenizer import with_leading_space
+from bpo_fast.types import Completion, Prompt
+
+MAX_LENGTH = 1_000_000  # a tokenizer without a limit says 1e30
+_CLOSING = re.compile(r"\s*\b(assistant|answer)\s*:\s*$", re.IGNORECASE)
+
+
+class RewardModel:
+    """r(x, y) of prompts and completions, in length-bucketed batches.
+
+    A tokenizer with a chat template is given user and assistant turns. Any other is given the pair (prompt text,
+    completion text with its leading space): both are encoded apart and its own post-processor joins them, which for
+    encoders is `[CLS] prompt [SEP] completion [SEP]`. What is over the model's length limit is cut from the left, so
+    the completion stays; a completion that is too long by itself keeps its beginning.
+
+    Padding is on the right and the head reads the last real token, so the score of an answer does not depend on the
+    batch it is in, up to float rounding.
+
+    Args:
+        model: a transformers model with one label; its pad_token_id is set to the one used here.
+        tokenizer: the model's own, a fast one.
+        name: what error messages call it.
+        batch_tokens: padded tokens of one batch.
+        max_length: tokens of prompt and completion together, if less than the model's own limit.
+
+    Raises:
+        ValueError: a model with more than one label, or a tokenizer that does not fit.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, batch_tokens: int = 16384, max_length: int | None = None
+    ):
+        if model.config.num_labels != 1:
+            raise ValueError(f"{name}: num_labels = {model.config.num_labels}: a reward model has one")
+        if not tokenizer.is_fast:
+            raise ValueError(f"{name}: its tokenizer ({type(tokenizer).__name__}) is not a fast one")
+        if batch_tokens < 1:
+            raise ValueError(f"{name}: batch_tokens = {batch_tokens}: must be >= 1")
+        check_vocabulary(name, model, tokenizer)
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_tokens = batch_tokens
+        text_config = model.config.get_text_config()
+        own_limit = min(getattr(text_config, "max_position_embeddings", None) or MAX_LENGTH, tokenizer.model_max_length)
+        self.max_length = min(own_limit, max_length or MAX_LENGTH)
+        # The head finds the last real token as the last one that is not padding.
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        model.config.pad_token_id = text_config.pad_token_id = self._pad
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+
+    @classmethod
+    def load(cls, path: str, *, device: str = "auto", dtype: str = "auto", batch_tokens: int = 16384) -> Self:
+        """Loads a folder or Hub id; safetensors only, no remote code.
+
+        Args:
+            path: folder or Hub id.
+            device: auto, cpu, cuda or cuda:N.
+            dtype: auto is float32 on a CPU and bfloat16 on a GPU.
+            batch_tokens: padded tokens of one batch.
+
+        Raises:
+            ValueError: not a sequence-classification model, or more than one label.
+        """
+        place = resolve_device(device)
+        if dtype == "auto":
+            dtype = "bfloat16" if place.type == "cuda" else "float32"
+        what = f"reward model {path}"
+        with named_load_errors(what):
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        architecture = (config.architectures or ["none"])[0]
+        if not architecture.endswith(("ForSequenceClassification", "RewardModel")):
+            raise ValueError(f"{what}: {architecture} is not a sequence-classification model")
+        with named_load_errors(what):
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+            )
+        with named_load_errors(what, "tokenizer"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return cls(model.to(place).eval(), tokenizer, name=what, batch_tokens=batch_tokens)
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+        """Scores each completion for the prompt at the same position.
+
+        Args:
+            prompts: one a completion; repeated where a prompt has several completions.
+            completions: their `text` is scored.
+
+        Returns:
+            One score a completion; higher is better.
+
+        Raises:
+            ValueError: counts that differ, or a score that is not finite (prompt and sample id named).
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(f"{self.name}: {len(prompts)} prompts for {len(completions)} completions")
+        texts = [(_prompt_text(p, self.tokenizer), c.text) for p, c in zip(prompts, completions, strict=True)]
+        scores = self.score_texts(texts)
+        for prompt, completion, score in zip(prompts, completions, scores, strict=True):
+            if not math.isfinite(score):
+                raise ValueError(f"{self.name}: score of prompt {prompt.id} sample {completion.sample_id} is {score}")
+        return scores
+
+    def score_texts(self, texts: Sequence[tuple[str, str]]) -> list[float]:
+        """Scores (prompt, completion) texts, finite or not."""
+        encodings = self.encode(texts)
+        scores = torch.empty(len(encodings))
+        with torch.inference_mode():
+            for rows in length_batches([len(e.ids) for e in encodings], self.batch_tokens):
+                if rows:
+                    scores[rows] = self.forward([encodings[i] for i in rows]).float().cpu()
+        return scores.tolist()
+
+    def encode(self, texts: Sequence[tuple[str, str]]) -> list[Any]:
+        """Encodes (prompt, completion) texts within `max_length`; gives `tokenizers.Encoding` objects."""
+        backend = self.tokenizer.backend_tokenizer
+        if self.tokenizer.chat_template is not None:
+            rendered = [self._render(prompt, completion) for prompt, completion in texts]
+            encodings = backend.encode_batch(rendered, add_special_tokens=False)
+            for encoding in encodings:
+                encoding.truncate(self.max_length, direction="left")
+            return encodings
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
+        prompts = backend.encode_batch([p for p, _ in texts], add_special_tokens=False)
+        completions = backend.encode_batch([with_leading_space(p, c) for p, c in texts], add_special_tokens=False)
+        joined = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            completion.truncate(room)
+            prompt.truncate(room - len(completion.ids), direction="left")
+            joined.append(backend.post_process(prompt, completion))
+        return joined
+
+    def forward(self, encodings: Sequence[Any]) -> torch.Tensor:
+        """Scores [len(encodings)] of one right-padded batch, differentiable outside inference mode."""
+        longest = max(len(e.ids) for e in encodings)
+        shape = (len(encodings), longest)
+        ids = torch.full(shape, self._pad, dtype=torch.long)
+        mask, types = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        for row, e in enumerate(encodings):
+            ids[row, : len(e.ids)] = torch.tensor(e.ids)
+            types[row, : len(e.ids)] = torch.tensor(e.type_ids)
+            mask[row, : len(e.ids)] = 1
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            inputs["token_type_ids"] = types
+        device = next(self.model.parameters()).device
+        return self.model(**{k: v.to(device) for k, v in inputs.items()}).logits[:, 0]
+
+    def _render(self, prompt: str, completion: str) -> str:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False)
+
+
+def _prompt_text(prompt: Prompt, tokenizer: Any) -> str:
+    """The prompt as text; for a chat template without the cue that closes a plain prompt, such as ` Assistant:`."""
+    return _CLOSING.sub("", prompt.text) if tokenizer.chat_template is not None else prompt.text

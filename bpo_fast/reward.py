@@ -1,0 +1,298 @@
+"""Bradley-Terry reward models: trained on preference pairs, or on reference text against model samples."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from bpo_fast.annotate.reward_model import RewardModel
+from bpo_fast.config import DataConfig, knob
+from bpo_fast.progress import Progress
+from bpo_fast.prompts import _label, _to_text, read_rows
+from bpo_fast.stages import (
+    StageConfig,
+    check_vocabulary,
+    fit,
+    named_load_errors,
+    new_folder,
+    open_tokenizer,
+    plateau_epoch,
+    resolve_device,
+    save_model,
+    scratch_config,
+    split_by_prompt,
+)
+from bpo_fast.tasks import get_task
+from bpo_fast.tokenizer import with_leading_space
+
+REWARD_FILE = "reward.json"
+NUM_BINS = 10
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class RewardConfig(StageConfig):
+    """Settings of `train_reward`; ValueError with the dotted name for a value out of range."""
+
+    chosen_column: str = knob("chosen", "preferred completion; with samples: the reference text (label, ...)")
+    rejected_column: str = knob("rejected", "the other completion; unused with samples")
+    samples: str | None = knob(
+        None, "rows {prompt, completion} of a policy: chosen is then the label of data, rejected the sample"
+    )
+    swapped: float = knob(0.0, "extra training pairs a row: its answer against the answer to another prompt", ge=0)
+
+    def __post_init__(self) -> None:
+        self.check("reward")
+        get_task(self.task)
+
+
+def train_reward(config: RewardConfig, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Trains a reward model r by -log sigmoid(r(x, chosen) - r(x, rejected)) and measures it on held-out prompts.
+
+    Args:
+        config: settings, already checked.
+        progress: where to show progress; a fresh one if None.
+
+    Returns:
+        What OUT/reward.json holds: held-out accuracy with its 95% interval, log-loss, calibration, accuracy by length
+        difference, accuracy on swapped answers. OUT is a sequence-classification folder with one label.
+
+    Raises:
+        ValueError: bad data or model, by name, or a loss that is not finite.
+    """
+    progress = progress or Progress()
+    started = time.monotonic()
+    with new_folder("reward.out", config.out) as folder, progress:
+        train, held_out = _load_pairs(config)
+        torch.manual_seed(config.seed)
+        model = _open_model(config, train)
+        train = train + swap_answers(train, round(config.swapped * len(train)), config.seed)
+        history = _fit(model, config, train, held_out, progress)
+        result: dict[str, Any] = {
+            "config": dataclasses.asdict(config),
+            "num_train": len(train),
+            "num_held_out": len(held_out),
+            "num_parameters": sum(p.numel() for p in model.model.parameters()),
+            "history": history,
+        }
+        if held_out:
+            model.model.eval()
+            result["plateau_epoch"] = plateau_epoch([h["loss"] for h in history])
+            result["held_out"] = measure(model, held_out, config.seed)
+        save_model(model.model, model.tokenizer, folder, config.save_dtype)
+        result["seconds"] = time.monotonic() - started
+        (folder / REWARD_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """A prompt and two completions as text, each with its leading space."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def measure(model: RewardModel, pairs: Sequence[TextPair], seed: int) -> dict[str, Any]:
+    """How a reward model does on preference pairs it has not seen.
+
+    Args:
+        model: the reward model.
+        pairs: held-out pairs, at least one.
+        seed: which other prompt's answer each answer is swapped against.
+
+    Returns:
+        accuracy (strict: a tie is wrong) with `interval_95` (Wilson), log_loss in nats, calibration of
+        sigmoid(score difference), accuracy by sign of the length difference in characters, swapped accuracy.
+    """
+    texts = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    scores = torch.tensor(model.score_texts(texts), dtype=torch.float64)
+    if not scores.isfinite().all():
+        raise ValueError(f"{model.name}: {int((~scores.isfinite()).sum())} held-out scores are not finite")
+    chosen, rejected = scores.chunk(2)
+    margins = chosen - rejected
+    result = proportion(margins > 0) | {
+        "log_loss": torch.nn.functional.softplus(-margins).mean().item(),
+        "margin_mean": margins.mean().item(),
+        "score_mean": scores.mean().item(),
+        "score_std": scores.std(correction=0).item(),
+        "calibration": calibration(margins),
+        "by_length": _by_length(pairs, margins),
+    }
+    swapped = swap_answers(pairs, len(pairs), seed)
+    if swapped:
+        other = torch.tensor(model.score_texts([(p.prompt, p.rejected) for p in swapped]), dtype=torch.float64)
+        own = torch.tensor(model.score_texts([(p.prompt, p.chosen) for p in swapped]), dtype=torch.float64)
+        result["swapped"] = proportion(own > other)
+    return result
+
+
+def proportion(hits: torch.Tensor) -> dict[str, Any]:
+    """Share of hits with its 95% Wilson score interval, and their number. hits [n] bool, n >= 1."""
+    n, share = len(hits), hits.double().mean().item()
+    center = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
+    return {"accuracy": share, "interval_95": [center - half, center + half], "num": n}
+
+
+def calibration(margins: torch.Tensor) -> dict[str, Any]:
+    """Reliability of sigmoid(|score difference|) as the probability that the higher score is right.
+
+    Args:
+        margins: [P] float64. chosen minus rejected score.
+
+    Returns:
+        `ece`, the mean of |accuracy - confidence| over ten equal bins of [0.5, 1] weighted by their pairs, and `bins`.
+
+    Source: Guo et al. 2017, arXiv 1706.04599.
+    """
+    confidence, right = torch.sigmoid(margins.abs()), (margins > 0).double()
+    bin_of = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    bins, ece = [], 0.0
+    for b in range(NUM_BINS):
+        inside = bin_of == b
+        num = int(inside.sum())
+        if num == 0:
+            continue
+        mean_confidence, accuracy = confidence[inside].mean().item(), right[inside].mean().item()
+        bins.append({"from": 0.5 + b / (2 * NUM_BINS), "num": num, "confidence": mean_confidence, "accuracy": accuracy})
+        ece += num / len(margins) * abs(accuracy - mean_confidence)
+    return {"ece": ece, "bins": bins}
+
+
+def swap_answers(pairs: Sequence[TextPair], num: int, seed: int) -> list[TextPair]:
+    """`num` pairs of a chosen answer against a different one, chosen for another prompt; none if there is no such."""
+    if len({p.prompt for p in pairs}) < 2 or len({p.chosen for p in pairs}) < 2:
+        return []
+    generator = torch.Generator().manual_seed(seed)
+    swapped: list[TextPair] = []
+    while len(swapped) < num:
+        order = torch.randperm(len(pairs), generator=generator).tolist()
+        for i, j in zip(order, order[1:] + order[:1], strict=True):
+            own, other = pairs[i], pairs[j]
+            if len(swapped) < num and own.prompt != other.prompt and own.chosen != other.chosen:
+                swapped.append(TextPair(own.prompt, own.chosen, other.chosen))
+    return swapped
+
+
+def _by_length(pairs: Sequence[TextPair], margins: torch.Tensor) -> dict[str, Any]:
+    difference = torch.tensor([len(p.chosen) - len(p.rejected) for p in pairs])
+    groups = {"chosen_longer": difference > 0, "chosen_shorter": difference < 0, "same_length": difference == 0}
+    return {name: proportion(margins[group] > 0) for name, group in groups.items() if bool(group.any())}
+
+
+def _fit(
+    model: RewardModel, config: RewardConfig, train: list[TextPair], held_out: list[TextPair], progress: Progress
+) -> list[dict[str, float]]:
+    chosen = model.encode([(p.prompt, p.chosen) for p in train])
+    rejected = model.encode([(p.prompt, p.rejected) for p in train])
+    lengths = [2 * max(len(c.ids), len(r.ids)) for c, r in zip(chosen, rejected, strict=True)]
+    if config.gradient_checkpointing:
+        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    device = next(model.model.parameters()).device
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+    def loss_of(rows: list[int]) -> tuple[torch.Tensor, int]:
+        with autocast:
+            scores = model.forward([chosen[i] for i in rows] + [rejected[i] for i in rows])
+        better, worse = scores.float().chunk(2)
+        return torch.nn.functional.softplus(worse - better).mean(), len(rows)
+
+    def evaluate() -> dict[str, float]:
+        texts = [(p.prompt, p.chosen) for p in held_out] + [(p.prompt, p.rejected) for p in held_out]
+        better, worse = torch.tensor(model.score_texts(texts)).chunk(2)
+        loss = torch.nn.functional.softplus(worse - better).mean().item()
+        return {"loss": loss, "accuracy": (better > worse).double().mean().item()}
+
+    evaluate_or_none = evaluate if held_out else None
+    return fit(
+        model.model, config, lengths, loss_of, evaluate_or_none, name="reward", seed=config.seed, progress=progress
+    )
+
+
+def _open_model(config: RewardConfig, train: list[TextPair]) -> RewardModel:
+    def corpus() -> Iterator[str]:
+        for pair in train:
+            yield from (pair.prompt, pair.chosen, pair.rejected)
+
+    tokenizer = open_tokenizer("reward", config, corpus)
+    _close_pairs_with_eos(tokenizer)
+    limit = config.max_prompt_length + config.max_completion_length + tokenizer.num_special_tokens_to_add(pair=True)
+    device = resolve_device(config.device)
+    if config.model is None:
+        fresh = scratch_config(config, tokenizer, limit, num_labels=1)
+        model = transformers.AutoModelForSequenceClassification.from_config(fresh)
+        return RewardModel(model.to(device), tokenizer, name="reward", batch_tokens=4 * config.batch_tokens)
+    what = f"reward.model = {config.model}"
+    with named_load_errors(what):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            config.model, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    check_vocabulary(what, model, tokenizer)
+    return RewardModel(model.to(device), tokenizer, name=what, batch_tokens=4 * config.batch_tokens, max_length=limit)
+
+
+def _close_pairs_with_eos(tokenizer: Any) -> None:
+    """Makes a decoder's tokenizer join pairs as `prompt completion EOS`, so that the head reads the EOS position."""
+    if tokenizer.chat_template is not None or tokenizer.sep_token_id is not None or not tokenizer.is_fast:
+        return
+    from tokenizers.processors import TemplateProcessing
+
+    eos, bos = tokenizer.eos_token, tokenizer.bos_token
+    start = f"{bos} " if bos is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+    special = [(t, tokenizer.convert_tokens_to_ids(t)) for t in {eos, bos} if t is not None]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start}$A", pair=f"{start}$A $B {eos}", special_tokens=special
+    )
+
+
+def _load_pairs(config: RewardConfig) -> tuple[list[TextPair], list[TextPair]]:
+    rows = read_rows(config.data)
+    if config.samples is None:
+        pairs = _preference_pairs(rows, config, config.data)
+    else:
+        pairs = _sample_pairs(rows, config)
+    if config.eval_data:
+        return pairs, _preference_pairs(read_rows(config.eval_data, "test"), config, config.eval_data)
+    train, held_out = split_by_prompt([p.prompt for p in pairs], config.eval_fraction, config.seed)
+    return [pairs[i] for i in train], [pairs[i] for i in held_out]
+
+
+def _preference_pairs(rows: Sequence[dict], config: RewardConfig, source: str) -> list[TextPair]:
+    pairs = []
+    for index, row in enumerate(rows):
+        prompt, chosen = _prompt_and_answer(row, index, config, config.chosen_column, source)
+        rejected = _label(row, DataConfig(label_column=config.rejected_column), None)
+        if rejected is None:
+            raise ValueError(f"{source}: row {index + 1} has no {config.rejected_column}")
+        pairs.append(TextPair(prompt, chosen, with_leading_space(prompt, rejected)))
+    return pairs
+
+
+def _prompt_and_answer(row: dict, index: int, config: RewardConfig, column: str | None, source: str) -> tuple[str, str]:
+    columns = DataConfig(prompt_column=config.prompt_column, label_column=column)
+    prompt, answer, _ = _to_text(row, index, columns, get_task(config.task), None, source)
+    if answer is None:
+        raise ValueError(f"{source}: row {index + 1} has no {column or 'label'}")
+    return prompt, with_leading_space(prompt, answer)
+
+
+def _sample_pairs(rows: Sequence[dict], config: RewardConfig) -> list[TextPair]:
+    """One pair a sample: the reference text of its prompt against the sample."""
+    assert config.samples is not None
+    column = None if config.chosen_column == "chosen" else config.chosen_column
+    references = dict(_prompt_and_answer(row, i, config, column, config.data) for i, row in enumerate(rows))
+    pairs = []
+    for index, row in enumerate(read_rows(config.samples)):
+        prompt, sample = _prompt_and_answer(row, index, config, "completion", config.samples)
+        if prompt not in references:
+            raise ValueError(f"{config.samples}: row {index + 1}: its prompt is not in {config.data}")
+        pairs.append(TextPair(prompt, references[prompt], sample))
+    return pairs

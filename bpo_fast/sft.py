@@ -1,0 +1,256 @@
+"""Supervised fine-tuning: the policy that BPO starts from, from a model or from scratch."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from bpo_fast.config import DataConfig, knob
+from bpo_fast.progress import Progress
+from bpo_fast.prompts import _encode, _to_text, read_rows
+from bpo_fast.stages import (
+    StageConfig,
+    check_vocabulary,
+    fit,
+    length_batches,
+    named_load_errors,
+    new_folder,
+    open_tokenizer,
+    plateau_epoch,
+    resolve_device,
+    save_model,
+    scratch_config,
+    split_by_prompt,
+)
+from bpo_fast.tasks import get_task
+from bpo_fast.tokenizer import with_leading_space
+
+SFT_FILE = "sft.json"
+
+
+@dataclass(frozen=True)
+class SftConfig(StageConfig):
+    """Settings of `train_sft`; ValueError with the dotted name for a value out of range."""
+
+    label_column: str | None = knob(None, "completion text; none: label, completion, response or summary")
+    chat_template: bool | None = knob(None, "apply the tokenizer's; none: to conversational rows, if it has one")
+    members: int = knob(1, "models trained, each from its own seed: seed, seed + 1, ...", ge=1)
+    lora_r: int = knob(0, "rank of LoRA adapters on a frozen model; 0: train all weights", ge=0)
+    lora_alpha: float | None = knob(None, "LoRA alpha; none: 2 r", gt=0)
+
+    def __post_init__(self) -> None:
+        self.check("sft")
+        get_task(self.task)
+        if self.lora_r and self.model is None:
+            raise ValueError(f"sft.lora_r = {self.lora_r}: adapters need a model to sit on; set sft.model")
+
+
+def train_sft(config: SftConfig, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Trains one model, or `members` of them, on the completions of prompt and label rows.
+
+    The loss is the mean over completion tokens, EOS included where the completion is complete, of -log pi; prompt
+    tokens carry none. Deterministic on a CPU with a fixed number of threads.
+
+    Args:
+        config: settings, already checked.
+        progress: where to show progress; a fresh one if None.
+
+    Returns:
+        What OUT/sft.json holds. OUT is a Hugging Face folder, or holds member-0, member-1, ... (LoRA: PEFT folders).
+
+    Raises:
+        ValueError: bad data or model, by name, or a loss that is not finite.
+    """
+    progress = progress or Progress()
+    started = time.monotonic()
+    device = resolve_device(config.device)
+    with new_folder("sft.out", config.out) as folder, progress:
+        data = _load_data(config)
+        members = []
+        for member in range(config.members):
+            name = "sft" if config.members == 1 else f"sft member {member}"
+            out = folder if config.members == 1 else folder / f"member-{member}"
+            members.append(_train_member(config, data, config.seed + member, name, out, device, progress))
+        result = {
+            "config": dataclasses.asdict(config),
+            "num_train": len(data.train),
+            "num_held_out": len(data.held_out),
+            "num_train_tokens": sum(len(e.ids) for e in data.train),
+            "num_completion_tokens": sum(e.num_completion for e in data.train),
+            "num_cut_prompts": data.num_cut_prompts,
+            "num_cut_completions": data.num_cut_completions,
+            "vocab_size": len(data.tokenizer),
+            "members": members,
+            "seconds": time.monotonic() - started,
+        }
+        (folder / SFT_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as token ids: prompt and completion, the last `num_completion` of them trained on."""
+
+    ids: tuple[int, ...]
+    num_completion: int
+
+
+@dataclass(frozen=True)
+class SftData:
+    """Encoded rows, the tokenizer that encoded them, and what the limits cut."""
+
+    tokenizer: Any
+    train: list[Example]
+    held_out: list[Example]
+    num_cut_prompts: int
+    num_cut_completions: int
+
+
+def _load_data(config: SftConfig) -> SftData:
+    rows = read_rows(config.data)
+    held_out = read_rows(config.eval_data, "test") if config.eval_data else []
+
+    def corpus() -> Iterator[str]:
+        for prompt, completion, _ in _to_texts(rows, config, None, config.data):
+            yield prompt
+            yield completion
+
+    tokenizer = open_tokenizer("sft", config, corpus)
+    texts = _to_texts(rows, config, tokenizer, config.data)
+    if config.eval_data:
+        eval_texts = _to_texts(held_out, config, tokenizer, config.eval_data)
+    else:
+        train, rest = split_by_prompt([t[0] for t in texts], config.eval_fraction, config.seed)
+        texts, eval_texts = [texts[i] for i in train], [texts[i] for i in rest]
+    examples, num_cut_prompts, num_cut_completions = encode_examples(texts + eval_texts, tokenizer, config)
+    return SftData(tokenizer, examples[: len(texts)], examples[len(texts) :], num_cut_prompts, num_cut_completions)
+
+
+def _to_texts(rows: Sequence[dict], config: SftConfig, tokenizer: Any, source: str) -> list[tuple[str, str, bool]]:
+    """(prompt, completion with its leading space, True if a chat template made the prompt) of every row."""
+    columns = DataConfig(
+        prompt_column=config.prompt_column, label_column=config.label_column, chat_template=config.chat_template
+    )
+    texts = []
+    for index, row in enumerate(rows):
+        prompt, label, templated = _to_text(row, index, columns, get_task(config.task), tokenizer, source)
+        if label is None:
+            raise ValueError(f"{source}: row {index + 1} has no completion (column {config.label_column or 'label'})")
+        texts.append((prompt, label if templated else with_leading_space(prompt, label), templated))
+    return texts
+
+
+def encode_examples(
+    texts: Sequence[tuple[str, str, bool]], tokenizer: Any, config: SftConfig
+) -> tuple[list[Example], int, int]:
+    """Encodes (prompt, completion, templated) texts; prompt and completion apart.
+
+    EOS follows every completion that fits `max_completion_length` with it; a longer one is cut and stays without.
+
+    Returns:
+        The examples, the number of cut prompts, the number of cut completions.
+    """
+    prompts = _encode([p for p, _, _ in texts], [t for _, _, t in texts], tokenizer)
+    completions = tokenizer([c for _, c, _ in texts], add_special_tokens=False)["input_ids"] if texts else []
+    examples, num_cut_prompts, num_cut_completions = [], 0, 0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        num_cut_prompts += len(prompt) > config.max_prompt_length
+        target = [*completion, tokenizer.eos_token_id]
+        num_cut_completions += len(target) > config.max_completion_length
+        target = target[: config.max_completion_length]
+        examples.append(Example((*prompt[-config.max_prompt_length :], *target), len(target)))
+    return examples, num_cut_prompts, num_cut_completions
+
+
+def _train_member(
+    config: SftConfig, data: SftData, seed: int, name: str, out: Path, device: torch.device, progress: Progress
+) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    model = _open_model(config, data.tokenizer).to(device)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+    def loss_of(rows: list[int]) -> tuple[torch.Tensor, int]:
+        with autocast:
+            nats = completion_nll(model, [data.train[i] for i in rows])
+        return nats.mean(), len(nats)
+
+    def evaluate() -> dict[str, float]:
+        nats, num_tokens = held_out_nll(model, data.held_out, config.batch_tokens)
+        return {"loss": nats / num_tokens, "loss_per_sequence": nats / len(data.held_out)}
+
+    lengths = [len(e.ids) for e in data.train]
+    evaluate_or_none = evaluate if data.held_out else None
+    history = fit(model, config, lengths, loss_of, evaluate_or_none, name=name, seed=seed, progress=progress)
+    save_model(model, data.tokenizer, out, config.save_dtype)
+    record: dict[str, Any] = {
+        "seed": seed,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "history": history,
+    }
+    if data.held_out:
+        losses = [h["loss"] for h in history]
+        best = min(history, key=lambda h: h["loss"])
+        record |= {
+            "best_epoch": best["epoch"],
+            "held_out_loss": best["loss"],
+            "held_out_loss_per_sequence": best["loss_per_sequence"],
+            "plateau_epoch": plateau_epoch(losses),
+        }
+    return record
+
+
+def _open_model(config: SftConfig, tokenizer: Any) -> Any:
+    if config.model is None:
+        max_positions = max(config.max_prompt_length + config.max_completion_length, 1024)
+        return transformers.AutoModelForCausalLM.from_config(scratch_config(config, tokenizer, max_positions))
+    what = f"sft.model = {config.model}"
+    with named_load_errors(what):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    check_vocabulary(what, model, tokenizer)
+    return model
+
+
+def completion_nll(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
+    """-log pi of every completion token of a batch, right-padded; only these rows reach the head.
+
+    Returns:
+        [num completion tokens] float32. nats, in the order of the examples.
+    """
+    device = next(model.parameters()).device
+    longest = max(len(e.ids) for e in examples)
+    # Causal attention never looks at the right padding, so no mask is needed.
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    predicts = torch.zeros(len(examples), longest, dtype=torch.bool)
+    for row, e in enumerate(examples):
+        ids[row, : len(e.ids)] = torch.tensor(e.ids)
+        predicts[row, len(e.ids) - e.num_completion - 1 : len(e.ids) - 1] = True
+    targets = ids[:, 1:][predicts[:, :-1]].to(device)
+    rows = predicts.to(device)
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][rows],))
+    try:
+        logits = model(input_ids=ids.to(device), use_cache=False).logits
+    finally:
+        hook.remove()
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+@torch.no_grad()
+def held_out_nll(model: torch.nn.Module, examples: Sequence[Example], batch_tokens: int) -> tuple[float, int]:
+    """(sum of -log pi over all completion tokens in nats, number of these tokens)."""
+    total, num_tokens = torch.zeros((), dtype=torch.float64), 0
+    for rows in length_batches([len(e.ids) for e in examples], batch_tokens):
+        nats = completion_nll(model, [examples[i] for i in rows])
+        total += nats.sum(dtype=torch.float64).cpu()
+        num_tokens += len(nats)
+    return total.item(), num_tokens

@@ -1,0 +1,324 @@
+"""What the stages before the loop share: settings, tokenizer and model, batches, fitting, saving."""
+
+import dataclasses
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from bpo_fast.config import knob
+from bpo_fast.progress import Progress
+from bpo_fast.tokenizer import MIN_VOCAB, train_bpe
+
+ARCHS = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
+POOL_BATCHES = 50
+PLATEAU_NATS = 0.005
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """Settings that SFT and reward-model training share; every field is a flag of the same name."""
+
+    data: str = knob("", "training rows: file, folder or Hub id, `name[:n]` for the first n rows")
+    out: str = knob("", "folder to write; it must not exist yet, or be empty")
+    eval_data: str | None = knob(None, "held-out rows; none: eval_fraction of the prompts of data")
+    eval_fraction: float = knob(0.05, "share of the prompts of data held out when eval_data is none", ge=0, le=0.9)
+    task: str = knob("helpfulness", "closes bare questions: helpfulness, tldr, harmlessness")
+    prompt_column: str | None = knob(None, "none: prompt, question, post, messages, whichever is there")
+    model: str | None = knob(None, "model folder or Hub id to start from; none: from scratch")
+    tokenizer: str | None = knob(None, "tokenizer folder or Hub id; none: the model's, or trained on the data")
+    arch: str = knob("llama", "architecture from scratch", choices=tuple(ARCHS))
+    hidden: int = knob(256, "hidden size from scratch", ge=8)
+    layers: int = knob(4, "decoder layers from scratch", ge=1)
+    heads: int = knob(4, "attention heads from scratch; divides hidden", ge=1)
+    kv_heads: int = knob(4, "key and value heads from scratch; divides heads", ge=1)
+    intermediate: int = knob(0, "MLP width from scratch; 0: 8/3 hidden rounded up to 32", ge=0)
+    vocab: int = knob(4096, "upper limit of a trained vocabulary", ge=MIN_VOCAB)
+    max_prompt_length: int = knob(512, "prompt tokens; longer prompts lose their beginning", ge=1)
+    max_completion_length: int = knob(
+        256, "completion tokens with EOS; longer completions lose their end and EOS", ge=1
+    )
+    epochs: float = knob(3.0, "passes over the training rows", gt=0)
+    batch_tokens: int = knob(4096, "padded tokens of one optimizer step", ge=1)
+    learning_rate: float | None = knob(None, "peak; none: 2e-3 from scratch, 2e-5 from a model", gt=0)
+    schedule: str = knob("cosine", "decay to 0, or none", choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = knob(0.05, "share of the steps with linear warm-up", ge=0, le=0.9)
+    adam_beta2: float = knob(0.95, "second-moment decay", ge=0, le=0.99999)
+    weight_decay: float = knob(0.1, "decoupled weight decay of the matrices", ge=0)
+    max_grad_norm: float = knob(1.0, "clip by global norm", gt=0)
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass")
+    save_dtype: str = knob("float32", "weights on disk", choices=("float32", "float16", "bfloat16"))
+    seed: int = knob(42, "seed of start weights, held-out split and order of the rows", ge=0)
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate after warm-up."""
+        return self.learning_rate or (2e-3 if self.model is None else 2e-5)
+
+    def check(self, stage: str) -> None:
+        """Checks every field against its range; ValueError with `stage.field = value` otherwise."""
+        for name in ("data", "out"):
+            if not getattr(self, name):
+                raise ValueError(f"{stage}.{name}: a value is required")
+        for field in dataclasses.fields(self):
+            _check_field(stage, field, getattr(self, field.name))
+        if self.model is None and self.hidden % (2 * self.heads):
+            raise ValueError(f"{stage}.heads = {self.heads}: hidden / heads = {self.hidden} / heads must be even")
+        if self.model is None and self.heads % self.kv_heads:
+            raise ValueError(f"{stage}.kv_heads = {self.kv_heads}: must divide heads = {self.heads}")
+
+
+def _check_field(stage: str, field: dataclasses.Field, value: Any) -> None:
+    rules = field.metadata
+    if value is None or not rules:
+        return
+    if rules["choices"] and value not in rules["choices"]:
+        raise ValueError(f"{stage}.{field.name} = {value!r}: not one of {', '.join(rules['choices'])}")
+    for rule, sign, holds in (("gt", ">", float.__gt__), ("ge", ">=", float.__ge__), ("le", "<=", float.__le__)):
+        # NaN holds to no bound.
+        if rules[rule] is not None and not holds(float(value), float(rules[rule])):
+            raise ValueError(f"{stage}.{field.name} = {value}: must be {sign} {rules[rule]}")
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one; ValueError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device = {name!r}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def open_tokenizer(stage: str, config: StageConfig, corpus: Callable[[], Iterator[str]]) -> Any:
+    """The tokenizer that the settings name, or one trained on `corpus()`."""
+    source, field = (config.tokenizer, "tokenizer") if config.tokenizer else (config.model, "model")
+    if source is None:
+        return train_bpe(corpus(), vocab_size=config.vocab, arch=config.arch)
+    with named_load_errors(f"{stage}.{field} = {source}", "tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{stage}.{field} = {source}: its tokenizer has no EOS token")
+    return tokenizer
+
+
+def scratch_config(config: StageConfig, tokenizer: Any, max_positions: int, **extra: Any) -> Any:
+    """Hugging Face config of a fresh model for this tokenizer; `extra` goes in as it is."""
+    return ARCHS[config.arch](
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden,
+        intermediate_size=config.intermediate or math.ceil(config.hidden * 8 / 3 / 32) * 32,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **extra,
+    )
+
+
+@contextmanager
+def named_load_errors(what: str, kind: str = "model") -> Iterator[None]:
+    """Turns the many ways in which transformers refuses a folder into one ValueError that names it."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ValueError(
+            f"{what}: cannot be loaded as a {kind}: {lines[0] if lines else type(error).__name__}"
+        ) from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+def check_vocabulary(what: str, model: Any, tokenizer: Any) -> None:
+    """ValueError if the tokenizer can produce ids that the model has no embedding for."""
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_embeddings:
+        raise ValueError(f"{what}: {num_embeddings} embeddings for a tokenizer of {len(tokenizer)} tokens")
+
+
+def split_by_prompt(prompts: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """(training rows, held-out rows); all rows of one prompt fall on the same side."""
+    distinct = list(dict.fromkeys(prompts))
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = {distinct[i] for i in order[: round(fraction * len(distinct))]}
+    sides: tuple[list[int], list[int]] = ([], [])
+    for row, prompt in enumerate(prompts):
+        sides[prompt in held_out].append(row)
+    return sides
+
+
+def length_batches(lengths: Sequence[int], budget: int, generator: torch.Generator | None = None) -> list[list[int]]:
+    """Cuts rows into batches of like length, each at most `budget` padded tokens (or one row).
+
+    Args:
+        lengths: tokens of each row.
+        budget: rows times the longest row of a batch.
+        generator: shuffles rows and batches, so that a batch holds random rows of one length out of a pool of about
+            50 batches; None sorts all rows by length.
+    """
+    order = list(range(len(lengths)))
+    pool = max(len(order), 1)
+    if generator is not None:
+        order = torch.randperm(len(order), generator=generator).tolist()
+        mean = max(sum(lengths) / max(len(lengths), 1), 1.0)
+        pool = max(int(POOL_BATCHES * budget / mean), 1)
+    batches: list[list[int]] = []
+    for start in range(0, len(order), pool):
+        batch: list[int] = []
+        for row in sorted(order[start : start + pool], key=lengths.__getitem__):
+            if batch and (len(batch) + 1) * lengths[row] > budget:
+                batches.append(batch)
+                batch = []
+            batch.append(row)
+        batches.append(batch)
+    if generator is not None:
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return batches
+
+
+def make_optimizer(
+    model: torch.nn.Module, config: StageConfig, num_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Fused AdamW (decay on matrices only) and its schedule over `num_steps`."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (0.9, config.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, lr=config.peak_learning_rate, betas=betas, fused=True)
+    warmup = round(config.warmup_ratio * num_steps)
+
+    def scale(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        left = 1 - (step - warmup) / max(num_steps - warmup, 1)
+        return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[config.schedule]
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+
+
+def fit(
+    model: torch.nn.Module,
+    config: StageConfig,
+    lengths: Sequence[int],
+    loss_of: Callable[[list[int]], tuple[torch.Tensor, int]],
+    evaluate: Callable[[], dict[str, float]] | None,
+    *,
+    name: str,
+    seed: int,
+    progress: Progress,
+) -> list[dict[str, float]]:
+    """Trains in place and leaves the weights of the epoch with the lowest held-out loss (the last one without it).
+
+    Args:
+        model: parameters with requires_grad are trained.
+        lengths: padded-length key of each training row, in tokens.
+        loss_of: rows -> (mean loss, number of terms it is a mean of).
+        evaluate: held-out numbers with the key `loss`, or None.
+        name: what the progress lines call this.
+        seed: order of the rows.
+
+    Returns:
+        One record an epoch: epoch, steps, train_loss, seconds, tokens_per_s (padding not counted) and held-out numbers.
+
+    Raises:
+        ValueError: the loss is no longer finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    epochs = [length_batches(lengths, config.batch_tokens, generator) for _ in range(math.ceil(config.epochs))]
+    epochs[-1] = epochs[-1][: math.ceil(len(epochs[-1]) * (config.epochs - len(epochs) + 1))]
+    num_steps = sum(len(batches) for batches in epochs)
+    optimizer, scheduler = make_optimizer(model, config, num_steps)
+    history: list[dict[str, float]] = []
+    best: tuple[float, dict[str, torch.Tensor]] | None = None
+    with progress.task(name, num_steps) as task:
+        for epoch, batches in enumerate(epochs, 1):
+            started = time.monotonic()
+            model.train()
+            total, weight = torch.zeros((), device=next(model.parameters()).device), 0
+            for rows in batches:
+                loss, num_terms = loss_of(rows)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
+                total += loss.detach() * num_terms
+                weight += num_terms
+                task.advance()
+            train_loss = total.item() / weight
+            if not math.isfinite(train_loss):
+                raise ValueError(
+                    f"{name}: loss = {train_loss} in epoch {epoch} at learning_rate = {config.peak_learning_rate}"
+                )
+            seconds = time.monotonic() - started
+            num_tokens = sum(lengths[row] for rows in batches for row in rows)
+            record = {"epoch": epoch, "steps": len(batches), "train_loss": train_loss, "seconds": seconds}
+            record["tokens_per_s"] = num_tokens / seconds
+            if evaluate is not None:
+                model.eval()
+                record |= evaluate()
+                task.advance(0, note=f"held-out loss {record['loss']:.4f}")
+                if best is None or record["loss"] < best[0]:
+                    best = (record["loss"], {k: v.detach().cpu().clone() for k, v in model.state_dict().items()})
+            history.append(record)
+    if best is not None and best[0] < history[-1]["loss"]:
+        model.load_state_dict(best[1])
+    return history
+
+
+def plateau_epoch(losses: Sequence[float]) -> int | None:
+    """First epoch (from 1) that no later one beats by 0.005 nats of held-out loss; None: the last one still gained."""
+    later = (i + 1 for i in range(len(losses) - 1) if losses[i] - min(losses[i + 1 :]) < PLATEAU_NATS)
+    return next(later, None)
+
+
+@contextmanager
+def new_folder(what: str, path: str) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and disappears when it does not."""
+    out = Path(path)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{what} = {path}: already there")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        temporary.replace(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:
+    """Writes a plain Hugging Face folder: safetensors, config, tokenizer, generation config."""
+    transformers.utils.logging.disable_progress_bar()
+    if hasattr(model, "generation_config"):
+        model.generation_config = transformers.GenerationConfig(
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
