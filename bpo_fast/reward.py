@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from bpo_fast.annotate.reward_model import RewardModel
+from bpo_fast.annotate.reward_model import RewardScorer
 from bpo_fast.config import DataConfig, knob
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import _label, _to_text, read_rows
@@ -100,7 +100,7 @@ class TextPair:
     rejected: str
 
 
-def measure(model: RewardModel, pairs: Sequence[TextPair], seed: int) -> dict[str, Any]:
+def measure(model: RewardScorer, pairs: Sequence[TextPair], seed: int) -> dict[str, Any]:
     """How a reward model does on preference pairs it has not seen.
 
     Args:
@@ -189,7 +189,7 @@ def _by_length(pairs: Sequence[TextPair], margins: torch.Tensor) -> dict[str, An
 
 
 def _fit(
-    model: RewardModel, config: RewardConfig, train: list[TextPair], held_out: list[TextPair], progress: Progress
+    model: RewardScorer, config: RewardConfig, train: list[TextPair], held_out: list[TextPair], progress: Progress
 ) -> list[dict[str, float]]:
     chosen = model.encode([(p.prompt, p.chosen) for p in train])
     rejected = model.encode([(p.prompt, p.rejected) for p in train])
@@ -217,7 +217,7 @@ def _fit(
     )
 
 
-def _open_model(config: RewardConfig, train: list[TextPair]) -> RewardModel:
+def _open_model(config: RewardConfig, train: list[TextPair]) -> RewardScorer:
     def corpus() -> Iterator[str]:
         for pair in train:
             yield from (pair.prompt, pair.chosen, pair.rejected)
@@ -229,14 +229,14 @@ def _open_model(config: RewardConfig, train: list[TextPair]) -> RewardModel:
     if config.model is None:
         fresh = scratch_config(config, tokenizer, limit, num_labels=1)
         model = transformers.AutoModelForSequenceClassification.from_config(fresh)
-        return RewardModel(model.to(device), tokenizer, name="reward", batch_tokens=4 * config.batch_tokens)
+        return RewardScorer(model.to(device), tokenizer, name="reward", batch_tokens=4 * config.batch_tokens)
     what = f"reward.model = {config.model}"
     with named_load_errors(what):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             config.model, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     check_vocabulary(what, model, tokenizer)
-    return RewardModel(model.to(device), tokenizer, name=what, batch_tokens=4 * config.batch_tokens, max_length=limit)
+    return RewardScorer(model.to(device), tokenizer, name=what, batch_tokens=4 * config.batch_tokens, max_length=limit)
 
 
 def _close_pairs_with_eos(tokenizer: Any) -> None:

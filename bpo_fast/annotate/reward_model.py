@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 import transformers
@@ -16,7 +16,7 @@ MAX_LENGTH = 1_000_000  # a tokenizer without a limit says 1e30
 _CLOSING = re.compile(r"\s*\b(assistant|answer)\s*:\s*$", re.IGNORECASE)
 
 
-class RewardModel:
+class RewardScorer:
     """r(x, y) of prompts and completions, in length-bucketed batches.
 
     A tokenizer with a chat template is given user and assistant turns. Any other is given the pair (prompt text,
@@ -61,36 +61,6 @@ class RewardModel:
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-
-    @classmethod
-    def load(cls, path: str, *, device: str = "auto", dtype: str = "auto", batch_tokens: int = 16384) -> Self:
-        """Loads a folder or Hub id; safetensors only, no remote code.
-
-        Args:
-            path: folder or Hub id.
-            device: auto, cpu, cuda or cuda:N.
-            dtype: auto is float32 on a CPU and bfloat16 on a GPU.
-            batch_tokens: padded tokens of one batch.
-
-        Raises:
-            ValueError: not a sequence-classification model, or more than one label.
-        """
-        place = resolve_device(device)
-        if dtype == "auto":
-            dtype = "bfloat16" if place.type == "cuda" else "float32"
-        what = f"reward model {path}"
-        with named_load_errors(what):
-            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        architecture = (config.architectures or ["none"])[0]
-        if not architecture.endswith(("ForSequenceClassification", "RewardModel")):
-            raise ValueError(f"{what}: {architecture} is not a sequence-classification model")
-        with named_load_errors(what):
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
-            )
-        with named_load_errors(what, "tokenizer"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        return cls(model.to(place).eval(), tokenizer, name=what, batch_tokens=batch_tokens)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
         """Scores each completion for the prompt at the same position.
@@ -162,6 +132,47 @@ class RewardModel:
     def _render(self, prompt: str, completion: str) -> str:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
         return self.tokenizer.apply_chat_template(turns, tokenize=False)
+
+
+class RewardModel(RewardScorer):
+    """A reward model from a folder or Hub id; safetensors only.
+
+    Args:
+        path: folder or Hub id.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto is float32 on a CPU and bfloat16 on a GPU.
+        batch_tokens: padded tokens of one batch.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: not a sequence-classification model, or more than one label.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_tokens: int = 16384,
+        trust_remote_code: bool = False,
+    ):
+        place = resolve_device(device)
+        if dtype == "auto":
+            dtype = "bfloat16" if place.type == "cuda" else "float32"
+        what = f"reward model {path}"
+        with named_load_errors(what):
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        architecture = (config.architectures or ["none"])[0]
+        if "ForSequenceClassification" not in architecture and not trust_remote_code:
+            raise ValueError(f"{what}: {architecture} is not a sequence-classification model")
+        with named_load_errors(what):
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
+            )
+        with named_load_errors(what, "tokenizer"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        super().__init__(model.to(place).eval(), tokenizer, name=what, batch_tokens=batch_tokens)
 
 
 def _prompt_text(prompt: Prompt, tokenizer: Any) -> str:
