@@ -1,0 +1,140 @@
+"""Annotators score completions; the higher score of a pair is chosen. Judges are annotators that evaluation uses."""
+
+import importlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from bpo_fast.types import Completion, Prompt
+
+_CALLABLE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+
+
+class Annotator(Protocol):
+    """Scores completions, higher is better."""
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
+        """One score for each (prompt, completion), in order; None where there is no opinion."""
+        ...
+
+
+class CallableAnnotator:
+    """A Python function with TRL's reward signature, `fn(prompts, completions, completion_ids, **columns)`.
+
+    Args:
+        function: gets lists of prompt texts, completion texts and completion ids, and every further column of the data
+            as a list; returns a list of numbers or None.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[float | None]]):
+        self._function = function
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
+        """See `Annotator.score`."""
+        names = sorted(set().union(*(p.columns for p in prompts))) if prompts else []
+        columns = {name: [p.columns.get(name) for p in prompts] for name in names}
+        return list(
+            self._function(
+                prompts=[p.text for p in prompts],
+                completions=[c.text for c in completions],
+                completion_ids=[list(c.ids) for c in completions],
+                **columns,
+            )
+        )
+
+
+class RecordedAnnotator:
+    """Scores from a JSONL file of {"prompt", "completion", "score"}; None for a completion that is not in it."""
+
+    def __init__(self, path: Path):
+        self._scores: dict[tuple[str, str], float] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                self._scores[row["prompt"].strip(), row["completion"].strip()] = float(row["score"])
+            except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
+                raise ValueError(f"{path}: line {number} is not a prompt, completion and score") from None
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
+        """See `Annotator.score`."""
+        return [self._scores.get((p.text.strip(), c.text.strip())) for p, c in zip(prompts, completions, strict=True)]
+
+
+class Checked:
+    """An annotator whose answers are checked: the right number of them, each a finite number or None."""
+
+    def __init__(self, name: str, inner: Annotator):
+        self.name, self._inner = name, inner
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
+        """See `Annotator.score`.
+
+        Raises:
+            ValueError: another number of scores, or one that is no finite number.
+        """
+        scores = self._inner.score(prompts, completions) if prompts else []
+        if len(scores) != len(completions):
+            raise ValueError(f"{self.name}: {len(scores)} scores for {len(completions)} completions")
+        for i, score in enumerate(scores):
+            if score is not None and (isinstance(score, str | bytes) or not math.isfinite(score)):
+                raise ValueError(f"{self.name}: score {score} for a completion of prompt {prompts[i].id}")
+        return [None if s is None else float(s) for s in scores]
+
+
+def load_annotator(spec: str, *, device: str, batch_tokens: int, trust_remote_code: bool = False) -> Checked:
+    """Loads what `--annotator` and `--judge` name.
+
+    Args:
+        spec: a reward-model folder or Hub id, `module:function`, or a .jsonl file of recorded labels; `name=spec` gives
+            it a name for tables.
+        device: for reward models.
+        batch_tokens: padded tokens of a reward-model batch.
+        trust_remote_code: for reward models.
+
+    Raises:
+        ValueError: nothing of that kind there.
+    """
+    name, spec = _named(spec)
+    if Path(spec).is_file():
+        return Checked(name, RecordedAnnotator(Path(spec)))
+    if spec.endswith(".jsonl"):
+        raise ValueError(f"annotator {spec}: no such file")
+    if _CALLABLE.match(spec) and not Path(spec).exists():
+        return Checked(name, CallableAnnotator(_import(spec)))
+    from bpo_fast.annotate.reward_model import RewardModel
+
+    model = RewardModel(spec, device=device, batch_tokens=batch_tokens, trust_remote_code=trust_remote_code)
+    return Checked(name, model)
+
+
+def judge_name(spec: str) -> str:
+    """The name a judge has in tables."""
+    return _named(spec)[0]
+
+
+def _named(spec: str) -> tuple[str, str]:
+    match = re.match(r"^([\w-]+)=(.+)$", spec)
+    if match:
+        return match[1], match[2]
+    return re.split(r"[/:]", spec.rstrip("/"))[-1].removesuffix(".jsonl"), spec
+
+
+def _import(spec: str) -> Callable[..., Sequence[float | None]]:
+    module_name, _, function_name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"annotator {spec}: {error}") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"annotator {spec}: module {module_name} has no function {function_name}")
+    return function

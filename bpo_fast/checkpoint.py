@@ -1,0 +1,122 @@
+"""Checkpoints: Hugging Face or PEFT folders plus what a resumed run needs, whole or not there.
+
+checkpoint-<step>/
+  adapter_model.safetensors, adapter_config.json     LoRA: the exact average, one adapter of rank M r
+  member-<m>/                                        LoRA with M > 1: each member
+  model.safetensors, config.json, ...                full fine-tuning
+  tokenizer files, trainer_state.json, optimizer.safetensors, ema.safetensors, COMPLETE
+"""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bpo_fast.files import new_folder
+from bpo_fast.optim import Optimizer
+from bpo_fast.policy import Policy
+
+COMPLETE = "COMPLETE"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where the loop was.
+
+    Attributes:
+        step: optimizer steps done.
+        phase: the phase they belong to.
+        num_metric_lines: lines of metrics.jsonl written by then.
+        num_spare: spare prompts used to refill dropped pairs.
+        num_bad_steps: bad steps in a row.
+    """
+
+    step: int
+    phase: int
+    num_metric_lines: int
+    num_spare: int
+    num_bad_steps: int
+
+
+def save_checkpoint(
+    run_dir: Path,
+    state: TrainerState,
+    policy: Policy,
+    optimizer: Optimizer,
+    *,
+    ema: dict[str, Tensor] | None,
+    keep: int,
+) -> Path:
+    """Writes checkpoint-<step> and prunes older ones down to `keep`.
+
+    Args:
+        run_dir: the run folder.
+        state: where the loop is.
+        policy: its weights, members and tokenizer are written.
+        optimizer: its moments are written.
+        ema: weights of the EMA reference, if there is one.
+        keep: complete checkpoints to keep.
+    """
+    path = run_dir / f"checkpoint-{state.step}"
+    with new_folder(path) as folder:
+        save_weights(folder, policy)
+        if policy.lora and policy.num_members > 1:
+            for m in range(policy.num_members):
+                policy.lora.save(folder / f"member-{m}", str(policy.config.path), member=m)
+        save_file(optimizer.state_dict(), folder / "optimizer.safetensors")
+        if ema is not None:
+            save_file(ema, folder / "ema.safetensors")
+        (folder / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+        (folder / COMPLETE).touch()
+    for old in complete_checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def save_weights(folder: Path, policy: Policy) -> None:
+    """Writes the behavior in the form that plain transformers and PEFT load, with the tokenizer."""
+    if policy.lora:
+        policy.lora.save(folder, str(policy.config.path))
+    else:
+        policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted((p for p in found if (p / COMPLETE).exists()), key=_step)
+
+
+def read_state(path: Path) -> TrainerState:
+    """Where the loop was at a checkpoint."""
+    return TrainerState(**json.loads((path / "trainer_state.json").read_text(encoding="utf-8")))
+
+
+def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Tensor] | None:
+    """Puts weights and moments back, in place; returns the EMA weights if the checkpoint has them."""
+    if policy.lora:
+        for m in range(policy.num_members):
+            policy.lora.load_member(m, path / f"member-{m}" if policy.num_members > 1 else path)
+    else:
+        load_full(path, policy)
+    optimizer.load_state_dict(load_file(path / "optimizer.safetensors"))
+    ema = path / "ema.safetensors"
+    return load_file(ema) if ema.exists() else None
+
+
+def load_full(path: Path, policy: Policy) -> None:
+    """Copies the weights of a saved model into the policy's parameters, in place."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        tensors |= load_file(file)
+    for name, parameter in policy.model.named_parameters():
+        parameter.data.copy_(tensors[name])
+
+
+def _step(path: Path) -> int:
+    return int(path.name.partition("-")[2])

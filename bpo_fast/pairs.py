@@ -1,0 +1,200 @@
+"""Completions and scores become pairs; pairs are kept on disk.
+
+Ties and identical completions teach nothing about order: they are dropped and counted. A phase's pairs are one file,
+`pairs/phase-NN.jsonl`: a header line, then a pair a line with everything needed to replay it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from bpo_fast.files import write_atomic
+from bpo_fast.types import Completion, Pair, Prompt
+
+FORMAT = "bpo-fast/pairs/1"
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """What became of the prompts of a phase: kept + tied + identical + unscored of them were sampled.
+
+    `truncated` counts kept pairs in which a completion ended at the length limit.
+    """
+
+    kept: int = 0
+    tied: int = 0
+    identical: int = 0
+    unscored: int = 0
+    truncated: int = 0
+
+    def __add__(self, other: "PairCounts") -> "PairCounts":
+        return PairCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class PhasePairs:
+    """The pairs of one phase.
+
+    Attributes:
+        phase: 0, 1, ...
+        policy_version: optimizer steps of the behavior that sampled them.
+        pairs: in the order of the prompts.
+        counts: see `PairCounts`.
+        metrics: what was measured while collecting them.
+        num_spare: spare prompts used so far to refill dropped pairs.
+    """
+
+    phase: int
+    policy_version: int
+    pairs: tuple[Pair, ...]
+    counts: PairCounts
+    metrics: dict[str, float]
+    num_spare: int = 0
+
+
+def make_pairs(
+    prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], scores: Sequence[Sequence[float | None]]
+) -> tuple[list[Pair], PairCounts]:
+    """Orders the two completions of every prompt by score.
+
+    Args:
+        prompts: P prompts.
+        completions: two of each prompt.
+        scores: the annotator's score of each.
+
+    Returns:
+        (kept pairs in the order of the prompts, counts)
+    """
+    pairs, tied, identical, unscored = [], 0, 0, 0
+    for prompt, (first, second), (a, b) in zip(prompts, completions, scores, strict=True):
+        if first.ids == second.ids:
+            identical += 1
+        elif a is None or b is None:
+            unscored += 1
+        elif a == b:
+            tied += 1
+        elif a > b:
+            pairs.append(Pair(prompt, first, second, a, b))
+        else:
+            pairs.append(Pair(prompt, second, first, b, a))
+    truncated = sum(p.chosen.truncated or p.rejected.truncated for p in pairs)
+    return pairs, PairCounts(len(pairs), tied, identical, unscored, truncated)
+
+
+def write_pairs(path: Path, phase: PhasePairs) -> None:
+    """Writes a phase's pairs, all or nothing."""
+    header = {
+        "format": FORMAT,
+        "phase": phase.phase,
+        "policy_version": phase.policy_version,
+        "counts": vars(phase.counts),
+        "metrics": phase.metrics,
+        "num_spare": phase.num_spare,
+    }
+    lines = [json.dumps(header), *(json.dumps(_to_row(p), ensure_ascii=False) for p in phase.pairs)]
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
+def read_pairs(path: Path) -> PhasePairs:
+    """Reads what `write_pairs` wrote; ValueError if it is not that."""
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    try:
+        header = json.loads(lines[0])
+        if header.get("format") != FORMAT:
+            raise ValueError
+        return PhasePairs(
+            phase=header["phase"],
+            policy_version=header["policy_version"],
+            pairs=tuple(_from_row(json.loads(line)) for line in lines[1:]),
+            counts=PairCounts(**header["counts"]),
+            metrics=header["metrics"],
+            num_spare=header["num_spare"],
+        )
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise ValueError(f"{path}: not a file of recorded pairs") from None
+
+
+def replay_pairs(source: str, tokenizer: Any, eos_id: int, *, max_prompt_length: int, to_prompts: Any) -> list[Pair]:
+    """Reads pairs to train on without sampling: a run folder, its pairs, or preference rows.
+
+    Args:
+        source: a run folder, a `pairs` folder, one recorded file, or rows of {"prompt", "chosen", "rejected"}.
+        tokenizer: of the policy, for rows of text; completions of text get a blank in front and an EOS.
+        eos_id: id that closes a completion of text.
+        max_prompt_length: prompts over it are dropped by `to_prompts`.
+        to_prompts: rows to prompts, as `prompts.load_prompts` does.
+
+    Raises:
+        ValueError: no pairs there.
+    """
+    path = Path(source)
+    folder = path / "pairs" if (path / "pairs").is_dir() else path
+    files = sorted(folder.glob("phase-*.jsonl")) if folder.is_dir() else [path]
+    if files and files[0].is_file() and _is_recorded(files[0]):
+        pairs = [replace(p, ref_logps=None) for f in files for p in read_pairs(f).pairs]
+    else:
+        pairs = _pairs_of_text(source, tokenizer, eos_id, to_prompts)
+    if not pairs:
+        raise ValueError(f"--from-pairs {source}: no pairs")
+    return pairs
+
+
+def _is_recorded(path: Path) -> bool:
+    if path.suffix != ".jsonl":
+        return False
+    with path.open(encoding="utf-8") as lines:
+        return FORMAT in lines.readline()
+
+
+def _pairs_of_text(source: str, tokenizer: Any, eos_id: int, to_prompts: Any) -> list[Pair]:
+    rows, prompts = to_prompts(source)
+    pairs = []
+    for prompt in prompts:
+        texts = [_answer(rows[prompt.id].get(side)) for side in ("chosen", "rejected")]
+        if texts[0] is None or texts[1] is None:
+            raise ValueError(f"--from-pairs {source}: row {prompt.id + 1} has no chosen and rejected text")
+        chosen, rejected = (
+            Completion(
+                prompt_id=prompt.id,
+                sample_id=i,
+                ids=(*tokenizer(" " + text, add_special_tokens=False)["input_ids"], eos_id),
+                text=text,
+                truncated=False,
+                policy_version=-1,
+                seed=0,
+            )
+            for i, text in enumerate(texts)
+        )
+        if chosen.ids != rejected.ids:
+            pairs.append(Pair(prompt, chosen, rejected, 1.0, 0.0))
+    return pairs
+
+
+def _answer(value: Any) -> str | None:
+    """The last answer of a text, an HH-RLHF string or a list of messages."""
+    from bpo_fast.prompts import split_answer
+
+    if isinstance(value, list) and value:
+        value = value[-1].get("content")
+    if not isinstance(value, str):
+        return None
+    return (split_answer(value)[1] if "\n\nAssistant:" in value else value.strip()) or None
+
+
+def _to_row(pair: Pair) -> dict[str, Any]:
+    row = {"prompt": vars(pair.prompt) | {"columns": dict(pair.prompt.columns)}}
+    row |= {"chosen": vars(pair.chosen), "rejected": vars(pair.rejected)}
+    return row | {k: getattr(pair, k) for k in ("chosen_score", "rejected_score", "ref_logps")}
+
+
+def _from_row(row: dict[str, Any]) -> Pair:
+    prompt = Prompt(**row["prompt"] | {"ids": tuple(row["prompt"]["ids"])})
+    sides = []
+    for side in ("chosen", "rejected"):
+        fields_ = row[side]
+        logps = None if fields_["logps"] is None else tuple(fields_["logps"])
+        sides.append(Completion(**fields_ | {"ids": tuple(fields_["ids"]), "logps": logps}))
+    ref_logps = None if row["ref_logps"] is None else tuple(row["ref_logps"])
+    return Pair(prompt, *sides, row["chosen_score"], row["rejected_score"], ref_logps)

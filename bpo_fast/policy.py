@@ -1,0 +1,286 @@
+"""The policy: a transformers model, trained whole or through a LoRA ensemble, and its sequence log-probs.
+
+A policy has views, each a context manager: `member(m)` is what an optimizer step trains, `behavior()` is the average of
+the members, `initial()` is where the run began, `merged()` is the behavior as dense weights for fast sampling.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from bpo_fast_kernels import PairLoss, linear_logps, linear_pair_loss, pair_loss
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from bpo_fast.config import MethodConfig, ModelConfig
+from bpo_fast.lora import LoraEnsemble
+from bpo_fast.packing import PairBatch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden rows become logits.
+
+    Attributes:
+        fused: logits are scale * softcap(hidden @ weight.T), so that the fused kernels apply.
+        softcap: c of c * tanh(z / c), or None.
+        scale: a constant factor, 1 for most models.
+    """
+
+    fused: bool
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+class Policy:
+    """The weights in training.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its tokenizer.
+        config: form of training (LoRA or full, members).
+        seed: start of the LoRA members.
+        temperature: of the sampler; log-probs are those of the tempered distribution.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer, config: ModelConfig, *, seed: int, temperature: float = 1.0):
+        self.model, self.tokenizer, self.config, self.temperature = model, tokenizer, config, temperature
+        self.version = 0
+        self.head = _probe_head(model)
+        self.pad_id = _pad_id(tokenizer, model)
+        self.eos_ids = _eos_ids(tokenizer, model)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.lora: LoraEnsemble | None = None
+        if not config.full:
+            assert config.lora_r, "resolve() has set it"
+            assert config.lora_alpha, "resolve() has set it"
+            self.lora = LoraEnsemble(
+                model,
+                num_members=config.members,
+                r=config.lora_r,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                targets=config.lora_targets,
+                seed=seed,
+            )
+            for m, folder in enumerate(config.adapters):
+                self.lora.load_member(m, folder)
+        # the base is on disk for LoRA, so its start is the adapters alone; a full copy waits in host memory
+        self._initial = (
+            self.lora.state() if self.lora else {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
+        )
+
+    @property
+    def num_members(self) -> int:
+        """M."""
+        return self.lora.num_members if self.lora else 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer trains; LoRA tensors carry the members in dimension 0."""
+        return list(self.lora.parameters()) if self.lora else list(self.model.parameters())
+
+    def member(self, m: int) -> AbstractContextManager[None]:
+        """Forwards inside run member m. Run the backward inside too: checkpointing recomputes the forward."""
+        return self.lora.member(m) if self.lora else nullcontext()
+
+    def behavior(self) -> AbstractContextManager[None]:
+        """Forwards inside run the exact average of the members."""
+        return self.lora.average() if self.lora else nullcontext()
+
+    def merged(self) -> AbstractContextManager[None]:
+        """Forwards inside run the behavior as dense weights."""
+        return self.lora.merged() if self.lora else nullcontext()
+
+    @contextmanager
+    def initial(self) -> Iterator[None]:
+        """Forwards inside run the weights at the start of the run."""
+        with self.lora.average(self._initial) if self.lora else self._swapped(self._initial):
+            yield
+
+    @contextmanager
+    def dense(self, deltas: dict[str, Tensor]) -> Iterator[None]:
+        """Forwards inside run the start plus `deltas` (LoRA: a layer's name to its delta; full: to its new value)."""
+        with self.lora.merged(deltas) if self.lora else self._swapped(deltas):
+            yield
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """The behavior in the form that `dense` takes."""
+        if self.lora:
+            return {n: self.lora.delta(n).contiguous() for n in self.lora.names}
+        return {n: p.detach().clone() for n, p in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def logps(self, batch: PairBatch) -> Tensor:
+        """Sequence log-probs of the view in force: [2P] float32, nats, chosen first."""
+        if not self.head.fused:
+            return self._plain_logps(batch)
+        return linear_logps(
+            self._hidden(batch), self._weight(), batch.targets, batch.cu_seqlens, **self._head_options()
+        )
+
+    def loss(
+        self, batch: PairBatch, ref_logps: Tensor | None, method: MethodConfig, *, num_pairs: int
+    ) -> tuple[Tensor, PairLoss]:
+        """Preference loss of the view in force.
+
+        Args:
+            batch: P pairs.
+            ref_logps: [2P] float32. reference log-probs, or None where the reference is the policy itself.
+            method: loss, beta and label smoothing.
+            num_pairs: pairs of the whole step, which divide the sum.
+
+        Returns:
+            (scalar, differentiable; the parts of each pair, detached)
+        """
+        options = {"loss": method.loss, "beta": method.beta, "label_smoothing": method.label_smoothing}
+        if not self.head.fused:
+            logps = self._plain_logps(batch)
+            reference = logps.detach() if ref_logps is None else ref_logps
+            parts = pair_loss(logps, reference, lengths=batch.lengths, **options)
+            return parts.loss.sum() / num_pairs, parts
+        return linear_pair_loss(
+            self._hidden(batch),
+            self._weight(),
+            batch.targets,
+            batch.cu_seqlens,
+            ref_logps,
+            num_pairs=num_pairs,
+            **options,
+            **self._head_options(),
+        )
+
+    def _hidden(self, batch: PairBatch) -> Tensor:
+        """[T, H] rows of the trunk's output that predict completion tokens."""
+        trunk = self.model.base_model
+        out = trunk(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return out.last_hidden_state.flatten(0, 1).index_select(0, batch.rows)
+
+    def _weight(self) -> Tensor:
+        return self.model.get_output_embeddings().weight
+
+    def _head_options(self) -> dict[str, float | None]:
+        return {"temperature": self.temperature / self.head.scale, "logit_softcap": self.head.softcap}
+
+    def _plain_logps(self, batch: PairBatch) -> Tensor:
+        """[2P] through the model's own logits, for heads that the kernels do not know."""
+        out = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        logits = out.logits.flatten(0, 1).index_select(0, batch.rows).float() / self.temperature
+        token_logps = logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+        segment = torch.arange(len(batch.lengths), device=logits.device).repeat_interleave(batch.lengths)
+        return torch.zeros(len(batch.lengths), device=logits.device).index_add(0, segment, token_logps)
+
+    @contextmanager
+    def _swapped(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        kept = {}
+        try:
+            for name, parameter in self.model.named_parameters():
+                kept[name] = parameter.data
+                parameter.data = weights[name].to(parameter.device, parameter.dtype)
+            yield
+        finally:
+            for name, parameter in self.model.named_parameters():
+                if name in kept:
+                    parameter.data = kept[name]
+
+
+def load_policy(config: ModelConfig, *, device: torch.device, seed: int, temperature: float, max_length: int) -> Policy:
+    """Loads a policy from a folder or the Hub.
+
+    Args:
+        config: where from, and the form of training.
+        device: where to.
+        seed: start of the LoRA members.
+        temperature: of the sampler.
+        max_length: longest prompt plus completion in tokens.
+
+    Raises:
+        ValueError: not a causal LM, a tokenizer that does not fit, positions that do not reach `max_length`.
+    """
+    assert config.path is not None, "resolve() has set it"
+    model, tokenizer = load_model(config, device)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"model.path = {config.path}: the tokenizer has {len(tokenizer)} tokens, the model {rows} rows"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise ValueError(
+            f"data.max_prompt_length + sampling.max_new_tokens = {max_length}: the model has {positions} positions"
+        )
+    return Policy(model, tokenizer, config, seed=seed, temperature=temperature)
+
+
+def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(causal LM in eval mode, tokenizer) of a folder or Hub id; ValueError naming `model.path` otherwise."""
+    path = str(config.path)
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"model.path = {path}: not a model folder (no config.json)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"model.path = {path}: {reason}") from None
+    return model.to(device).eval(), tokenizer
+
+
+@torch.no_grad()
+def _probe_head(model: PreTrainedModel) -> Head:
+    """Compares the model's own logits with scale * softcap(hidden @ weight.T) on a few tokens."""
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(1, 6, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    own = model(input_ids=ids, use_cache=False).logits.double()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    model.train(was_training)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    plain = (hidden @ model.get_output_embeddings().weight.T).double()
+    if softcap:
+        plain = softcap * torch.tanh(plain / softcap)
+    scale = float((own * plain).sum() / (plain * plain).sum().clamp_min(1e-30))
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2
+    unscaled = abs(scale - 1) < tolerance
+    same = torch.allclose(own, scale * plain, rtol=tolerance, atol=tolerance * float(own.abs().max()))
+    if same and scale > 0:
+        return Head(fused=True, softcap=softcap, scale=1.0 if unscaled else scale)
+    log.warning("%s: a head with a bias or a form of its own; logits are taken whole", type(model).__name__)
+    return Head(fused=False)
+
+
+def _pad_id(tokenizer, model: PreTrainedModel) -> int:
+    eos = _eos_ids(tokenizer, model)
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos[0] if eos else 0)
+
+
+def _eos_ids(tokenizer, model: PreTrainedModel) -> tuple[int, ...]:
+    """Ids that end a completion: those of the generation config, else the tokenizer's."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    ids = [ids] if isinstance(ids, int) else list(ids or [])
+    if not ids and tokenizer.eos_token_id is not None:
+        ids = [tokenizer.eos_token_id]
+    if not ids:
+        raise ValueError("model.path: neither generation_config.json nor the tokenizer names an EOS token")
+    return tuple(ids)
