@@ -1,0 +1,390 @@
+"""The figures of one run, as SVG that takes its colors and font from the page it stands in."""
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from bpo_fast.run_folder import RunFolder, bootstrap, judges, results, wins
+
+matplotlib.use("Agg")
+
+# Okabe and Ito's palette, told apart by every common kind of color vision; the page swaps in its variables.
+BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+GRAY, INK, GRID = "#7a7f87", "#1b1f24", "#d5d9de"
+PAGE_COLORS = {BLUE: "c0", ORANGE: "c1", GREEN: "c2", PINK: "c3", GRAY: "c4", INK: "ink", GRID: "grid"}
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": GRAY,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.2,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "savefig.transparent": True,
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "xtick.color": GRAY,
+    "xtick.labelcolor": INK,
+    "ytick.color": GRAY,
+    "ytick.labelcolor": INK,
+}
+WIDTH_IN = 4.4
+MAX_POINTS = 1000
+MAX_MARKED_PHASES = 16
+MAX_BARS = 48
+SMOOTHED_FROM = 60
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure of the report: its title, one sentence on how to read it, and the drawing."""
+
+    title: str
+    caption: str
+    figure: Figure
+
+    def svg(self, prefix: str) -> str:
+        """The drawing as an `<svg>` element for a page; `prefix` keeps its ids apart from those of its neighbors."""
+        buffer = io.StringIO()
+        with plt.rc_context({**STYLE, "svg.hashsalt": prefix}):
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None})
+        svg = buffer.getvalue()
+        svg = svg[svg.index("<svg") :]
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+        svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+        svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+        # The page's own font: every common one is narrower than the DejaVu Sans that the layout was made for.
+        svg = re.sub(r"font: (?:(\d+) )?([\d.]+px) [^;\"]+", r"font-size: \2", svg)
+        for color, variable in PAGE_COLORS.items():
+            svg = svg.replace(color, f"var(--{variable})")
+        return svg.replace("<svg ", f'<svg role="img" aria-label="{self.title}" ', 1)
+
+
+def plots(run: RunFolder) -> tuple[list[Plot], list[str]]:
+    """Draw every figure whose numbers are there; name the others.
+
+    Returns:
+        The figures in reading order, and one sentence for each that could not be drawn.
+    """
+    drawn, missing = [], []
+    for title, caption, draw in FIGURES:
+        with plt.rc_context(STYLE):
+            figure = draw(run)
+        if figure is None:
+            missing.append(f"{title}: the run folder has no numbers for this figure.")
+        else:
+            drawn.append(Plot(title, caption, figure))
+    return drawn, missing
+
+
+def close(drawn: Sequence[Plot]) -> None:
+    """Free the figures."""
+    for plot in drawn:
+        plt.close(plot.figure)
+
+
+def _series(lines: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """[n] float64 positions and values of the lines that carry `y`; a null is NaN and leaves a gap."""
+    points = [(line[x], line[y]) for line in lines if y in line and isinstance(line.get(x), int | float)]
+    values = np.array([math.nan if value is None else value for _, value in points], dtype=np.float64)
+    if not np.isfinite(values).any():
+        return None
+    return np.array([position for position, _ in points], dtype=np.float64), values
+
+
+def _panels(num: int, height: float = 1.75) -> tuple[Figure, list[Axes]]:
+    figure, axes = plt.subplots(num, 1, sharex=True, figsize=(WIDTH_IN, height * num + 0.35), squeeze=False)
+    for axis in axes[:, 0]:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    return figure, list(axes[:, 0])
+
+
+def _legend(axis: Axes) -> None:
+    axis.legend(loc="lower right", bbox_to_anchor=(1.02, 0.98), ncols=4, borderaxespad=0.1, columnspacing=1.0)
+
+
+def _line(axis: Axes, series: tuple[np.ndarray, np.ndarray], color: str, label: str | None = None) -> None:
+    """A line with a marker at each of few points, or the running mean over the faint raw line of many."""
+    x, y = series
+    if len(x) < SMOOTHED_FROM:
+        axis.plot(x, y, color=color, label=label, marker="o" if len(x) <= 24 else None)
+        return
+    stride = math.ceil(len(x) / MAX_POINTS)
+    axis.plot(x[::stride], y[::stride], color=color, alpha=0.25, linewidth=0.8)
+    axis.plot(x[::stride], _running_mean(y, len(y) // 30)[::stride], color=color, label=label)
+
+
+def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
+    """Mean over the finite values within `half` positions to either side."""
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    num = count[high] - count[low]
+    return np.where(num > 0, (total[high] - total[low]) / np.maximum(num, 1), math.nan)
+
+
+def _mark_phases(run: RunFolder, axes: Sequence[Axes]) -> None:
+    """Dotted lines where a phase begins, unless there are too many to tell apart."""
+    starts: dict[int, int] = {}
+    for line in run.steps:
+        if isinstance(line.get("phase"), int):
+            starts.setdefault(line["phase"], line["step"])
+    if not 1 < len(starts) <= MAX_MARKED_PHASES:
+        return
+    for start in list(starts.values())[1:]:
+        for axis in axes:
+            axis.axvline(start - 0.5, color=GRAY, linestyle=":", linewidth=1.0)
+
+
+def _stacked(run: RunFolder, rows: Sequence[Sequence[tuple[str, str, str]]], titles: Sequence[str]) -> Figure | None:
+    """Panels over steps, one a row of (metric, color, legend)."""
+    found = [[(_series(run.steps, "step", y), color, label) for y, color, label in row] for row in rows]
+    kept = [(title, row) for title, row in zip(titles, found, strict=True) if any(series for series, _, _ in row)]
+    if not kept:
+        return None
+    figure, axes = _panels(len(kept))
+    for axis, (title, row) in zip(axes, kept, strict=True):
+        for series, color, label in row:
+            if series is not None:
+                _line(axis, series, color, label)
+        axis.set_title(title)
+        axis.yaxis.set_major_formatter("{x:g}")
+        if len(row) > 1:
+            _legend(axis)
+    _mark_phases(run, axes)
+    axes[-1].set_xlabel("optimizer step")
+    return figure
+
+
+def _by_phase(run: RunFolder, rows: Sequence[tuple[str, str, str]], *, from_zero: bool = True) -> Figure | None:
+    """Panels over phases, one a (metric, color, title); from zero where a ratio of two heights has a meaning."""
+    kept = [(series, color, title) for y, color, title in rows if (series := _series(run.phases, "phase", y))]
+    if not kept:
+        return None
+    figure, axes = _panels(len(kept))
+    for axis, (series, color, title) in zip(axes, kept, strict=True):
+        _line(axis, series, color)
+        axis.set_title(title)
+        axis.margins(y=0.15)
+        if from_zero:
+            axis.set_ylim(bottom=min(0.0, float(np.nanmin(series[1]))), top=1.2 * float(np.nanmax(series[1])) or 1.0)
+    _phase_axis(axes[-1], run)
+    return figure
+
+
+def _phase_axis(axis: Axes, run: RunFolder) -> None:
+    axis.set_xlabel("phase")
+    num = len(run.phases)
+    if num <= 10:
+        axis.set_xticks([line["phase"] for line in run.phases if "phase" in line])
+        axis.set_xlim(-0.5, num - 0.5)
+
+
+def _loss(run: RunFolder) -> Figure | None:
+    rows = [[("loss", BLUE, "")], [("rewards/margins", GREEN, "")]]
+    return _stacked(run, rows, ("loss", "margin: reward of chosen - reward of rejected"))
+
+
+def _rewards(run: RunFolder) -> Figure | None:
+    both = [("rewards/chosen", BLUE, "chosen"), ("rewards/rejected", ORANGE, "rejected")]
+    return _stacked(run, [both, [("rewards/accuracies", GREEN, "")]], ("reward", "share of pairs in the right order"))
+
+
+def _optimizer(run: RunFolder) -> Figure | None:
+    return _stacked(run, [[("grad_norm", PINK, "")], [("learning_rate", GRAY, "")]], ("gradient norm", "learning rate"))
+
+
+def _scores(run: RunFolder) -> Figure | None:
+    rows = [("objective/scores", BLUE, "mean score"), ("objective/scores_margin", GREEN, "chosen - rejected")]
+    return _by_phase(run, rows, from_zero=False)
+
+
+def _drift(run: RunFolder) -> Figure | None:
+    rows = [("objective/kl", ORANGE, "KL to the start (nats a completion)"), ("objective/entropy", PINK, "entropy")]
+    return _by_phase(run, rows)
+
+
+def _win_rates(run: RunFolder) -> Figure | None:
+    rows = []
+    for judge in dict.fromkeys([*results(run, "before").get("win_rate", {}), *judges(run.eval_rows)]):
+        sides = [(when, list(wins(run, when, judge).values())) for when in ("before", "after")]
+        if any(values for _, values in sides):
+            rows.append((judge, [(when, bootstrap(values)) for when, values in sides if values]))
+    if not rows:
+        return None
+    figure, axis = plt.subplots(figsize=(WIDTH_IN, 0.85 * len(rows) + 0.9))
+    for index, (judge, sides) in enumerate(rows):
+        axis.text(0, index - 0.33, _shortened(judge), fontsize=9)
+        for when, interval in sides:
+            y = index + (0.22 if when == "after" else -0.06)
+            color, face = (BLUE, BLUE) if when == "after" else (GRAY, "none")
+            axis.plot([interval.low, interval.high], [y, y], color=color, linewidth=2)
+            axis.plot(interval.mean, y, "o", color=color, markersize=6, markerfacecolor=face)
+            text = f"{when} {100 * interval.mean:.0f}%"
+            right = interval.high < 0.75
+            axis.text(
+                interval.high + 0.02 if right else interval.low - 0.02,
+                y,
+                text,
+                va="center",
+                ha="left" if right else "right",
+                fontsize=8.5,
+            )
+    axis.axvline(0.5, color=GRAY, linestyle=":", linewidth=1.0)
+    axis.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.55), yticks=[], xlabel="win rate against the reference text")
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.spines["left"].set_visible(False)
+    return figure
+
+
+def _shortened(name: str, limit: int = 46) -> str:
+    return name if len(name) <= limit else "..." + name[3 - limit :]
+
+
+def _lengths(run: RunFolder) -> Figure | None:
+    rows = [
+        ("completions/mean_length", BLUE, "mean completion length (tokens)"),
+        ("completions/clipped_ratio", ORANGE, "share truncated"),
+    ]
+    return _by_phase(run, rows)
+
+
+def _diversity(run: RunFolder) -> Figure | None:
+    rows = [("completions/distinct_2", GREEN, "distinct-2"), ("completions/unique", PINK, "share of unique outputs")]
+    return _by_phase(run, rows)
+
+
+def _pairs(run: RunFolder) -> Figure | None:
+    kinds = [("kept", BLUE), ("tied", ORANGE), ("identical", PINK), ("unscored", GRAY)]
+    found = [(name, color, _series(run.phases, "phase", f"pairs/{name}")) for name, color in kinds]
+    present = [(name, color, series) for name, color, series in found if series is not None and series[1].any()]
+    if not present:
+        return None
+    figure, (axis,) = _panels(1, height=2.4)
+    positions = present[0][2][0]
+    below = np.zeros(len(positions))
+    for name, color, (_, values) in present:
+        if len(positions) <= MAX_BARS:
+            axis.bar(positions, values, bottom=below, color=color, label=name, width=0.7)
+        else:
+            axis.fill_between(positions, below, below + values, color=color, label=name, step="mid", linewidth=0)
+        below = below + values
+    axis.set_title("pairs")
+    _legend(axis)
+    axis.grid(axis="x", visible=False)
+    _phase_axis(axis, run)
+    return figure
+
+
+def _seconds(run: RunFolder) -> Figure | None:
+    seconds = stage_seconds(run)
+    if not seconds:
+        return None
+    figure, axis = plt.subplots(figsize=(WIDTH_IN, 0.3 * len(seconds) + 0.8))
+    names = list(seconds)
+    bars = axis.barh(names, list(seconds.values()), color=BLUE, height=0.62)
+    axis.bar_label(bars, [f"{value:,.1f}" for value in seconds.values()], padding=3, fontsize=8.5, color=INK)
+    axis.invert_yaxis()
+    axis.margins(x=0.16)
+    axis.grid(axis="y", visible=False)
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel("seconds")
+    return figure
+
+
+def stage_seconds(run: RunFolder) -> dict[str, float]:
+    """Seconds by stage: from summary.json (with "other" for the rest of the total), else summed over metrics.jsonl."""
+    if "seconds" in run.summary:
+        seconds = {name: value for name, value in run.summary["seconds"].items() if name != "total"}
+        other = run.summary["seconds"].get("total", 0.0) - sum(seconds.values())
+        return seconds | ({"other": other} if other >= 0.05 else {})
+    sums: dict[str, float] = {}
+    for line in run.phases + run.evals:
+        for name, value in line.items():
+            if name.startswith("timing/") and value is not None:
+                stage = name.removeprefix("timing/").removesuffix("_s")
+                sums[stage] = sums.get(stage, 0.0) + value
+    return sums
+
+
+def _machine(run: RunFolder) -> Figure | None:
+    rows = [
+        ("perf/tokens_per_s", GREEN, "tokens a second"),
+        ("perf/peak_memory_gib", ORANGE, "peak memory (GiB)"),
+    ]
+    return _by_phase(run, rows)
+
+
+def _during(run: RunFolder) -> Figure | None:
+    """Evaluations inside the run, where there were any."""
+    if not any(line.get("eval/when") == "step" for line in run.evals):
+        return None
+    names = [name for line in run.evals for name in line]
+    section = "eval/win_rate/" if any(name.startswith("eval/win_rate/") for name in names) else "eval/score/"
+    found = dict.fromkeys(name for name in names if name.startswith(section))
+    figure, axes = _panels(2)
+    for name, color in zip(found, (BLUE, ORANGE, GREEN, PINK), strict=False):
+        if series := _series(run.evals, "step", name):
+            _line(axes[0], series, color, _shortened(name.removeprefix(section), 20))
+    axes[0].set_title("win rate" if section == "eval/win_rate/" else "mean score")
+    _legend(axes[0])
+    if series := _series(run.evals, "step", "eval/kl"):
+        _line(axes[1], series, ORANGE)
+    axes[1].set_title("KL to the start (nats a completion)")
+    axes[1].set_xlabel("optimizer step")
+    return figure
+
+
+FIGURES: tuple[tuple[str, str, Callable[[RunFolder], Figure | None]], ...] = (
+    (
+        "Win rate by judge",
+        "Share of held-out prompts whose output the judge scores above the reference text. Bars are 95% bootstrap "
+        "intervals over prompts.",
+        _win_rates,
+    ),
+    ("Loss and margin", "Dotted lines: a new phase begins and the behavior LLM is refreshed.", _loss),
+    (
+        "Rewards",
+        "Reward: beta times the log-prob ratio of policy and reference; under BPO each phase starts at 0.",
+        _rewards,
+    ),
+    ("Annotator scores", "What the annotator of the training thinks of the samples of each phase.", _scores),
+    ("Drift", "How far the sampling policy is from the initial one, and how random it still is.", _drift),
+    (
+        "Completions",
+        "Lengths and truncation of the sampled completions: the first places where hacking shows.",
+        _lengths,
+    ),
+    ("Diversity", "Shares of distinct bigrams and of distinct outputs among the samples.", _diversity),
+    ("Pairs", "Tied, identical and unscored pairs are dropped and not trained on.", _pairs),
+    ("Optimizer", "Gradient norm before clipping, and the one schedule over all phases.", _optimizer),
+    ("Time by stage", "Seconds of the whole run.", _seconds),
+    ("Speed and memory", "Tokens sampled and trained on a second, and the peak of memory, by phase.", _machine),
+    ("Evaluation during the run", "Held-out prompts, at the steps where the run was evaluated.", _during),
+)

@@ -1,0 +1,280 @@
+"""What a run folder says, for people: read whatever is there and name what is not."""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METHOD_NAMES = {
+    ("policy", "behavior"): "BPO",
+    ("policy", "initial"): "online",
+    ("policy", "ema"): "online with an EMA reference",
+    ("policy", "golden"): "online with a golden reference",
+    ("initial", "initial"): "offline",
+    ("initial", "behavior"): "moving reference on fixed data",
+    ("initial", "ema"): "EMA reference on fixed data",
+    ("initial", "golden"): "golden reference on fixed data",
+}
+REFERENCES = {
+    "behavior": "the behavior LLM (the policy at the start of the phase)",
+    "initial": "the initial policy",
+    "ema": "a moving average of the policy",
+    "golden": "a finished better policy",
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run.
+
+    Attributes:
+        path: the folder.
+        config: config.toml as nested tables; config_text: the same as written.
+        env: env.json.
+        steps, phases, evals: the lines of metrics.jsonl by kind, in order.
+        eval_rows: the lines of eval.jsonl.
+        summary: summary.json.
+        missing: one sentence for each file that is not there or cannot be read.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    config_text: str
+    env: dict[str, Any]
+    steps: list[dict[str, Any]]
+    phases: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    eval_rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+    missing: list[str]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One row of the result table: a number before and after training.
+
+    Attributes:
+        name: what is measured, in words.
+        kind: "share" in [0, 1], "score", "nats", "tokens" or "ratio".
+        before, after: the values; None if unknown.
+    """
+
+    name: str
+    kind: str
+    before: float | None
+    after: float | None
+
+    def texts(self) -> tuple[str, str, str]:
+        """Before, after and change as a person reads them."""
+        change = None if self.before is None or self.after is None else self.after - self.before
+        return self._text(self.before), self._text(self.after), self._text(change, sign="+")
+
+    def _text(self, value: float | None, sign: str = "") -> str:
+        if value is None:
+            return "n/a"
+        if self.kind == "share":
+            return f"{100 * value:{sign}.1f}" + (" points" if sign else "%")
+        return f"{value:{sign}.1f}" if self.kind == "tokens" else f"{value:{sign}.3f}"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95% percentile-bootstrap interval over prompts."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """One evaluation prompt with its output before and after training, either of which may be absent."""
+
+    prompt: str
+    label: str | None
+    before: Mapping[str, Any] | None
+    after: Mapping[str, Any] | None
+    change: float | None = None
+
+
+@dataclass
+class _Reader:
+    path: Path
+    missing: list[str] = field(default_factory=list)
+
+    def text(self, name: str, why: str) -> str:
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            self.missing.append(f"{name} is missing: {why}.")
+        except (OSError, UnicodeDecodeError) as error:
+            self.missing.append(f"{name} cannot be read: {error}.")
+        return ""
+
+    def toml(self, name: str, text: str) -> dict[str, Any]:
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            self.missing.append(f"{name} is not TOML: {error}.")
+            return {}
+
+    def json(self, name: str, why: str) -> dict[str, Any]:
+        rows = self._rows(name, [self.text(name, why)])
+        return rows[0] if rows else {}
+
+    def jsonl(self, name: str, why: str) -> list[dict[str, Any]]:
+        return self._rows(name, self.text(name, why).split("\n"))
+
+    def _rows(self, name: str, texts: list[str]) -> list[dict[str, Any]]:
+        rows, num_bad = [], 0
+        for text in texts:
+            if text.strip():
+                try:
+                    row = json.loads(text)
+                except json.JSONDecodeError:
+                    row = None
+                rows += [row] if isinstance(row, dict) else []
+                num_bad += not isinstance(row, dict)
+        if num_bad:
+            self.missing.append(f"{name} is damaged: {num_bad} of {num_bad + len(rows)} JSON objects cannot be read.")
+        return rows
+
+
+def read_run(run_dir: Path) -> RunFolder:
+    """Read a run folder; a file that is absent or damaged is named in `missing` and stands empty.
+
+    Raises:
+        ValueError: `run_dir` is not a folder.
+    """
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: no such run folder")
+    reader = _Reader(run_dir)
+    config_text = reader.text("config.toml", "the settings of the run are unknown")
+    metrics = reader.jsonl("metrics.jsonl", "there is nothing to plot")
+    rows = reader.jsonl("eval.jsonl", "there are no completions to show and no intervals")
+    whole = [row for row in rows if all(key in row for key in ("when", "prompt_id", "prompt", "output"))]
+    if len(whole) < len(rows):
+        reader.missing.append(f"eval.jsonl: {len(rows) - len(whole)} rows lack when, prompt_id, prompt or output.")
+    return RunFolder(
+        path=run_dir,
+        config=reader.toml("config.toml", config_text),
+        config_text=config_text,
+        env=reader.json("env.json", "machine and versions are unknown"),
+        steps=[line for line in metrics if line.get("kind") == "step"],
+        phases=[line for line in metrics if line.get("kind") == "phase"],
+        evals=[line for line in metrics if line.get("kind") == "eval"],
+        eval_rows=whole,
+        summary=reader.json("summary.json", "the run was stopped before its end, or is still going"),
+        missing=reader.missing,
+    )
+
+
+def method_words(method: Mapping[str, Any]) -> str:
+    """Say in words what `ref`, `sampler`, `loss`, `phases` and `members` mean together."""
+    ref, sampler = method.get("ref", "behavior"), method.get("sampler", "policy")
+    phases, members = method.get("phases", "?"), method.get("members", 1)
+    name = METHOD_NAMES.get((sampler, ref), f"sampler {sampler}, reference {ref}")
+    if phases == 1 and ref in ("behavior", "initial"):
+        name = "offline"
+    when = "a new phase every step" if phases == "on-policy" else f"{phases} phase{'' if phases == 1 else 's'}"
+    who = f"{members} member{'' if members == 1 else 's'}"
+    return f"{name}: {str(method.get('loss', '?')).upper()} against {REFERENCES.get(ref, ref)}, {when}, {who}"
+
+
+def results(run: RunFolder, when: str) -> dict[str, Any]:
+    """The results "before" or "after": from summary.json, else from the last such line of metrics.jsonl."""
+    if when in run.summary:
+        return run.summary[when]
+    lines = [line for line in run.evals if line.get("eval/when") == when]
+    found: dict[str, Any] = {"win_rate": {}, "score": {}}
+    for name, value in (lines[-1] if lines else {}).items():
+        section, _, leaf = name.removeprefix("eval/").partition("/")
+        if leaf and section in ("win_rate", "score"):
+            found[section][leaf] = value
+        elif name.startswith("eval/"):
+            found[section] = value
+    return found
+
+
+def measures(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Measure]:
+    """The rows of the result table that have a value on either side."""
+
+    def judged(section: str) -> list[str]:
+        return list(dict.fromkeys([*before.get(section, {}), *after.get(section, {})]))
+
+    def row(name: str, kind: str, *keys: str) -> Measure:
+        return Measure(name, kind, _get(before, keys), _get(after, keys))
+
+    rows = [row(f"win rate, {judge}", "share", "win_rate", judge) for judge in judged("win_rate")]
+    rows += [row(f"mean score, {judge}", "score", "score", judge) for judge in judged("score")]
+    rows += [
+        row("KL to the start (nats)", "nats", "kl"),
+        row("mean length (tokens)", "tokens", "mean_length"),
+        row("truncated", "share", "clipped_ratio"),
+        row("distinct-2", "ratio", "distinct_2"),
+        row("unique outputs", "share", "unique"),
+    ]
+    return [measure for measure in rows if measure.before is not None or measure.after is not None]
+
+
+def bootstrap(values: Sequence[float], *, num_resamples: int = 2000, seed: int = 0) -> Interval:
+    """Mean of one value a prompt with its 95% percentile-bootstrap interval.
+
+    Args:
+        values: at least one.
+        num_resamples: bootstrap samples.
+        seed: of the resampling.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = [generator.choice(array, array.size).mean() for _ in range(num_resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(array.mean()), float(low), float(high))
+
+
+def wins(run: RunFolder, when: str, judge: str) -> dict[int, float]:
+    """1.0 or 0.0 by prompt id: does the judge score the output strictly above the reference text?"""
+    found = {}
+    for row in run.eval_rows:
+        score, label_score = _get(row, ("scores", judge)), _get(row, ("label_scores", judge))
+        if row.get("when") == when and score is not None and label_score is not None:
+            found[row["prompt_id"]] = float(score > label_score)
+    return found
+
+
+def examples(eval_rows: Sequence[Mapping[str, Any]], judge: str | None) -> list[Example]:
+    """Join the rows of eval.jsonl by prompt, in order of first appearance; `change` is by `judge`."""
+    sides: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for row in eval_rows:
+        sides.setdefault(row["prompt_id"], {})[row["when"]] = row
+    found = []
+    for side in sides.values():
+        before, after = side.get("before"), side.get("after")
+        any_side = before or after
+        if any_side is None:
+            continue
+        old, new = (_get(row, ("scores", judge)) if row and judge else None for row in (before, after))
+        change = None if old is None or new is None else new - old
+        found.append(Example(any_side["prompt"], any_side.get("label"), before, after, change))
+    return found
+
+
+def judges(eval_rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the judges that scored the rows, in order."""
+    return list(dict.fromkeys(judge for row in eval_rows for judge in row.get("scores") or {}))
+
+
+def printable(text: str) -> str:
+    """Text of a model, made safe to show: control characters other than newline and tab become U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _get(tree: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
+    value: Any = tree
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, int | float) else None
