@@ -84,19 +84,20 @@ class Plot:
 
 
 def plots(run: RunFolder) -> tuple[list[Plot], list[str]]:
-    """Draw every figure whose numbers are there; name the others.
+    """Draw every figure whose numbers are there.
 
     Returns:
-        The figures in reading order, and one sentence for each that could not be drawn.
+        The figures in reading order, and the titles of those that a complete run would have had as well.
     """
     drawn, missing = [], []
+    optional = OPTIONAL_FIGURES + (PHASE_FIGURES if len(run.phases) == 1 else ())
     for title, caption, draw in FIGURES:
         with plt.rc_context(STYLE):
             figure = draw(run)
-        if figure is None:
-            missing.append(f"{title}: the run folder has no numbers for this figure.")
-        else:
+        if figure is not None:
             drawn.append(Plot(title, caption, figure))
+        elif title not in optional:
+            missing.append(title)
     return drawn, missing
 
 
@@ -127,39 +128,48 @@ def _legend(axis: Axes) -> None:
     axis.legend(loc="lower right", bbox_to_anchor=(1.02, 0.98), ncols=4, borderaxespad=0.1, columnspacing=1.0)
 
 
-def _line(axis: Axes, series: tuple[np.ndarray, np.ndarray], color: str, label: str | None = None) -> None:
-    """A line with a marker at each of few points, or the running mean over the faint raw line of many."""
+def _line(
+    axis: Axes, series: tuple[np.ndarray, np.ndarray], color: str, label: str | None = None, starts: Sequence[int] = ()
+) -> None:
+    """A line with a marker at each of few points, or the smoothed line of each phase over the faint one of many."""
     x, y = series
     if len(x) < SMOOTHED_FROM:
         axis.plot(x, y, color=color, label=label, marker="o" if len(x) <= 24 else None)
         return
     stride = math.ceil(len(x) / MAX_POINTS)
     axis.plot(x[::stride], y[::stride], color=color, alpha=0.25, linewidth=0.8)
-    axis.plot(x[::stride], _running_mean(y, len(y) // 30)[::stride], color=color, label=label)
+    # A refresh of the behavior makes the curve jump; smoothing across it would show a slope that never was.
+    phases = np.split(np.arange(len(x)), np.searchsorted(x, starts))
+    for rows in phases:
+        axis.plot(x[rows][::stride], _smoothed(y[rows], len(y) // 30)[::stride], color=color, label=label)
+        label = None
 
 
-def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
-    """Mean over the finite values within `half` positions to either side."""
+def _smoothed(values: np.ndarray, half: int) -> np.ndarray:
+    """The straight line fitted to the finite values within `half` positions, taken at each position."""
+    position = np.arange(len(values), dtype=np.float64)
     finite = np.isfinite(values)
-    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    count = np.concatenate([[0], np.cumsum(finite)])
-    low = np.maximum(np.arange(len(values)) - half, 0)
-    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    num = count[high] - count[low]
-    return np.where(num > 0, (total[high] - total[low]) / np.maximum(num, 1), math.nan)
+    y = np.where(finite, values, 0.0)
+    low = np.maximum(position - half, 0).astype(int)
+    high = np.minimum(position + half + 1, len(values)).astype(int)
+
+    def window(terms: np.ndarray) -> np.ndarray:
+        total = np.concatenate([[0.0], np.cumsum(terms * finite)])
+        return total[high] - total[low]
+
+    num, x_sum, y_sum = window(np.ones_like(y)), window(position), window(y)
+    spread = num * window(position**2) - x_sum**2
+    slope = np.where(spread > 0, num * window(position * y) - x_sum * y_sum, 0.0) / np.maximum(spread, 1.0)
+    return np.where(num > 0, (y_sum + slope * (num * position - x_sum)) / np.maximum(num, 1), math.nan)
 
 
-def _mark_phases(run: RunFolder, axes: Sequence[Axes]) -> None:
-    """Dotted lines where a phase begins, unless there are too many to tell apart."""
+def _phase_starts(run: RunFolder) -> list[int]:
+    """First step of each phase but the first, unless there are too many phases to tell apart."""
     starts: dict[int, int] = {}
     for line in run.steps:
         if isinstance(line.get("phase"), int):
             starts.setdefault(line["phase"], line["step"])
-    if not 1 < len(starts) <= MAX_MARKED_PHASES:
-        return
-    for start in list(starts.values())[1:]:
-        for axis in axes:
-            axis.axvline(start - 0.5, color=GRAY, linestyle=":", linewidth=1.0)
+    return list(starts.values())[1:] if len(starts) <= MAX_MARKED_PHASES else []
 
 
 def _stacked(run: RunFolder, rows: Sequence[Sequence[tuple[str, str, str]]], titles: Sequence[str]) -> Figure | None:
@@ -169,15 +179,17 @@ def _stacked(run: RunFolder, rows: Sequence[Sequence[tuple[str, str, str]]], tit
     if not kept:
         return None
     figure, axes = _panels(len(kept))
+    starts = _phase_starts(run)
     for axis, (title, row) in zip(axes, kept, strict=True):
         for series, color, label in row:
             if series is not None:
-                _line(axis, series, color, label)
+                _line(axis, series, color, label, starts)
+        for start in starts:
+            axis.axvline(start - 0.5, color=GRAY, linestyle=":", linewidth=1.0)
         axis.set_title(title)
         axis.yaxis.set_major_formatter("{x:g}")
         if len(row) > 1:
             _legend(axis)
-    _mark_phases(run, axes)
     axes[-1].set_xlabel("optimizer step")
     return figure
 
@@ -185,7 +197,7 @@ def _stacked(run: RunFolder, rows: Sequence[Sequence[tuple[str, str, str]]], tit
 def _by_phase(run: RunFolder, rows: Sequence[tuple[str, str, str]], *, from_zero: bool = True) -> Figure | None:
     """Panels over phases, one a (metric, color, title); from zero where a ratio of two heights has a meaning."""
     kept = [(series, color, title) for y, color, title in rows if (series := _series(run.phases, "phase", y))]
-    if not kept:
+    if not kept or len(run.phases) == 1:
         return None
     figure, axes = _panels(len(kept))
     for axis, (series, color, title) in zip(axes, kept, strict=True):
@@ -388,3 +400,7 @@ FIGURES: tuple[tuple[str, str, Callable[[RunFolder], Figure | None]], ...] = (
     ("Speed and memory", "Tokens sampled and trained on a second, and the peak of memory, by phase.", _machine),
     ("Evaluation during the run", "Held-out prompts, at the steps where the run was evaluated.", _during),
 )
+# Only runs with reference texts, and runs that were evaluated on the way, have these.
+OPTIONAL_FIGURES = ("Win rate by judge", "Evaluation during the run")
+# One phase is a point, not a curve: the table of the phases has its numbers.
+PHASE_FIGURES = ("Annotator scores", "Drift", "Completions", "Diversity", "Speed and memory")

@@ -19,6 +19,7 @@ from bpo_fast.run_folder import (
     judges,
     measures,
     method_words,
+    number_text,
     printable,
     read_run,
     results,
@@ -29,6 +30,22 @@ REPORT_FILE = "report.html"
 NUM_FIRST, NUM_EXTREME = 6, 3
 PROMPT_CHARS = 400
 TWO_COLUMNS_FROM = 100
+MAX_PHASE_COLUMNS = 8
+PHASE_ROWS = (
+    ("pairs kept", "count", "pairs/kept"),
+    ("pairs tied", "count", "pairs/tied"),
+    ("pairs identical", "count", "pairs/identical"),
+    ("mean annotator score", "score", "objective/scores"),
+    ("chosen - rejected", "score", "objective/scores_margin"),
+    ("KL to the start (nats)", "score", "objective/kl"),
+    ("entropy (nats)", "score", "objective/entropy"),
+    ("mean length (tokens)", "tokens", "completions/mean_length"),
+    ("truncated", "share", "completions/clipped_ratio"),
+    ("distinct-2", "score", "completions/distinct_2"),
+    ("unique outputs", "share", "completions/unique"),
+    ("tokens a second", "count", "perf/tokens_per_s"),
+    ("peak memory (GiB)", "score", "perf/peak_memory_gib"),
+)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -48,10 +65,12 @@ def write_report(run_dir: Path) -> Path:
     """
     run = read_run(run_dir)
     drawn, undrawn = plots.plots(run)
+    no_figures = [f"No numbers for the figures: {', '.join(undrawn)}."] if undrawn else []
     sections = [
         _header(run),
-        _missing(run.missing + _no_win_rate(run) + undrawn),
+        _missing(run.missing + _no_win_rate(run) + no_figures),
         _result_table(run),
+        _phase_table(run),
         _figures(drawn),
         _all_examples(run),
         _settings(run),
@@ -177,7 +196,7 @@ def _header(run: RunFolder) -> str:
     about, env = _about(run), run.env
     facts: dict[str, Any] = {}
     if "method" in about:
-        facts["method"] = method_words(about["method"])
+        facts["method"] = method_words(about["method"], about.get("steps"))
     facts |= {name: about.get(name) for name in ("model", "data", "annotator")}
     facts["judges"] = ", ".join(about.get("judges", []))
     facts["machine"] = ", ".join(_machine_words(env))
@@ -259,6 +278,19 @@ def _result_table(run: RunFolder) -> str:
     note = f'<p class="soft">Pairs: {escape(pairs)}.</p>' if pairs else ""
     head = "<tr><th>held-out prompts, greedy decoding</th><th>before</th><th>after</th><th>change</th></tr>\n"
     return f"<h2>Results</h2>\n<table>{head}{rows}</table>\n{note}"
+
+
+def _phase_table(run: RunFolder) -> str:
+    """The phases of a run with few of them, one a column."""
+    present = [(name, kind, key) for name, kind, key in PHASE_ROWS if any(key in line for line in run.phases)]
+    if not present or len(run.phases) > MAX_PHASE_COLUMNS:
+        return ""
+    head = "".join(f"<th>{escape(str(line.get('phase', '')))}</th>" for line in run.phases)
+    rows = ""
+    for name, kind, key in present:
+        cells = "".join(f"<td>{escape(number_text(line.get(key), kind))}</td>" for line in run.phases)
+        rows += f"<tr><td>{escape(name)}</td>{cells}</tr>\n"
+    return f'<h2>Phases</h2>\n<div class="wide"><table><tr><th>phase</th>{head}</tr>\n{rows}</table></div>'
 
 
 def _figures(drawn: Sequence[plots.Plot]) -> str:

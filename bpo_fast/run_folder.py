@@ -59,7 +59,7 @@ class Measure:
 
     Attributes:
         name: what is measured, in words.
-        kind: "share" in [0, 1], "score", "nats", "tokens" or "ratio".
+        kind: how to write it: "share" in [0, 1], "tokens" or "score".
         before, after: the values; None if unknown.
     """
 
@@ -71,14 +71,7 @@ class Measure:
     def texts(self) -> tuple[str, str, str]:
         """Before, after and change as a person reads them."""
         change = None if self.before is None or self.after is None else self.after - self.before
-        return self._text(self.before), self._text(self.after), self._text(change, sign="+")
-
-    def _text(self, value: float | None, sign: str = "") -> str:
-        if value is None:
-            return "n/a"
-        if self.kind == "share":
-            return f"{100 * value:{sign}.1f}" + (" points" if sign else "%")
-        return f"{value:{sign}.1f}" if self.kind == "tokens" else f"{value:{sign}.3f}"
+        return number_text(self.before, self.kind), number_text(self.after, self.kind), _change_text(change, self.kind)
 
 
 @dataclass(frozen=True)
@@ -123,11 +116,14 @@ class _Reader:
             return {}
 
     def json(self, name: str, why: str) -> dict[str, Any]:
-        rows = self._rows(name, [self.text(name, why)])
+        text = self.text(name, why)
+        rows = self._rows(name, [text] if text else [])
         return rows[0] if rows else {}
 
     def jsonl(self, name: str, why: str) -> list[dict[str, Any]]:
-        return self._rows(name, self.text(name, why).split("\n"))
+        lines = self.text(name, why).splitlines(keepends=True)
+        # What a killed process was writing has no newline yet.
+        return self._rows(name, [line for line in lines if line.endswith("\n")])
 
     def _rows(self, name: str, texts: list[str]) -> list[dict[str, Any]]:
         rows, num_bad = [], 0
@@ -173,14 +169,16 @@ def read_run(run_dir: Path) -> RunFolder:
     )
 
 
-def method_words(method: Mapping[str, Any]) -> str:
-    """Say in words what `ref`, `sampler`, `loss`, `phases` and `members` mean together."""
+def method_words(method: Mapping[str, Any], steps: int | None = None) -> str:
+    """Say in words what `ref`, `sampler`, `loss`, `phases` and `members` mean together in a run of so many steps."""
     ref, sampler = method.get("ref", "behavior"), method.get("sampler", "policy")
     phases, members = method.get("phases", "?"), method.get("members", 1)
     name = METHOD_NAMES.get((sampler, ref), f"sampler {sampler}, reference {ref}")
     if phases == 1 and ref in ("behavior", "initial"):
-        name = "offline"
-    when = "a new phase every step" if phases == "on-policy" else f"{phases} phase{'' if phases == 1 else 's'}"
+        name, ref = "offline", "initial"
+    when = f"{phases} phase{'' if phases == 1 else 's'}"
+    if phases == "on-policy" or (phases == steps and phases != 1):
+        name, when = f"on-policy {name}", "a new phase every step"
     who = f"{members} member{'' if members == 1 else 's'}"
     return f"{name}: {str(method.get('loss', '?')).upper()} against {REFERENCES.get(ref, ref)}, {when}, {who}"
 
@@ -212,10 +210,10 @@ def measures(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Measur
     rows = [row(f"win rate, {judge}", "share", "win_rate", judge) for judge in judged("win_rate")]
     rows += [row(f"mean score, {judge}", "score", "score", judge) for judge in judged("score")]
     rows += [
-        row("KL to the start (nats)", "nats", "kl"),
+        row("KL to the start (nats)", "score", "kl"),
         row("mean length (tokens)", "tokens", "mean_length"),
         row("truncated", "share", "clipped_ratio"),
-        row("distinct-2", "ratio", "distinct_2"),
+        row("distinct-2", "score", "distinct_2"),
         row("unique outputs", "share", "unique"),
     ]
     return [measure for measure in rows if measure.before is not None or measure.after is not None]
@@ -266,6 +264,23 @@ def examples(eval_rows: Sequence[Mapping[str, Any]], judge: str | None) -> list[
 def judges(eval_rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the judges that scored the rows, in order."""
     return list(dict.fromkeys(judge for row in eval_rows for judge in row.get("scores") or {}))
+
+
+def number_text(value: float | None, kind: str) -> str:
+    """A number as a person reads it: a "share" in percent, a "count" whole, "tokens" to a tenth, a "score" to 0.001."""
+    if value is None:
+        return "n/a"
+    if kind == "share":
+        return f"{100 * value:.1f}%"
+    return f"{value:,.0f}" if kind == "count" else f"{value:.1f}" if kind == "tokens" else f"{value:.3f}"
+
+
+def _change_text(change: float | None, kind: str) -> str:
+    if change is None:
+        return "n/a"
+    return (
+        f"{100 * change:+.1f} points" if kind == "share" else f"{change:+.1f}" if kind == "tokens" else f"{change:+.3f}"
+    )
 
 
 def printable(text: str) -> str:
