@@ -7,11 +7,14 @@ mirrors of it. This is the only module that imports a tracker.
 import json
 import math
 import os
+import secrets
 import tomllib
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
+
+from bpo_fast.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 KINDS = ("step", "phase", "eval")
@@ -48,14 +51,14 @@ class Metrics:
     """
 
     def __init__(self, run_dir: Path, report_to: tuple[str, ...] = (), *, keep_lines: int | None = None):
-        _check_trackers(report_to)
+        check_trackers(report_to)
         path = run_dir / METRICS_FILE
         lines = _complete_lines(path)
         if keep_lines is not None and keep_lines > len(lines):
             raise ValueError(f"{path}: has {len(lines)} lines, the checkpoint was taken after {keep_lines}")
         kept = lines[:keep_lines]
         if path.exists():
-            _replace(path, b"".join(kept))
+            write_atomic(path, b"".join(kept).decode())
         self._num_lines = len(kept)
         self._file = path.open("a", encoding="utf-8")
         purge_step = json.loads(kept[-1])["step"] + 1 if kept else None
@@ -103,26 +106,17 @@ def _complete_lines(path: Path) -> list[bytes]:
     return [line for line in lines if line.endswith(b"\n")]
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Put `content` at `path`; a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _json_value(value: float | int | str) -> float | int | str | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _check_trackers(report_to: tuple[str, ...]) -> None:
+def check_trackers(report_to: tuple[str, ...]) -> None:
+    """Raise ValueError for a tracker that is unknown or not installed, before anything is written."""
     for name in report_to:
         if name not in ("tensorboard", "wandb"):
-            raise ValueError(f"report_to: unknown tracker {name!r} (known: tensorboard, wandb)")
+            raise ValueError(f"run.report_to = {name!r}: unknown tracker; known are tensorboard and wandb")
         if find_spec(name) is None:
-            raise ValueError(f'report_to: {name} is not installed: pip install "bpo-fast[{name}]"')
+            raise ValueError(f'run.report_to = {name}: not installed; pip install "bpo-fast[{name}]"')
 
 
 def _open_tracker(name: str, run_dir: Path, purge_step: int | None) -> Tracker:
@@ -161,16 +155,19 @@ class _Wandb:
         # The id outlives the process, so a resumed run continues the same curves.
         id_path = run_dir / "wandb-id"
         if not id_path.exists():
-            id_path.write_text(wandb.util.generate_id(), encoding="utf-8")
-        run_id = id_path.read_text(encoding="utf-8")
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "bpo-fast"),
-            name=run_dir.resolve().name,
-            dir=str(run_dir),
-            id=run_id,
-            resume="allow",
-            config=tomllib.loads(config),
-        )
+            id_path.write_text(secrets.token_hex(4), encoding="utf-8")
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "bpo-fast"),
+                name=run_dir.resolve().name,
+                dir=str(run_dir),
+                id=id_path.read_text(encoding="utf-8"),
+                resume="allow",
+                config=tomllib.loads(config),
+            )
+        except wandb.Error as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"run.report_to = wandb: {reason} (WANDB_MODE=offline needs no account)") from None
         # wandb's own step only ever grows; ours goes back to the checkpoint when a run is resumed.
         self._run.define_metric("*", step_metric="step")
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bpo_fast import plots
+from bpo_fast.files import write_atomic
 from bpo_fast.run_folder import (
     Example,
     RunFolder,
@@ -87,9 +88,7 @@ def write_report(run_dir: Path) -> Path:
         f"<style>\n{css}</style>\n</head>\n<body>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
     )
     path = run_dir / REPORT_FILE
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_atomic(path, page)
     return path
 
 
