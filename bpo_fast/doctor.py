@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -106,11 +106,14 @@ def print_doctor(console: Console) -> None:
         console.print(Text(f"{check.name}: {check.advice}"), soft_wrap=True)
 
 
-def environment() -> dict[str, Any]:
+def environment(command: Sequence[str] = ()) -> dict[str, Any]:
     """Return what a reader needs to repeat a run, flat, for env.json.
 
     Versions, machine, command line and the variables BPO_FAST_* and OMP_*; no host name, no user name, no other
     variable, and no value whose name speaks of a key, token, secret or password.
+
+    Args:
+        command: program and arguments as the user typed them; the home folder becomes ~, and a password in a URL ***.
     """
     machine = _machine()
     facts: dict[str, Any] = {"bpo_fast": _version("bpo-fast"), "python": platform.python_version()}
@@ -123,7 +126,7 @@ def environment() -> dict[str, Any]:
         "cores": machine.num_cores,
         "memory_gib": round(machine.memory_gib, 1),
         "gpu": "; ".join(machine.gpus) or None,
-        "command": _command_line(),
+        "command": _command_line(command),
     }
     facts |= _git_facts()
     secret = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
@@ -170,14 +173,12 @@ def _nvidia_smi() -> tuple[str, ...]:
 
 
 def _cpu_facts() -> tuple[str, tuple[str, ...]]:
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine(), ()
+    info = _read("/proc/cpuinfo")
     name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
     known = set(flags.group(1).split()) if flags else set()
-    return name.group(1).strip() if name else platform.machine(), tuple(flag for flag in ISA_FLAGS if flag in known)
+    model = name.group(1).strip() if name else platform.processor() or platform.machine()
+    return model, tuple(flag for flag in ISA_FLAGS if flag in known)
 
 
 def _num_cores() -> int:
@@ -207,10 +208,11 @@ def _git_facts() -> dict[str, Any]:
     return {"git_commit": commit, "git_changed": bool(changed)} if commit else {}
 
 
-def _command_line() -> str:
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    command = command.replace(str(Path.home()), "~")
-    return re.sub(r"//[^/@\s]+@", "//***@", command)
+def _command_line(command: Sequence[str]) -> str | None:
+    if not command:
+        return None
+    line = shlex.join([Path(command[0]).name, *command[1:]]).replace(str(Path.home()), "~")
+    return re.sub(r"//[^/@\s]+@", "//***@", line)
 
 
 def _version(name: str) -> str | None:
@@ -320,7 +322,7 @@ def _flash_attn(check: Check, machine: Machine) -> Check:
 
 def _compiler() -> Check:
     name = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "")
-    version = _first_line(_output(*shlex.split(name), "--version")) if name else ""
+    version = _first_line(_output(*name.split(), "--version")) if name else ""
     if version:
         return Check("C++ compiler", "ok", version)
     detail = f"CXX={name} does not run" if name else "none, the native CPU operators are not built"

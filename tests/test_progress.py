@@ -47,10 +47,15 @@ def test_plain_lines_are_rare_and_carry_the_latest_note(clock):
 
 def test_plain_task_that_fails_says_where(clock):
     console = _console()
-    with pytest.raises(RuntimeError), Progress(console) as progress, progress.task("training", total=4) as task:
-        task.advance(3)
-        clock.now += 1.5
-        raise RuntimeError
+
+    def fail():
+        with Progress(console) as progress, progress.task("training", total=4) as task:
+            task.advance(3)
+            clock.now += 1.5
+            raise RuntimeError("out of paper")
+
+    with pytest.raises(RuntimeError, match="out of paper"):
+        fail()
     assert _lines(console) == ["training: 0/4", "training: 3/4 stopped after 1.5 s"]
 
 
