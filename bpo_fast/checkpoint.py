@@ -29,17 +29,19 @@ class TrainerState:
 
     Attributes:
         step: optimizer steps done.
-        phase: the phase they belong to.
+        phase: the phase that has begun last, -1 before the first.
         num_metric_lines: lines of metrics.jsonl written by then.
-        num_spare: spare prompts used to refill dropped pairs.
         num_bad_steps: bad steps in a row.
+        num_tokens: tokens trained on.
+        seconds: by stage, of all processes that worked on the run.
     """
 
     step: int
     phase: int
     num_metric_lines: int
-    num_spare: int
     num_bad_steps: int
+    num_tokens: int
+    seconds: dict[str, float]
 
 
 def save_checkpoint(

@@ -5,7 +5,7 @@ Ties and identical completions teach nothing about order: they are dropped and c
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from bpo_fast.files import write_atomic
 from bpo_fast.types import Completion, Pair, Prompt
 
 FORMAT = "bpo-fast/pairs/1"
+RowReader = Callable[[str], tuple[list[Any], Sequence[Prompt]]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class PhasePairs:
         pairs: in the order of the prompts.
         counts: see `PairCounts`.
         metrics: what was measured while collecting them.
-        num_spare: spare prompts used so far to refill dropped pairs.
+        num_spare: spare prompts used to refill dropped pairs.
+        scored: True once the reference has seen them.
     """
 
     phase: int
@@ -52,6 +54,7 @@ class PhasePairs:
     counts: PairCounts
     metrics: dict[str, float]
     num_spare: int = 0
+    scored: bool = False
 
 
 def make_pairs(
@@ -92,6 +95,7 @@ def write_pairs(path: Path, phase: PhasePairs) -> None:
         "counts": vars(phase.counts),
         "metrics": phase.metrics,
         "num_spare": phase.num_spare,
+        "scored": phase.scored,
     }
     lines = [json.dumps(header), *(json.dumps(_to_row(p), ensure_ascii=False) for p in phase.pairs)]
     write_atomic(path, "\n".join(lines) + "\n")
@@ -111,20 +115,20 @@ def read_pairs(path: Path) -> PhasePairs:
             counts=PairCounts(**header["counts"]),
             metrics=header["metrics"],
             num_spare=header["num_spare"],
+            scored=header["scored"],
         )
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise ValueError(f"{path}: not a file of recorded pairs") from None
 
 
-def replay_pairs(source: str, tokenizer: Any, eos_id: int, *, max_prompt_length: int, to_prompts: Any) -> list[Pair]:
+def replay_pairs(source: str, tokenizer: Any, eos_id: int, *, to_prompts: RowReader) -> list[Pair]:
     """Reads pairs to train on without sampling: a run folder, its pairs, or preference rows.
 
     Args:
         source: a run folder, a `pairs` folder, one recorded file, or rows of {"prompt", "chosen", "rejected"}.
         tokenizer: of the policy, for rows of text; completions of text get a blank in front and an EOS.
         eos_id: id that closes a completion of text.
-        max_prompt_length: prompts over it are dropped by `to_prompts`.
-        to_prompts: rows to prompts, as `prompts.load_prompts` does.
+        to_prompts: reads rows of text and makes their prompts, `Prompt.id` being the row.
 
     Raises:
         ValueError: no pairs there.
@@ -148,7 +152,7 @@ def _is_recorded(path: Path) -> bool:
         return FORMAT in lines.readline()
 
 
-def _pairs_of_text(source: str, tokenizer: Any, eos_id: int, to_prompts: Any) -> list[Pair]:
+def _pairs_of_text(source: str, tokenizer: Any, eos_id: int, to_prompts: RowReader) -> list[Pair]:
     rows, prompts = to_prompts(source)
     pairs = []
     for prompt in prompts:

@@ -52,6 +52,7 @@ class Policy:
     def __init__(self, model: PreTrainedModel, tokenizer, config: ModelConfig, *, seed: int, temperature: float = 1.0):
         self.model, self.tokenizer, self.config, self.temperature = model, tokenizer, config, temperature
         self.version = 0
+        _disable_dropout(model)
         self.head = _probe_head(model)
         self.pad_id = _pad_id(tokenizer, model)
         self.eos_ids = _eos_ids(tokenizer, model)
@@ -268,6 +269,16 @@ def _probe_head(model: PreTrainedModel) -> Head:
         return Head(fused=True, softcap=softcap, scale=1.0 if unscaled else scale)
     log.warning("%s: a head with a bias or a form of its own; logits are taken whole", type(model).__name__)
     return Head(fused=False)
+
+
+def _disable_dropout(model: PreTrainedModel) -> None:
+    """The policy has no dropout (LoRA's own aside): training and scoring run the same function."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def _pad_id(tokenizer, model: PreTrainedModel) -> int:

@@ -84,6 +84,7 @@ def load_prompts(
     source: str,
     seed: int | None,
     exclude: Iterable[str] = (),
+    dedupe: bool = True,
 ) -> PromptSet:
     """Turns rows into prompts: form, template, token ids, limits, order.
 
@@ -95,6 +96,7 @@ def load_prompts(
         source: name of the rows in error messages.
         seed: shuffle seed; None keeps the order.
         exclude: prompt texts that must not occur, such as those of the training set.
+        dedupe: keep only the first row of every prompt text.
 
     Raises:
         ValueError: a row without a prompt, or no usable prompt at all.
@@ -103,11 +105,12 @@ def load_prompts(
     seen, excluded = set(), set(exclude)
     kept, num_duplicates, num_excluded = [], 0, 0
     for i, (text, _, _) in enumerate(texts):
-        num_duplicates += text in seen
+        num_duplicates += dedupe and text in seen
         num_excluded += text in excluded and text not in seen
         if text not in seen and text not in excluded:
             kept.append(i)
-        seen.add(text)
+        if dedupe:
+            seen.add(text)
     encoded = _encode([texts[i][0] for i in kept], [texts[i][2] for i in kept], tokenizer)
     limit = data.max_prompt_length
     assert limit is not None, "resolve() has set the limit"

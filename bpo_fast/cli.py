@@ -1,0 +1,206 @@
+"""The command line: parse, load the configuration, call one function; torch is imported when a command runs."""
+
+import errno
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bpo_fast import config as configs
+from bpo_fast.config import KNOBS, Config
+
+app = typer.Typer(
+    help="Train language models online from preferences, against the behavior policy that sampled the pairs (BPO).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of `bpo-fast`."""
+    app(prog_name="bpo-fast")
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns what a user can cause into one line on standard error and exit code 2; an interrupt is 130."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except ValueError as error:
+            _fail(str(error), 2)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:
+                raise
+            _fail(str(error), 1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            _fail(f"{error.filename or 'run folder'}: {error.strerror}", 2)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    return guarded
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(code) from None
+
+
+def _flag(name: str, knob: str, **extra: Any) -> Any:
+    return typer.Option(name, help=KNOBS[knob][0].metadata["doc"], show_default=False, **extra)
+
+
+@app.command()
+@reports_errors
+def train(
+    task: Annotated[str | None, _flag("--task", "task")] = None,
+    model: Annotated[str | None, _flag("--model", "model.path")] = None,
+    data: Annotated[str | None, _flag("--data", "data.path")] = None,
+    eval_data: Annotated[str | None, _flag("--eval-data", "data.eval_path")] = None,
+    annotator: Annotated[str | None, _flag("--annotator", "annotator.path")] = None,
+    judge: Annotated[list[str] | None, _flag("--judge", "eval.judges")] = None,
+    loss: Annotated[str | None, _flag("--loss", "method.loss")] = None,
+    ref: Annotated[str | None, _flag("--ref", "method.ref")] = None,
+    sampler: Annotated[str | None, _flag("--sampler", "method.sampler")] = None,
+    phases: Annotated[str | None, _flag("--phases", "method.phases")] = None,
+    pairs: Annotated[str | None, _flag("--pairs", "method.pairs")] = None,
+    batch_pairs: Annotated[str | None, _flag("--batch-pairs", "method.batch_pairs")] = None,
+    beta: Annotated[str | None, _flag("--beta", "method.beta")] = None,
+    lr: Annotated[str | None, _flag("--lr", "optim.learning_rate")] = None,
+    members: Annotated[str | None, _flag("--members", "model.members")] = None,
+    lora_r: Annotated[str | None, _flag("--lora-r", "model.lora_r")] = None,
+    full: Annotated[bool | None, _flag("--full/--lora", "model.full")] = None,
+    max_prompt_tokens: Annotated[str | None, _flag("--max-prompt-tokens", "data.max_prompt_length")] = None,
+    max_new_tokens: Annotated[str | None, _flag("--max-new-tokens", "sampling.max_new_tokens")] = None,
+    engine: Annotated[str | None, _flag("--engine", "sampling.engine")] = None,
+    device: Annotated[str | None, _flag("--device", "run.device")] = None,
+    seed: Annotated[str | None, _flag("--seed", "run.seed")] = None,
+    out: Annotated[str | None, _flag("--out", "run.output_dir")] = None,
+    report_to: Annotated[list[str] | None, _flag("--report-to", "run.report_to")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags are stronger")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="any knob, as NAME=VALUE; see bpo-fast knobs")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
+    from_pairs: Annotated[
+        str | None, typer.Option("--from-pairs", help="train on recorded pairs (a run folder or preference rows)")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="load all, try the longest step, write nothing")] = False,
+) -> None:
+    """Run the online loop: sample, annotate, train, F times over; then evaluate and write a report."""
+    flags = {
+        "task": task,
+        "model.path": model,
+        "data.path": data,
+        "data.eval_path": eval_data,
+        "annotator.path": annotator,
+        "eval.judges": tuple(judge) if judge else None,
+        "method.loss": loss,
+        "method.ref": ref,
+        "method.sampler": sampler,
+        "method.phases": phases,
+        "method.pairs": pairs,
+        "method.batch_pairs": batch_pairs,
+        "method.beta": beta,
+        "optim.learning_rate": lr,
+        "model.members": members,
+        "model.lora_r": lora_r,
+        "model.full": full,
+        "data.max_prompt_length": max_prompt_tokens,
+        "sampling.max_new_tokens": max_new_tokens,
+        "sampling.engine": engine,
+        "run.device": device,
+        "run.seed": seed,
+        "run.output_dir": out,
+        "run.report_to": tuple(report_to) if report_to else None,
+    }
+    settings = _settings(flags, config, set_ or [], resume)
+    _quiet_libraries()
+    if dry_run:
+        from bpo_fast.dryrun import dry_run as run_dry
+
+        run_dry(settings, from_pairs=from_pairs)
+        return
+    from bpo_fast.train import train as run_train
+
+    run_train(settings, resume=resume, from_pairs=from_pairs)
+
+
+@app.command()
+@reports_errors
+def knobs() -> None:
+    """List every setting of `train` with its default and meaning, for --set and --config."""
+    defaults = configs.to_flat(Config())
+    for name, (field, _) in KNOBS.items():
+        choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
+        print(f"{name} = {defaults[name]}\n    {field.metadata['doc']}{choices}")
+
+
+@app.command()
+@reports_errors
+def doctor() -> None:
+    """Say what this machine has, which path each part takes, and what to install."""
+    from rich.console import Console
+
+    from bpo_fast.doctor import print_doctor
+
+    print_doctor(Console())
+
+
+@app.command()
+@reports_errors
+def report(runs: Annotated[list[Path], typer.Argument(help="run folders")]) -> None:
+    """Write report.html of each run anew and print where it is."""
+    from bpo_fast.report import write_report
+
+    for run in runs:
+        if not (run / "config.toml").is_file():
+            raise ValueError(f"{run}: not a run folder (no config.toml)")
+        print(write_report(run))
+
+
+@app.command()
+@reports_errors
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="a run folder or one of its checkpoints")],
+    out: Annotated[Path, typer.Option("--out", help="folder to write")],
+    device: Annotated[str, typer.Option("--device", help="where to merge")] = "cpu",
+) -> None:
+    """Merge a checkpoint into a plain Hugging Face folder, which transformers and vLLM load as it is."""
+    from bpo_fast.export import export as run_export
+
+    _quiet_libraries()
+    run_export(checkpoint, out, device=device)
+    print(out)
+
+
+def _settings(flags: dict[str, Any], path: Path | None, assignments: list[str], resume: Path | None) -> Config:
+    """Defaults, then the file (or the run to resume), then --set, then flags."""
+    given = configs.parse_assignments(assignments) | {k: v for k, v in flags.items() if v is not None}
+    if resume is None:
+        return configs.load(path, given)
+    from bpo_fast.run import saved_config
+
+    if path is not None:
+        raise ValueError(f"--config {path}: --resume takes its settings from the run")
+    return configs.replace(saved_config(resume), given)
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and warnings of transformers would break ours."""
+    import logging
+
+    import transformers
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Collecting a phase: sample two completions a prompt from the behavior, score them, keep the pairs that differ."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from bpo_fast.annotate import Checked
+from bpo_fast.config import Config
+from bpo_fast.engine import Engine, SamplingParams
+from bpo_fast.evaluate import shape
+from bpo_fast.packing import PairBatch, pack, split
+from bpo_fast.pairs import PhasePairs, make_pairs
+from bpo_fast.plan import Phase, deal
+from bpo_fast.policy import Policy
+from bpo_fast.progress import Progress
+from bpo_fast.reference import Reference
+from bpo_fast.run import Run
+from bpo_fast.types import Completion, Pair, Prompt
+
+
+class Collector:
+    """Samples and scores the pairs of a phase.
+
+    Args:
+        config: sampling, annotator and seed.
+        engine: samples the behavior.
+        annotator: scores completions.
+        run: its stages are timed.
+        progress: where progress is shown.
+    """
+
+    def __init__(self, config: Config, engine: Engine, annotator: Checked, run: Run, progress: Progress):
+        self._config, self._engine, self._annotator = config, engine, annotator
+        self._run, self._progress = run, progress
+
+    def collect(self, phase: Phase, prompts: Sequence[Prompt], spare: Sequence[Prompt], version: int) -> PhasePairs:
+        """The pairs of a phase, and, with `annotator.refill`, of spare prompts in place of the dropped ones.
+
+        Args:
+            phase: which phase, for its number.
+            prompts: its prompts.
+            spare: prompts that no phase owns.
+            version: optimizer steps of the weights that sample.
+        """
+        pairs, completions, counts = self._sample(phase, prompts, version)
+        num_spare = 0
+        while self._config.annotator.refill and len(pairs) < len(prompts) and num_spare < len(spare):
+            more = spare[num_spare : num_spare + len(prompts) - len(pairs)]
+            num_spare += len(more)
+            new_pairs, new_completions, new_counts = self._sample(phase, more, version)
+            pairs, completions, counts = pairs + new_pairs, completions + new_completions, counts + new_counts
+        metrics = _completion_metrics(completions, pairs)
+        return PhasePairs(phase.index, version, tuple(pairs), counts, metrics, num_spare)
+
+    def _sample(self, phase: Phase, prompts: Sequence[Prompt], version: int):
+        sampling = self._config.sampling
+        assert sampling.max_new_tokens, "resolve() has set it"
+        params = SamplingParams(
+            max_new_tokens=sampling.max_new_tokens,
+            n=2,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+        )
+        title = f"phase {phase.index + 1}: "
+        with self._run.timed("rollout"), self._progress.task(title + "sampling", 2 * len(prompts)) as task:
+            completions = self._engine.generate(
+                prompts, params, run_seed=self._config.run.seed, policy_version=version, on_done=task.advance
+            )
+        flat = [c for both in completions for c in both]
+        owners = [p for p in prompts for _ in range(2)]
+        with self._run.timed("annotate"), self._progress.task(title + "scoring", len(flat)) as task:
+            scores = self._annotator.score(owners, flat)
+            task.advance(len(flat))
+        pairs, counts = make_pairs(prompts, completions, list(zip(scores[::2], scores[1::2], strict=True)))
+        return pairs, flat, counts
+
+
+def microbatches(pairs: Sequence[Pair], policy: Policy, max_tokens: int) -> list[PairBatch]:
+    """A step's pairs as micro-batches; the reference pass and the step cut them alike, so their log-probs match."""
+    return [pack(part, pad_id=policy.pad_id, device=policy.device) for part in split(pairs, max_tokens)]
+
+
+def with_reference(
+    found: PhasePairs,
+    num_steps: int,
+    policy: Policy,
+    reference: Reference,
+    *,
+    max_tokens: int,
+    on_done: Callable[[int], None],
+) -> PhasePairs:
+    """The pairs of a phase with the reference's log-probs, computed once.
+
+    Args:
+        found: pairs without them.
+        num_steps: optimizer steps of the phase.
+        policy: for padding and device.
+        reference: scores them.
+        max_tokens: of a micro-batch.
+        on_done: told how many pairs are done.
+    """
+    scored: dict[int, Pair] = {}
+    for step_pairs in deal(found.pairs, num_steps):
+        batches = microbatches(step_pairs, policy, max_tokens)
+        for batch, logps in zip(batches, reference.logps(batches), strict=True):
+            for pair, both in zip(batch.pairs, logps.view(2, -1).T.tolist(), strict=True):
+                scored[id(pair)] = replace(pair, ref_logps=tuple(both))
+        on_done(len(step_pairs))
+    return replace(found, pairs=tuple(scored[id(p)] for p in found.pairs))
+
+
+@torch.no_grad()
+def divergence(pairs: Sequence[Pair], policy: Policy, max_tokens: int) -> dict[str, float]:
+    """Monte-Carlo KL of the behavior to the start, in nats a completion, and entropy, in nats a token.
+
+    Both are means over completions that the behavior itself sampled: log p - log p_init, and -log p.
+    """
+    batches = microbatches(pairs, policy, max_tokens)
+    if not batches:
+        return {}
+    with policy.behavior():
+        now = torch.cat([policy.logps(b) for b in batches])
+    with policy.initial():
+        start = torch.cat([policy.logps(b) for b in batches])
+    num_tokens = sum(int(b.cu_seqlens[-1]) for b in batches)
+    return {"kl": float((now - start).mean()), "entropy": float(-now.sum() / num_tokens)}
+
+
+def _completion_metrics(completions: Sequence[Completion], pairs: Sequence[Pair]) -> dict[str, float]:
+    lengths = [len(c.ids) for c in completions]
+    out = {
+        f"completions/{k}": v
+        for k, v in shape([c.ids for c in completions], [c.truncated for c in completions]).items()
+    }
+    out |= {"completions/min_length": min(lengths), "completions/max_length": max(lengths)}
+    out["completions/num_tokens"] = sum(lengths)
+    if pairs:
+        out["objective/scores"] = sum(p.chosen_score + p.rejected_score for p in pairs) / (2 * len(pairs))
+        out["objective/scores_margin"] = sum(p.chosen_score - p.rejected_score for p in pairs) / len(pairs)
+    return out

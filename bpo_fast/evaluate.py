@@ -1,0 +1,110 @@
+"""Evaluation: greedy answers to held-out prompts, judged against the reference text.
+
+Win rate is the share of prompts where the judge puts the output strictly above the reference text. The judges are not
+the annotator of the training, and length, truncation and diversity stand beside every win rate, because a policy can
+buy score with length or collapse.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from bpo_fast.annotate import Checked
+from bpo_fast.engine import Engine, SamplingParams
+from bpo_fast.types import Completion, Prompt
+
+EvalRow = dict[str, Any]
+
+
+def judge_greedy(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    judges: Sequence[Checked],
+    *,
+    max_new_tokens: int,
+    policy_version: int,
+    when: str,
+    task,
+) -> list[EvalRow]:
+    """Decodes greedily and scores outputs and reference texts.
+
+    Args:
+        engine: samples from the averaged policy.
+        prompts: held-out prompts; those without a label are judged by score alone.
+        judges: scorers, each with a name.
+        max_new_tokens: completion limit.
+        policy_version: optimizer steps taken.
+        when: "before", "after" or "step".
+        task: progress task; it advances by one a prompt.
+
+    Returns:
+        One row a prompt, as RUN/eval.jsonl holds them.
+    """
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+    outputs = [
+        c[0] for c in engine.generate(prompts, params, run_seed=0, policy_version=policy_version, on_done=task.advance)
+    ]
+    labelled = [p for p in prompts if p.label]
+    references = [reference_completion(p) for p in labelled]
+    scores = {j.name: j.score(prompts, outputs) for j in judges}
+    label_scores = {
+        j.name: dict(zip((p.id for p in labelled), j.score(labelled, references), strict=True)) for j in judges
+    }
+    return [
+        {
+            "when": when,
+            "step": policy_version,
+            "prompt_id": prompt.id,
+            "prompt": prompt.text,
+            "label": prompt.label,
+            "output": output.text.strip(),
+            "ids": list(output.ids),
+            "num_tokens": len(output.ids),
+            "truncated": output.truncated,
+            "scores": {name: values[i] for name, values in scores.items()},
+            "label_scores": {name: values.get(prompt.id) for name, values in label_scores.items()},
+        }
+        for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
+    ]
+
+
+def summarise(rows: Sequence[EvalRow], judges: Sequence[str]) -> dict[str, Any]:
+    """Win rate and mean score by judge, length, truncation and diversity of the rows of one evaluation."""
+    won: dict[str, float] = {}
+    score: dict[str, float] = {}
+    for judge in judges:
+        judged = [r["scores"][judge] for r in rows if r["scores"][judge] is not None]
+        score |= {judge: sum(judged) / len(judged)} if judged else {}
+        duels = [(r["scores"][judge], r["label_scores"].get(judge)) for r in rows]
+        wins = [a > b for a, b in duels if a is not None and b is not None]
+        won |= {judge: sum(wins) / len(wins)} if wins else {}
+    return {"win_rate": won, "score": score, **shape([tuple(r["ids"]) for r in rows], [r["truncated"] for r in rows])}
+
+
+def shape(outputs: Sequence[tuple[int, ...]], truncated: Sequence[bool]) -> dict[str, float]:
+    """Length, truncation, distinct-2 (distinct over all bigrams of ids) and the share of unique outputs."""
+    bigrams = [b for ids in outputs for b in pairwise(ids)]
+    num = max(1, len(outputs))
+    return {
+        "mean_length": sum(map(len, outputs)) / num,
+        "clipped_ratio": sum(truncated) / num,
+        "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
+        "unique": len(set(outputs)) / num,
+    }
+
+
+def as_metrics(when: str, summary: Mapping[str, Any]) -> dict[str, float | str]:
+    """The summary of one evaluation under the names of metrics.jsonl."""
+    out: dict[str, float | str] = {"eval/when": when}
+    for name, value in summary.items():
+        if isinstance(value, Mapping):
+            out |= {f"eval/{name}/{judge}": v for judge, v in value.items()}
+        elif value is not None:
+            out[f"eval/{name}"] = value
+    return out
+
+
+def reference_completion(prompt: Prompt) -> Completion:
+    """The reference text in the form that annotators take; it has no ids."""
+    assert prompt.label is not None, "only prompts with a label have one"
+    return Completion(prompt.id, -1, (), " " + prompt.label, False, -1, 0)

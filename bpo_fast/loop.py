@@ -1,0 +1,313 @@
+"""The parts of the loop that `train()` repeats, and the state between them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bpo_fast import report
+from bpo_fast.checkpoint import TrainerState, load_checkpoint, read_state, save_checkpoint
+from bpo_fast.collect import Collector, divergence, microbatches, with_reference
+from bpo_fast.engine import SamplingParams, request_seed
+from bpo_fast.evaluate import EvalRow, as_metrics, judge_greedy, summarise
+from bpo_fast.machine import peak_memory_gib
+from bpo_fast.metrics import Metrics
+from bpo_fast.optim import learning_rate
+from bpo_fast.pairs import PairCounts, PhasePairs, read_pairs, write_pairs
+from bpo_fast.plan import Phase, deal
+from bpo_fast.progress import Progress
+from bpo_fast.run import Run
+from bpo_fast.setup import Parts
+from bpo_fast.types import Pair
+
+
+class Loop:
+    """What train() repeats; its state is the step reached, in `num_steps`.
+
+    Args:
+        parts: models, data, plan.
+        run: the run folder; a resumed one is put back to its newest checkpoint here.
+        progress: where progress is shown.
+    """
+
+    def __init__(self, parts: Parts, run: Run, progress: Progress):
+        self._parts, self._run, self._progress = parts, run, progress
+        self._config, self._policy = parts.config, parts.policy
+        self.num_steps = 0
+        self._phase = -1
+        self._num_bad_steps = self._num_tokens = 0
+        num_lines = 0
+        if run.checkpoint is not None:
+            state = read_state(run.checkpoint)
+            parts.reference.ema = load_checkpoint(run.checkpoint, parts.policy, parts.optimizer)
+            self.num_steps, self._phase, num_lines = state.step, state.phase, state.num_metric_lines
+            self._num_bad_steps, self._num_tokens = state.num_bad_steps, state.num_tokens
+            run.seconds = dict(state.seconds)
+            progress.print(f"resuming at step {state.step} of {parts.plan.num_steps}")
+        self._policy.version = self.num_steps
+        self._metrics = Metrics(run.path, self._config.run.report_to, keep_lines=num_lines if run.resume else None)
+        self._saved_step = self.num_steps if run.checkpoint else -1
+        self._seconds_before_phase = dict(run.seconds)
+        if parts.annotator is not None:
+            self._collector = Collector(self._config, parts.engine, parts.annotator, run, progress)
+
+    def remaining_phases(self) -> list[Phase]:
+        """Phases with steps left."""
+        return [p for p in self._parts.plan.phases if p.stop > self.num_steps]
+
+    def collect(self, phase: Phase) -> PhasePairs:
+        """The pairs of a phase with reference log-probs: from disk if they are there, else sampled now."""
+        self._seconds_before_phase = dict(self._run.seconds)
+        if phase.index > self._phase:
+            with self._run.critical():
+                self._parts.engine.refresh(self.num_steps)
+                self._parts.reference.refresh(phase.index)
+                self._phase = phase.index
+        path = self._run.pairs_path(phase.index)
+        if not path.exists():
+            # the initial policy is the current one at the very start only: it samples for all phases then
+            ahead = self._config.method.sampler == "initial" and self._parts.replayed is None
+            for p in self._parts.plan.phases if ahead else (phase,):
+                write_pairs(self._run.pairs_path(p.index), self._collect_new(p))
+        found = read_pairs(path)
+        if not found.pairs and phase.num_steps > 1:
+            raise ValueError(f"phase {phase.index + 1}: no pair left to train on ({_in_words(found.counts)})")
+        if not found.scored:
+            found = self._score_reference(phase, found)
+            write_pairs(path, found)
+        return found
+
+    def remaining_steps(self, phase: Phase, found: PhasePairs) -> Iterator[tuple[int, list[Pair]]]:
+        """Yields (step, its pairs) for the steps of the phase not done yet."""
+        dealt = deal(found.pairs, phase.num_steps)
+        with self._progress.task(f"phase {phase.index + 1}: training", phase.num_steps) as task:
+            task.advance(self.num_steps - phase.start)
+            for step in range(self.num_steps, phase.stop):
+                yield step, dealt[step - phase.start]
+                task.advance(note=self._note)
+
+    def step(self, step: int, pairs: Sequence[Pair]) -> None:
+        """One optimizer step of every member on the same pairs."""
+        with self._run.critical():
+            with self._run.timed("train"):
+                sums = self._gradients(step, pairs)
+                norm, finite = self._parts.optimizer.step(step) if pairs else (0.0, True)
+            self.num_steps = step + 1
+            self._policy.version = self.num_steps
+            self._num_bad_steps = 0 if finite else self._num_bad_steps + 1
+            self._num_tokens += sums.pop("tokens", 0)
+            values = {name: float(value) for name, value in sums.items()}
+            values |= {"learning_rate": learning_rate(self._config.optim, step, self._parts.plan.num_steps)}
+            values |= {"grad_norm": norm, "num_tokens": self._num_tokens, "pairs/step": len(pairs)}
+            values |= {"phase": self._phase, "policy_version": self.num_steps, "bad_step": int(not finite)}
+            self._metrics.log("step", self.num_steps, values)
+            self._note = f"loss {values['loss']:.4f}" if "loss" in values else "no pairs"
+            if self._num_bad_steps >= self._config.optim.max_bad_steps:
+                self._stop_on_bad_steps(pairs)
+            if self._config.run.save_steps and self.num_steps % self._config.run.save_steps == 0:
+                self.save()
+        if self._config.eval.eval_steps and self.num_steps % self._config.eval.eval_steps == 0:
+            self.evaluate("step")
+
+    def end_phase(self, phase: Phase, found: PhasePairs) -> None:
+        """Logs the phase and, unless checkpoints come by steps, saves one; at most ten in a run of many phases."""
+        seconds = {k: v - self._seconds_before_phase.get(k, 0.0) for k, v in self._run.seconds.items()}
+        num_tokens = found.metrics.get("completions/num_tokens", 0.0)
+        values: dict[str, float] = {"phase": phase.index, "policy_version": found.policy_version}
+        values |= {f"pairs/{k}": v for k, v in vars(found.counts).items()}
+        values |= found.metrics
+        values |= {f"timing/{stage}_s": seconds.get(stage, 0.0) for stage in ("rollout", "annotate", "ref", "train")}
+        values |= {"perf/tokens_per_s": num_tokens / max(1e-9, seconds.get("rollout", 0.0))}
+        values |= {"perf/peak_memory_gib": peak_memory_gib()}
+        if phase.num_steps > 1 or phase.index == 0:
+            self._progress.print(f"phase {phase.index + 1}: {_in_words(found.counts)}")
+        due = self.num_steps - max(0, self._saved_step) >= self._parts.plan.num_steps / 10
+        with self._run.critical():
+            self._metrics.log("phase", self.num_steps, values)
+            if self.num_steps == self._parts.plan.num_steps or (due and not self._config.run.save_steps):
+                self.save()
+
+    def evaluate(self, when: str) -> None:
+        """Judges greedy answers to the held-out prompts and logs the result; rows already on disk are taken as they
+        are."""
+        parts, config = self._parts, self._config
+        if not parts.held_out or (when == "before" and self.num_steps > 0):
+            return
+        rows = self._run.read_eval()
+        mine = [r for r in rows if r["when"] == when and r["step"] == self.num_steps]
+        self._parts.engine.refresh(self.num_steps)
+        with self._run.timed("eval"), self._progress.task(f"evaluation {when}", len(parts.held_out)) as task:
+            assert config.sampling.max_new_tokens, "resolve() has set it"
+            if not mine:
+                mine = judge_greedy(
+                    parts.engine,
+                    parts.held_out,
+                    parts.judges,
+                    max_new_tokens=config.sampling.max_new_tokens,
+                    policy_version=self.num_steps,
+                    when=when,
+                    task=task,
+                )
+                self._run.write_eval(rows + mine)
+            summary = self._summarise(mine) | {"kl": self._held_out_kl() if self.num_steps else 0.0}
+        seconds = self._run.seconds["eval"]
+        self._metrics.log("eval", self.num_steps, as_metrics(when, summary) | {"timing/eval_s": seconds})
+
+    def save(self) -> None:
+        """Writes a checkpoint of the step reached, unless it is there."""
+        if self._saved_step == self.num_steps:
+            return
+        state = TrainerState(
+            step=self.num_steps,
+            phase=self._phase,
+            num_metric_lines=self._metrics.num_lines,
+            num_bad_steps=self._num_bad_steps,
+            num_tokens=self._num_tokens,
+            seconds=self._run.seconds,
+        )
+        save_checkpoint(
+            self._run.path,
+            state,
+            self._policy,
+            self._parts.optimizer,
+            ema=self._parts.reference.ema,
+            keep=self._config.run.save_total_limit,
+        )
+        self._saved_step = self.num_steps
+
+    def finish(self) -> dict[str, Any]:
+        """Writes summary.json and report.html."""
+        config, rows = self._config, self._run.read_eval()
+        counts = PairCounts()
+        for phase in self._parts.plan.phases:
+            counts += read_pairs(self._run.pairs_path(phase.index)).counts
+        seconds = {**self._run.seconds, "total": sum(self._run.seconds.values())}
+        last = [r for r in rows if r["when"] == "after"]
+        summary = {
+            "task": config.task,
+            "method": {k: getattr(config.method, k) for k in ("ref", "loss", "phases", "sampler", "beta")}
+            | {"members": self._policy.num_members, "full": config.model.full},
+            "model": config.model.path,
+            "data": config.data.path,
+            "annotator": config.annotator.path,
+            "judges": [j.name for j in self._parts.judges],
+            "before": self._summarise([r for r in rows if r["when"] == "before"]) | {"kl": 0.0} if rows else {},
+            "after": self._summarise(last) | {"kl": self._kl} if last else {},
+            "pairs": vars(counts),
+            "steps": self.num_steps,
+            "policy_version": self._policy.version,
+            "seconds": seconds,
+            "num_tokens": self._num_tokens,
+            "tokens_per_s": self._num_tokens / max(1e-9, seconds.get("train", 0.0)),
+            "peak_memory_gib": peak_memory_gib(),
+        }
+        self._run.write_json("summary.json", summary)
+        report.write_report(self._run.path)
+        return summary
+
+    def close(self) -> None:
+        """Closes the metrics and the engine."""
+        self._metrics.close()
+        self._parts.engine.close()
+
+    _note = ""
+    _kl = 0.0
+
+    def _collect_new(self, phase: Phase) -> PhasePairs:
+        owned = slice(phase.first_prompt, phase.last_prompt)
+        if self._parts.replayed is not None:
+            pairs = self._parts.replayed[owned]
+            return PhasePairs(phase.index, self.num_steps, pairs, PairCounts(kept=len(pairs)), {})
+        num_used = sum(read_pairs(self._run.pairs_path(f)).num_spare for f in range(phase.index))
+        spare = self._parts.spare[num_used:]
+        return self._collector.collect(phase, self._parts.prompts[owned], spare, self.num_steps)
+
+    def _score_reference(self, phase: Phase, found: PhasePairs) -> PhasePairs:
+        max_tokens = self._config.optim.microbatch_tokens
+        title = f"phase {phase.index + 1}: reference"
+        with self._run.timed("ref"), self._progress.task(title, len(found.pairs)) as task:
+            if not self._parts.reference.is_policy(phase.num_steps):
+                found = with_reference(
+                    found,
+                    phase.num_steps,
+                    self._policy,
+                    self._parts.reference,
+                    max_tokens=max_tokens,
+                    on_done=task.advance,
+                )
+            sample = divergence(found.pairs[: self._config.eval.kl_prompts], self._policy, max_tokens)
+        metrics = found.metrics | {f"objective/{k}": v for k, v in sample.items()}
+        return replace(found, metrics=metrics, scored=True)
+
+    def _gradients(self, step: int, pairs: Sequence[Pair]) -> dict[str, Any]:
+        """Leaves the gradients of every member in place and returns what the step reports, summed on the device."""
+        self._parts.optimizer.zero_grad()
+        if not pairs:
+            return {}
+        policy, method = self._policy, self._config.method
+        beta, num = method.beta, len(pairs) * policy.num_members
+        sums: dict[str, Any] = {"tokens": 0}
+        policy.model.train()
+        for i, batch in enumerate(microbatches(pairs, policy, self._config.optim.microbatch_tokens)):
+            ref_logps = _ref_logps(batch.pairs, policy.device)
+            sums["tokens"] += batch.num_tokens * policy.num_members
+            for m in range(policy.num_members):
+                if self._config.model.lora_dropout:
+                    torch.manual_seed(request_seed(self._config.run.seed, step, i, m))
+                with policy.member(m):
+                    loss, parts = policy.loss(batch, ref_logps, method, num_pairs=len(pairs))
+                    loss.backward()
+                chosen, rejected = parts.policy_logps.chunk(2)
+                ref_chosen, ref_rejected = parts.ref_logps.chunk(2)
+                for name, value in {
+                    "loss": parts.loss.detach(),
+                    "rewards/chosen": beta * (chosen - ref_chosen),
+                    "rewards/rejected": beta * (rejected - ref_rejected),
+                    "rewards/margins": beta * parts.margins,
+                    "rewards/accuracies": (parts.margins > 0).float(),
+                    "logps/chosen": chosen,
+                    "logps/rejected": rejected,
+                }.items():
+                    sums[name] = sums.get(name, 0.0) + value.sum() / num
+        policy.model.eval()
+        return sums
+
+    def _summarise(self, rows: list[EvalRow]) -> dict[str, Any]:
+        return summarise(rows, [j.name for j in self._parts.judges])
+
+    def _held_out_kl(self) -> float | None:
+        """Nats a completion, on fresh samples of held-out prompts."""
+        prompts = self._parts.held_out[: self._config.eval.kl_prompts]
+        if not prompts:
+            return None
+        sampling = self._config.sampling
+        assert sampling.max_new_tokens, "resolve() has set it"
+        params = SamplingParams(max_new_tokens=sampling.max_new_tokens, n=2, temperature=sampling.temperature)
+        # another run seed: held-out prompts have ids of their own and must not share streams with the training's
+        sampled = self._parts.engine.generate(
+            prompts, params, run_seed=self._config.run.seed + 1, policy_version=self.num_steps
+        )
+        pairs = [Pair(p, a, b, 1.0, 0.0) for p, (a, b) in zip(prompts, sampled, strict=True)]
+        self._kl = divergence(pairs, self._policy, self._config.optim.microbatch_tokens)["kl"]
+        return self._kl
+
+    def _stop_on_bad_steps(self, pairs: Sequence[Pair]) -> None:
+        path = self._run.path / "bad-batch.jsonl"
+        write_pairs(path, PhasePairs(self._phase, self.num_steps, tuple(pairs), PairCounts(kept=len(pairs)), {}))
+        raise RuntimeError(
+            f"loss or gradient not finite in {self._num_bad_steps} steps in a row (optim.max_bad_steps); see {path}"
+        )
+
+
+def _ref_logps(pairs: Sequence[Pair], device: torch.device) -> torch.Tensor | None:
+    """[2P] float32, chosen first; None where the reference is the policy itself."""
+    known = [p.ref_logps for p in pairs if p.ref_logps is not None]
+    if not known:
+        return None
+    assert len(known) == len(pairs), "a phase is scored whole"
+    return torch.tensor(known, dtype=torch.float32).T.flatten().to(device)
+
+
+def _in_words(counts: PairCounts) -> str:
+    return ", ".join(f"{v} {k}" for k, v in vars(counts).items() if v or k == "kept") + " pairs"

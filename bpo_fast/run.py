@@ -1,0 +1,165 @@
+"""The run folder: what a run writes first, how it is found again, and how it is interrupted.
+
+RUN/config.toml  env.json  metrics.jsonl  pairs/phase-00.jsonl  checkpoint-<step>/
+    eval.jsonl  summary.json  report.html
+"""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bpo_fast import config as configs
+from bpo_fast.checkpoint import complete_checkpoints
+from bpo_fast.config import Config
+from bpo_fast.doctor import environment
+from bpo_fast.evaluate import EvalRow
+from bpo_fast.files import write_atomic
+
+MAY_CHANGE = {"run.output_dir", "run.save_steps", "run.save_total_limit", "run.report_to", "sampling.batch_size"}
+
+
+class Run:
+    """A run folder that this process writes to.
+
+    Args:
+        path: the folder.
+        resume: True if it must already hold a run.
+    """
+
+    def __init__(self, path: Path, *, resume: bool):
+        self.path = path
+        self.resume = resume
+        self.seconds: dict[str, float] = {}
+        self._critical = False
+        self._pending = False
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest complete checkpoint of a resumed run."""
+        found = complete_checkpoints(self.path)
+        return found[-1] if self.resume and found else None
+
+    def pairs_path(self, phase: int) -> Path:
+        """Where the pairs of a phase are."""
+        return self.path / "pairs" / f"phase-{phase:02d}.jsonl"
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file of the run, all or nothing."""
+        write_atomic(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """summary.json, which only a finished run has."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def read_eval(self) -> list[EvalRow]:
+        """Rows of eval.jsonl."""
+        path = self.path / "eval.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+    def write_eval(self, rows: list[EvalRow]) -> None:
+        """Writes eval.jsonl anew."""
+        write_atomic(self.path / "eval.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the seconds of the block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """SIGINT and SIGTERM raise KeyboardInterrupt inside, but never within `critical`."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def critical(self) -> Iterator[None]:
+        """Weights and moments change together inside; an interrupt waits for the end."""
+        self._critical = True
+        try:
+            yield
+        finally:
+            self._critical = False
+        if self._pending:
+            self._pending = False
+            raise KeyboardInterrupt
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if self._critical:
+            self._pending = True
+        else:
+            raise KeyboardInterrupt
+
+
+def open_run(config: Config, *, resume: Path | None, command: list[str]) -> tuple[Config, Run]:
+    """Opens a new run folder, or an old one to go on with.
+
+    Args:
+        config: resolved settings.
+        resume: folder of the run to go on with, or None for a new one.
+        command: what the user typed, for env.json.
+
+    Returns:
+        (the settings with the output folder filled in, the run)
+
+    Raises:
+        ValueError: a new run in a folder that holds one, or settings that differ from those of the run to resume.
+    """
+    if resume is not None:
+        _check_same(config, resume)
+        return config, Run(resume, resume=True)
+    path = Path(config.run.output_dir or _new_name(config))
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = (
+            "holds another run; go on with --resume, or choose" if (path / "config.toml").exists() else "is not empty;"
+        )
+        raise ValueError(f"run.output_dir = {path}: {what} another --out")
+    config = configs.replace(config, {"run.output_dir": str(path)})
+    path.mkdir(parents=True, exist_ok=True)
+    write_atomic(path / "config.toml", configs.to_toml(config))
+    run = Run(path, resume=False)
+    run.write_json("env.json", environment() | {"command": " ".join(command)})
+    return config, run
+
+
+def saved_config(path: Path) -> Config:
+    """The settings of the run in a folder; ValueError if there is none."""
+    if not (path / "config.toml").is_file():
+        raise ValueError(f"--resume {path}: no run there (no config.toml)")
+    return configs.load(path / "config.toml")
+
+
+def _check_same(config: Config, path: Path) -> None:
+    old, new = configs.to_flat(saved_config(path)), configs.to_flat(config)
+    for name, value in new.items():
+        if value != old[name] and name not in MAY_CHANGE:
+            raise ValueError(f"{name} = {value}: the run to resume has {old[name]}")
+
+
+def _new_name(config: Config) -> str:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{config.task}-{config.method.ref}-{config.method.loss}"
+    path = Path("runs") / f"{name}-{stamp}"
+    num = 1
+    while path.exists():
+        num += 1
+        path = Path("runs") / f"{name}-{stamp}-{num}"
+    return str(path)

@@ -1,0 +1,205 @@
+"""Builds what the loop works with from a resolved configuration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from bpo_fast import prompts as data
+from bpo_fast.annotate import Checked, load_annotator
+from bpo_fast.config import Config
+from bpo_fast.engine import Engine
+from bpo_fast.engine.hf import HfEngine
+from bpo_fast.optim import Optimizer
+from bpo_fast.pairs import replay_pairs
+from bpo_fast.plan import Plan, make_plan
+from bpo_fast.policy import Policy, load_policy
+from bpo_fast.progress import Progress
+from bpo_fast.reference import Reference
+from bpo_fast.tasks import get_task
+from bpo_fast.types import Pair, Prompt
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one run works with.
+
+    Attributes:
+        config: resolved, with the budget as the data allow.
+        plan: phases and steps.
+        policy, engine, reference, optimizer: the learner.
+        annotator: None when pairs are replayed.
+        judges: of the evaluation.
+        prompts: the budget, in order; spare: what is left over; held_out: for evaluation.
+        replayed: pairs to train on instead of sampling, or None.
+    """
+
+    config: Config
+    plan: Plan
+    policy: Policy
+    engine: Engine
+    reference: Reference
+    optimizer: Optimizer
+    annotator: Checked | None
+    judges: tuple[Checked, ...]
+    prompts: tuple[Prompt, ...]
+    spare: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    replayed: tuple[Pair, ...] | None
+
+
+def build(config: Config, progress: Progress, *, from_pairs: str | None = None) -> Parts:
+    """Loads models and data and lays out the run.
+
+    Args:
+        config: resolved settings.
+        progress: for one line on each thing that was left out.
+        from_pairs: recorded pairs to replay instead of sampling.
+
+    Raises:
+        ValueError: whatever a user can have got wrong, by name.
+    """
+    device = pick_device(config.run.device)
+    assert config.sampling.max_new_tokens, "resolve() has set it"
+    assert config.data.max_prompt_length, "resolve() has set it"
+    max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
+    policy, engine = load_learner(config, device, max_length)
+    budget = config.method.pairs
+    assert budget, "resolve() has set it"
+    if from_pairs is None:
+        usable = _train_prompts(config, policy, progress)
+        replayed = None
+        num_pairs = min(budget, len(usable))
+        if num_pairs < budget:
+            progress.print(f"data has {len(usable)} usable prompts: method.pairs is {num_pairs}, not {budget}")
+    else:
+        replayed = tuple(_replayed(config, policy, from_pairs)[:budget])
+        usable = tuple(p.prompt for p in replayed)
+        num_pairs = len(replayed)
+    plan = make_plan(config.method, num_pairs)
+    reference = Reference(policy, config.method, config.model, max_length=max_length)
+    members = policy.num_members if policy.lora else None
+    optimizer = Optimizer(policy.parameters(), config.optim, num_steps=plan.num_steps, num_members=members)
+    judges = config.eval.judges or ((config.annotator.path,) if config.annotator.path else ())
+    held_out = _held_out(config, policy, usable, progress) if judges else ()
+    return Parts(
+        config=replace(config, method=replace(config.method, pairs=num_pairs)),
+        plan=plan,
+        policy=policy,
+        engine=engine,
+        reference=reference,
+        optimizer=optimizer,
+        annotator=None if replayed is not None else _annotator(config, device),
+        judges=tuple(_load_scorer(j, config, device) for j in judges) if held_out else (),
+        prompts=usable[:num_pairs],
+        spare=usable[num_pairs:] if replayed is None else (),
+        held_out=held_out,
+        replayed=replayed,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called auto, cpu, cuda or cuda:N; ValueError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"run.device = {name}: not a device; auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"run.device = {name}: not supported; auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"run.device = {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def load_learner(config: Config, device: torch.device, max_length: int) -> tuple[Policy, Engine]:
+    """The policy and the engine that samples from it."""
+    policy = load_policy(
+        config.model,
+        device=device,
+        seed=config.run.seed,
+        temperature=config.sampling.temperature,
+        max_length=max_length,
+    )
+    engine = HfEngine(
+        policy.model,
+        policy.tokenizer,
+        behavior=policy.merged,
+        eos_ids=policy.eos_ids,
+        pad_id=policy.pad_id,
+        batch_size=config.sampling.batch_size,
+    )
+    return policy, engine
+
+
+def _annotator(config: Config, device: torch.device) -> Checked:
+    if config.annotator.path is None:
+        raise ValueError("annotator.path: no annotator; name a reward model, module:function or file with --annotator")
+    return _load_scorer(config.annotator.path, config, device)
+
+
+def _load_scorer(spec: str, config: Config, device: torch.device) -> Checked:
+    return load_annotator(
+        spec,
+        device=str(device),
+        batch_tokens=config.annotator.batch_tokens,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def _train_prompts(config: Config, policy: Policy, progress: Progress) -> tuple[Prompt, ...]:
+    source = str(config.data.path)
+    found = data.load_prompts(
+        data.read_rows(source, config.data.split),
+        config.data,
+        get_task(config.task),
+        policy.tokenizer,
+        source=source,
+        seed=config.run.seed,
+    )
+    _say_left_out(progress, "training data", found, config)
+    return found.prompts
+
+
+def _held_out(config: Config, policy: Policy, train: Sequence[Prompt], progress: Progress) -> tuple[Prompt, ...]:
+    source, num_wanted = config.data.eval_path, config.eval.prompts
+    if not num_wanted or source is None:
+        return ()
+    found = data.load_prompts(
+        data.read_rows(source, config.data.eval_split),
+        config.data,
+        get_task(config.task),
+        policy.tokenizer,
+        source=source,
+        seed=None,
+        exclude=(p.text for p in train),
+    )
+    _say_left_out(progress, "evaluation data", found, config)
+    return found.prompts[:num_wanted]
+
+
+def _say_left_out(progress: Progress, name: str, found: data.PromptSet, config: Config) -> None:
+    reasons = {
+        "repeated": found.num_duplicates,
+        f"over {config.data.max_prompt_length} tokens": found.num_too_long,
+        "also in the training data": found.num_excluded,
+    }
+    left_out = ", ".join(f"{n} {reason}" for reason, n in reasons.items() if n)
+    cut = f"; {found.num_truncated} cut from the left" if found.num_truncated else ""
+    progress.print(
+        f"{name}: {len(found.prompts)} prompts of {found.num_rows} rows"
+        + (f"; left out: {left_out}" if left_out else "")
+        + cut
+    )
+
+
+def _replayed(config: Config, policy: Policy, source: str) -> list[Pair]:
+    def to_prompts(name: str):
+        rows = data.read_rows(name, config.data.split)
+        found = data.load_prompts(
+            rows, config.data, get_task(config.task), policy.tokenizer, source=name, seed=config.run.seed, dedupe=False
+        )
+        return rows, found.prompts
+
+    return replay_pairs(source, policy.tokenizer, policy.eos_ids[0], to_prompts=to_prompts)

@@ -1,0 +1,73 @@
+"""The loop: `train()` reads as Algorithm 1 of BPO (Xu et al., EMNLP 2024).
+
+Every phase freezes the policy as the behavior, samples two completions a prompt from it, lets the annotator order them,
+and takes K = T / F optimizer steps against the behavior's own log-probs. Start reading here; the parts of the loop are
+in loop.py.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bpo_fast import report
+from bpo_fast.config import Config
+from bpo_fast.loop import Loop
+from bpo_fast.progress import Progress
+from bpo_fast.run import open_run
+from bpo_fast.setup import build
+from bpo_fast.tasks import resolve
+
+
+def train(
+    config: Config, *, resume: Path | None = None, from_pairs: str | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Trains a policy online from preferences.
+
+    Args:
+        config: settings; knobs left open are filled in from the task.
+        resume: folder of a run to go on with; on a CPU it ends as if it had never stopped.
+        from_pairs: a run folder or preference rows to train on instead of sampling.
+        quiet: print nothing.
+
+    Returns:
+        What summary.json holds: win rates before and after, counts, seconds.
+
+    Raises:
+        ValueError: bad settings or data, by name; nothing is left half-written.
+        RuntimeError: the loss stayed NaN or infinite for `optim.max_bad_steps` steps.
+        KeyboardInterrupt: after a checkpoint was written.
+    """
+    config = resolve(config)
+    with Progress(quiet=quiet) as progress:
+        parts = build(config, progress, from_pairs=from_pairs)
+        config, run = open_run(parts.config, resume=resume, command=sys.argv)
+        finished = run.read_summary()
+        if finished is not None:
+            progress.print(f"{run.path}: this run has finished")
+            return finished
+        loop = Loop(replace(parts, config=config), run, progress)
+        with run.interruptible():
+            try:
+                loop.evaluate("before")
+                for phase in loop.remaining_phases():
+                    found = loop.collect(phase)  # the behavior: the average of the members as they are now
+                    for step, pairs in loop.remaining_steps(phase, found):
+                        loop.step(step, pairs)
+                    loop.end_phase(phase, found)
+                loop.evaluate("after")
+                summary = loop.finish()
+            except KeyboardInterrupt:
+                loop.save()
+                progress.print(f"interrupted at step {loop.num_steps}; go on with --resume {run.path}")
+                raise
+            finally:
+                loop.close()
+    if not quiet:
+        console = Console()
+        report.print_summary(summary, console)
+        report.print_examples(run.read_eval(), console)
+        console.print(f"report: {run.path / 'report.html'}", soft_wrap=True, highlight=False)
+    return summary
