@@ -13,14 +13,15 @@ import transformers
 
 from bpo_fast.annotate.reward_model import RewardScorer
 from bpo_fast.config import DataConfig, knob
+from bpo_fast.files import new_folder
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import _label, _to_text, read_rows
 from bpo_fast.stages import (
     StageConfig,
+    check_new,
     check_vocabulary,
     fit,
     named_load_errors,
-    new_folder,
     open_tokenizer,
     plateau_epoch,
     resolve_device,
@@ -68,8 +69,10 @@ def train_reward(config: RewardConfig, *, progress: Progress | None = None) -> d
     """
     progress = progress or Progress()
     started = time.monotonic()
-    with new_folder("reward.out", config.out) as folder, progress:
+    with new_folder(check_new("reward.out", config.out)) as folder, progress:
         train, held_out = _load_pairs(config)
+        if not train:
+            raise ValueError(f"reward.data = {config.data}: no training rows left after reward.eval_fraction")
         torch.manual_seed(config.seed)
         model = _open_model(config, train)
         train = train + swap_answers(train, round(config.swapped * len(train)), config.seed)
@@ -213,7 +216,15 @@ def _fit(
 
     evaluate_or_none = evaluate if held_out else None
     return fit(
-        model.model, config, lengths, loss_of, evaluate_or_none, name="reward", seed=config.seed, progress=progress
+        model.model,
+        model.model,
+        config,
+        lengths,
+        loss_of,
+        evaluate_or_none,
+        name="reward",
+        seed=config.seed,
+        progress=progress,
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ import torch
 import transformers
 
 from bpo_fast.config import DataConfig, knob
+from bpo_fast.files import new_folder
+from bpo_fast.lora import LoraEnsemble
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import _encode, _to_text, read_rows
 from bpo_fast.stages import (
     StageConfig,
+    check_new,
     check_vocabulary,
     fit,
     length_batches,
     named_load_errors,
-    new_folder,
     open_tokenizer,
     plateau_epoch,
     resolve_device,
@@ -50,6 +53,11 @@ class SftConfig(StageConfig):
         if self.lora_r and self.model is None:
             raise ValueError(f"sft.lora_r = {self.lora_r}: adapters need a model to sit on; set sft.model")
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate after warm-up; 2e-4 for adapters if none was set."""
+        return self.learning_rate or (2e-4 if self.lora_r else super().peak_learning_rate)
+
 
 def train_sft(config: SftConfig, *, progress: Progress | None = None) -> dict[str, Any]:
     """Trains one model, or `members` of them, on the completions of prompt and label rows.
@@ -70,7 +78,7 @@ def train_sft(config: SftConfig, *, progress: Progress | None = None) -> dict[st
     progress = progress or Progress()
     started = time.monotonic()
     device = resolve_device(config.device)
-    with new_folder("sft.out", config.out) as folder, progress:
+    with new_folder(check_new("sft.out", config.out)) as folder, progress:
         data = _load_data(config)
         members = []
         for member in range(config.members):
@@ -128,6 +136,8 @@ def _load_data(config: SftConfig) -> SftData:
     else:
         train, rest = split_by_prompt([t[0] for t in texts], config.eval_fraction, config.seed)
         texts, eval_texts = [texts[i] for i in train], [texts[i] for i in rest]
+    if not texts:
+        raise ValueError(f"sft.data = {config.data}: no training rows left after sft.eval_fraction")
     examples, num_cut_prompts, num_cut_completions = encode_examples(texts + eval_texts, tokenizer, config)
     return SftData(tokenizer, examples[: len(texts)], examples[len(texts) :], num_cut_prompts, num_cut_completions)
 
@@ -172,10 +182,28 @@ def _train_member(
     config: SftConfig, data: SftData, seed: int, name: str, out: Path, device: torch.device, progress: Progress
 ) -> dict[str, Any]:
     torch.manual_seed(seed)
-    model = _open_model(config, data.tokenizer).to(device)
+    model = _open_model(config, data).to(device)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+    lora, view = None, nullcontext()
+    if config.lora_r:
+        alpha = config.lora_alpha or 2.0 * config.lora_r
+        lora = LoraEnsemble(model, num_members=1, r=config.lora_r, alpha=alpha, seed=seed)
+        view = lora.member(0)
+    with view:
+        history = _fit(model, lora or model, config, data, name, seed, progress)
+    if lora is None:
+        save_model(model, data.tokenizer, out, config.save_dtype)
+    else:
+        lora.save(out, str(config.model), member=0)
+    record = {"seed": seed, "num_parameters": sum(p.numel() for p in (lora or model).parameters()), "history": history}
+    return record | (_summary(history) if data.held_out else {})
+
+
+def _fit(
+    model: Any, trained: Any, config: SftConfig, data: SftData, name: str, seed: int, progress: Progress
+) -> list[dict[str, float]]:
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda")
 
     def loss_of(rows: list[int]) -> tuple[torch.Tensor, int]:
         with autocast:
@@ -188,39 +216,37 @@ def _train_member(
 
     lengths = [len(e.ids) for e in data.train]
     evaluate_or_none = evaluate if data.held_out else None
-    history = fit(model, config, lengths, loss_of, evaluate_or_none, name=name, seed=seed, progress=progress)
-    save_model(model, data.tokenizer, out, config.save_dtype)
-    record: dict[str, Any] = {
-        "seed": seed,
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "history": history,
+    return fit(model, trained, config, lengths, loss_of, evaluate_or_none, name=name, seed=seed, progress=progress)
+
+
+def _summary(history: list[dict[str, float]]) -> dict[str, Any]:
+    best = min(history, key=lambda h: h["loss"])
+    return {
+        "best_epoch": best["epoch"],
+        "held_out_loss": best["loss"],
+        "held_out_loss_per_sequence": best["loss_per_sequence"],
+        "plateau_epoch": plateau_epoch([h["loss"] for h in history]),
     }
-    if data.held_out:
-        losses = [h["loss"] for h in history]
-        best = min(history, key=lambda h: h["loss"])
-        record |= {
-            "best_epoch": best["epoch"],
-            "held_out_loss": best["loss"],
-            "held_out_loss_per_sequence": best["loss_per_sequence"],
-            "plateau_epoch": plateau_epoch(losses),
-        }
-    return record
 
 
-def _open_model(config: SftConfig, tokenizer: Any) -> Any:
+def _open_model(config: SftConfig, data: SftData) -> Any:
     if config.model is None:
         max_positions = max(config.max_prompt_length + config.max_completion_length, 1024)
-        return transformers.AutoModelForCausalLM.from_config(scratch_config(config, tokenizer, max_positions))
+        return transformers.AutoModelForCausalLM.from_config(scratch_config(config, data.tokenizer, max_positions))
     what = f"sft.model = {config.model}"
     with named_load_errors(what):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
-    check_vocabulary(what, model, tokenizer)
+    check_vocabulary(what, model, data.tokenizer)
+    longest = max(len(e.ids) for e in data.train + data.held_out)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise ValueError(f"{what}: {positions} positions for rows of {longest} tokens; lower sft.max_prompt_length")
     return model
 
 
-def completion_nll(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
+def completion_nll(model: Any, examples: Sequence[Example]) -> torch.Tensor:
     """-log pi of every completion token of a batch, right-padded; only these rows reach the head.
 
     Returns:
@@ -246,7 +272,7 @@ def completion_nll(model: torch.nn.Module, examples: Sequence[Example]) -> torch
 
 
 @torch.no_grad()
-def held_out_nll(model: torch.nn.Module, examples: Sequence[Example], batch_tokens: int) -> tuple[float, int]:
+def held_out_nll(model: Any, examples: Sequence[Example], batch_tokens: int) -> tuple[float, int]:
     """(sum of -log pi over all completion tokens in nats, number of these tokens)."""
     total, num_tokens = torch.zeros((), dtype=torch.float64), 0
     for rows in length_batches([len(e.ids) for e in examples], batch_tokens):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,7 +70,7 @@ class StageConfig:
         for field in dataclasses.fields(self):
             _check_field(stage, field, getattr(self, field.name))
         if self.model is None and self.hidden % (2 * self.heads):
-            raise ValueError(f"{stage}.heads = {self.heads}: hidden / heads = {self.hidden} / heads must be even")
+            raise ValueError(f"{stage}.heads = {self.heads}: must divide hidden = {self.hidden} into an even size")
         if self.model is None and self.heads % self.kv_heads:
             raise ValueError(f"{stage}.kv_heads = {self.kv_heads}: must divide heads = {self.heads}")
 
@@ -159,7 +157,7 @@ def split_by_prompt(prompts: Sequence[str], fraction: float, seed: int) -> tuple
     distinct = list(dict.fromkeys(prompts))
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = {distinct[i] for i in order[: round(fraction * len(distinct))]}
-    sides: tuple[list[int], list[int]] = ([], [])
+    sides: tuple[list[int], list[int]] = ([], [])  # indexed by "is held out"
     for row, prompt in enumerate(prompts):
         sides[prompt in held_out].append(row)
     return sides
@@ -195,10 +193,10 @@ def length_batches(lengths: Sequence[int], budget: int, generator: torch.Generat
 
 
 def make_optimizer(
-    model: torch.nn.Module, config: StageConfig, num_steps: int
+    trained: torch.nn.Module, config: StageConfig, num_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Fused AdamW (decay on matrices only) and its schedule over `num_steps`."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    params = list(trained.parameters())
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
@@ -218,6 +216,7 @@ def make_optimizer(
 
 def fit(
     model: torch.nn.Module,
+    trained: torch.nn.Module,
     config: StageConfig,
     lengths: Sequence[int],
     loss_of: Callable[[list[int]], tuple[torch.Tensor, int]],
@@ -230,7 +229,8 @@ def fit(
     """Trains in place and leaves the weights of the epoch with the lowest held-out loss (the last one without it).
 
     Args:
-        model: parameters with requires_grad are trained.
+        model: switched between training and evaluation mode.
+        trained: holds the parameters that are trained: the model, or the adapters on it.
         lengths: padded-length key of each training row, in tokens.
         loss_of: rows -> (mean loss, number of terms it is a mean of).
         evaluate: held-out numbers with the key `loss`, or None.
@@ -247,18 +247,18 @@ def fit(
     epochs = [length_batches(lengths, config.batch_tokens, generator) for _ in range(math.ceil(config.epochs))]
     epochs[-1] = epochs[-1][: math.ceil(len(epochs[-1]) * (config.epochs - len(epochs) + 1))]
     num_steps = sum(len(batches) for batches in epochs)
-    optimizer, scheduler = make_optimizer(model, config, num_steps)
+    optimizer, scheduler = make_optimizer(trained, config, num_steps)
     history: list[dict[str, float]] = []
     best: tuple[float, dict[str, torch.Tensor]] | None = None
     with progress.task(name, num_steps) as task:
         for epoch, batches in enumerate(epochs, 1):
             started = time.monotonic()
             model.train()
-            total, weight = torch.zeros((), device=next(model.parameters()).device), 0
+            total, weight = torch.zeros((), device=next(trained.parameters()).device), 0
             for rows in batches:
                 loss, num_terms = loss_of(rows)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(trained.parameters(), config.max_grad_norm)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -279,10 +279,10 @@ def fit(
                 record |= evaluate()
                 task.advance(0, note=f"held-out loss {record['loss']:.4f}")
                 if best is None or record["loss"] < best[0]:
-                    best = (record["loss"], {k: v.detach().cpu().clone() for k, v in model.state_dict().items()})
+                    best = (record["loss"], {k: v.detach().cpu().clone() for k, v in trained.state_dict().items()})
             history.append(record)
     if best is not None and best[0] < history[-1]["loss"]:
-        model.load_state_dict(best[1])
+        trained.load_state_dict(best[1])
     return history
 
 
@@ -292,23 +292,12 @@ def plateau_epoch(losses: Sequence[float]) -> int | None:
     return next(later, None)
 
 
-@contextmanager
-def new_folder(what: str, path: str) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and disappears when it does not."""
+def check_new(what: str, path: str) -> Path:
+    """The path, if nothing is there yet or an empty folder is; ValueError otherwise."""
     out = Path(path)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{what} = {path}: already there")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return out
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:

@@ -19,7 +19,8 @@ _CLOSING = re.compile(r"\s*\b(assistant|answer)\s*:\s*$", re.IGNORECASE)
 class RewardScorer:
     """r(x, y) of prompts and completions, in length-bucketed batches.
 
-    A tokenizer with a chat template is given user and assistant turns. Any other is given the pair (prompt text,
+    A tokenizer with a chat template is given a user and an assistant turn, without the cue ` Assistant:` that closes a
+    plain prompt. Any other is given the pair (prompt text,
     completion text with its leading space): both are encoded apart and its own post-processor joins them, which for
     encoders is `[CLS] prompt [SEP] completion [SEP]`. What is over the model's length limit is cut from the left, so
     the completion stays; a completion that is too long by itself keeps its beginning.
@@ -77,7 +78,7 @@ class RewardScorer:
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{self.name}: {len(prompts)} prompts for {len(completions)} completions")
-        texts = [(_prompt_text(p, self.tokenizer), c.text) for p, c in zip(prompts, completions, strict=True)]
+        texts = [(p.text, c.text) for p, c in zip(prompts, completions, strict=True)]
         scores = self.score_texts(texts)
         for prompt, completion, score in zip(prompts, completions, scores, strict=True):
             if not math.isfinite(score):
@@ -130,7 +131,8 @@ class RewardScorer:
         return self.model(**{k: v.to(device) for k, v in inputs.items()}).logits[:, 0]
 
     def _render(self, prompt: str, completion: str) -> str:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
+        question = _CLOSING.sub("", prompt)
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": completion.strip()}]
         return self.tokenizer.apply_chat_template(turns, tokenize=False)
 
 
@@ -173,8 +175,3 @@ class RewardModel(RewardScorer):
         with named_load_errors(what, "tokenizer"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         super().__init__(model.to(place).eval(), tokenizer, name=what, batch_tokens=batch_tokens)
-
-
-def _prompt_text(prompt: Prompt, tokenizer: Any) -> str:
-    """The prompt as text; for a chat template without the cue that closes a plain prompt, such as ` Assistant:`."""
-    return _CLOSING.sub("", prompt.text) if tokenizer.chat_template is not None else prompt.text

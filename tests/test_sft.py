@@ -1,0 +1,352 @@
+import json
+import math
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from bpo_fast.progress import Progress
+from bpo_fast.sft import Example, SftConfig, completion_nll, encode_examples, held_out_nll, train_sft
+from bpo_fast.stages import fit, length_batches, make_optimizer, plateau_epoch, split_by_prompt
+from bpo_fast.tokenizer import train_bpe
+
+THINGS = ["apple", "pear", "plum", "cherry", "melon", "grape", "fig", "lemon"]
+TINY = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "vocab": 300, "device": "cpu"}
+QUIET = Progress(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"What is number {i}?", "label": f"It is a {THINGS[i % 8]}."} for i in range(64)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def settings(data, out, **changes):
+    return SftConfig(**({"data": str(data), "out": str(out), "epochs": 2, "batch_tokens": 512} | TINY | changes))
+
+
+def reference_nll(model, example):
+    """One sequence alone, no padding, no gather: -log softmax at the completion positions."""
+    ids = torch.tensor([example.ids])
+    logps = model(input_ids=ids).logits.double().log_softmax(-1)
+    first = len(example.ids) - example.num_completion
+    return torch.stack([-logps[0, t - 1, example.ids[t]] for t in range(first, len(example.ids))])
+
+
+def test_loss_and_gradient_equal_the_sequences_one_by_one(tiny):
+    generator = torch.Generator().manual_seed(1)
+    examples = [
+        Example(tuple(torch.randint(0, 50, (length,), generator=generator).tolist()), completion)
+        for length, completion in [(7, 3), (2, 1), (12, 11), (5, 1)]
+    ]
+    nats = completion_nll(tiny, examples)
+    expected = torch.cat([reference_nll(tiny, e) for e in examples])
+    torch.testing.assert_close(nats.double(), expected, rtol=1e-5, atol=1e-6)
+
+    tiny.zero_grad()
+    nats.mean().backward()
+    got = [p.grad.clone() for p in tiny.parameters()]
+    tiny.zero_grad()
+    expected.mean().backward()
+    for mine, p in zip(got, tiny.parameters(), strict=True):
+        torch.testing.assert_close(mine, p.grad, rtol=1e-4, atol=1e-6)
+    tiny.zero_grad()
+
+
+def test_held_out_sum_does_not_depend_on_the_batches(tiny):
+    examples = [Example(tuple(range(1, n)), n // 3 + 1) for n in range(4, 24)]
+    total, num_tokens = held_out_nll(tiny, examples, batch_tokens=64)
+    assert num_tokens == sum(e.num_completion for e in examples)
+    expected = sum(reference_nll(tiny, e).sum().item() for e in examples)
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_prompt_and_completion_are_encoded_apart_and_end_with_eos():
+    tokenizer = train_bpe(["How? Assistant: Like this."] * 4, vocab_size=300)
+    config = settings("x", "y", max_prompt_length=3, max_completion_length=6)
+    prompt, completion = "How? Assistant:", " Like this."
+    p, c = (tokenizer(t)["input_ids"] for t in (prompt, completion))
+    assert len(p) > 3
+    examples, cut_prompts, cut_completions = encode_examples(
+        [(prompt, completion, False), ("A", " B", False), ("A", completion * 3, False)], tokenizer, config
+    )
+    a, b = (tokenizer(t)["input_ids"] for t in ("A", " B"))
+    assert examples[0].ids == (*p[-3:], *c, tokenizer.eos_token_id)
+    assert examples[0].num_completion == len(c) + 1
+    assert examples[1].ids == (*a, *b, tokenizer.eos_token_id)
+    # cut at the limit, so no EOS follows
+    assert examples[2].ids == (*a, *tokenizer(completion * 3)["input_ids"][:6])
+    assert tokenizer.eos_token_id not in examples[2].ids
+    assert (cut_prompts, cut_completions) == (1, 1)
+
+
+def test_eos_fits_exactly_at_the_limit():
+    tokenizer = train_bpe(["x"], vocab_size=258)
+    texts = [("q", " ab", False), ("q", " abc", False)]
+    examples, _, num_cut = encode_examples(texts, tokenizer, settings("x", "y", max_completion_length=4))
+    assert [e.ids[-1] == tokenizer.eos_token_id for e in examples] == [True, False]
+    assert num_cut == 1
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_training_learns_and_the_folder_loads_in_plain_transformers(tmp_path, data, arch):
+    out = tmp_path / "policy"
+    result = train_sft(settings(data, out, arch=arch, epochs=15, learning_rate=2e-2), progress=QUIET)
+    assert json.loads((out / "sft.json").read_text()) == json.loads(json.dumps(result))
+    member = result["members"][0]
+    losses = [h["loss"] for h in member["history"]]
+    assert losses[-1] < 0.6 * losses[0]
+    assert member["held_out_loss"] == min(losses)
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.config.model_type == arch
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    prompts = [r["prompt"] + " Assistant:" for r in rows]
+    _, held_out = split_by_prompt(prompts, 0.05, 42)
+    examples = [
+        Example((*tokenizer(prompts[i])["input_ids"], *c, tokenizer.eos_token_id), len(c) + 1)
+        for i in held_out
+        for c in [tokenizer(" " + rows[i]["label"])["input_ids"]]
+    ]
+    nats, num_tokens = held_out_nll(model, examples, 512)
+    assert nats / num_tokens == pytest.approx(member["held_out_loss"], rel=1e-5)
+    assert nats / len(held_out) == pytest.approx(member["held_out_loss_per_sequence"], rel=1e-5)
+    answer = model.generate(**tokenizer(prompts[0], return_tensors="pt"), max_new_tokens=24, do_sample=False)
+    assert answer[0, -1] == tokenizer.eos_token_id
+
+
+def test_same_seed_same_weights_and_another_seed_others(tmp_path, data):
+    runs = {n: settings(data, tmp_path / n, seed=s) for n, s in [("a", 1), ("b", 1), ("c", 2)]}
+    for config in runs.values():
+        train_sft(config, progress=QUIET)
+    weights = {n: (tmp_path / n / "model.safetensors").read_bytes() for n in runs}
+    assert weights["a"] == weights["b"] != weights["c"]
+
+
+def test_continued_training_starts_from_the_given_weights(tmp_path, data):
+    first = train_sft(settings(data, tmp_path / "a", epochs=6), progress=QUIET)
+    second = train_sft(
+        settings(data, tmp_path / "b", model=str(tmp_path / "a"), learning_rate=1e-7, epochs=1), progress=QUIET
+    )
+    before, after = first["members"][0]["held_out_loss"], second["members"][0]["held_out_loss"]
+    assert after == pytest.approx(before, rel=1e-3)
+
+
+@pytest.mark.parametrize(("losses", "kept"), [([3.0, 1.0, 2.0], 1), ([3.0, 2.0, 1.0], 2)])
+def test_the_weights_of_the_best_epoch_are_kept(losses, kept):
+    model = torch.nn.Linear(3, 1)
+    seen = []
+
+    def evaluate():
+        seen.append(model.weight.detach().clone())
+        return {"loss": losses[len(seen) - 1]}
+
+    def loss_of(rows):
+        return model(torch.ones(len(rows), 3)).square().mean(), len(rows)
+
+    config = settings("x", "y", epochs=3, learning_rate=0.1)
+    history = fit(model, model, config, [1] * 8, loss_of, evaluate, name="toy", seed=0, progress=QUIET)
+    assert [h["loss"] for h in history] == losses
+    assert torch.equal(model.weight, seen[kept])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_members_are_the_single_runs_of_their_seeds(tmp_path, data):
+    result = train_sft(settings(data, tmp_path / "m", members=2, seed=5, eval_fraction=0), progress=QUIET)
+    assert [m["seed"] for m in result["members"]] == [5, 6]
+    train_sft(settings(data, tmp_path / "one", seed=6, eval_fraction=0), progress=QUIET)
+    for seed_path in ("m/member-1", "one"):
+        assert (tmp_path / seed_path / "tokenizer.json").is_file()
+    same = [(tmp_path / p / "model.safetensors").read_bytes() for p in ("m/member-1", "one", "m/member-0")]
+    assert same[0] == same[1] != same[2]
+
+
+def test_lora_members_load_in_peft_and_lower_the_loss(tmp_path, data):
+    base = tmp_path / "base"
+    train_sft(settings(data, base, learning_rate=2e-2, epochs=10), progress=QUIET)
+    frozen = (base / "model.safetensors").read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text().replace("It is a", "a or"))
+    config = settings(
+        other, tmp_path / "l", model=str(base), members=2, lora_r=4, learning_rate=1e-2, batch_tokens=256, epochs=3
+    )
+    result = train_sft(config, progress=QUIET)
+
+    assert (base / "model.safetensors").read_bytes() == frozen
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = [json.loads(line) for line in other.read_text().splitlines()]
+    texts = [(r["prompt"] + " Assistant:", " " + r["label"], False) for r in rows]
+    _, held_out = split_by_prompt([t[0] for t in texts], 0.05, 42)
+    examples, _, _ = encode_examples([texts[i] for i in held_out], tokenizer, config)
+    nats, num_tokens = held_out_nll(AutoModelForCausalLM.from_pretrained(base), examples, 512)
+    for m, record in enumerate(result["members"]):
+        assert record["held_out_loss"] < 0.8 * nats / num_tokens
+        adapted = AutoModelForCausalLM.from_pretrained(base)
+        adapted = peft.PeftModel.from_pretrained(adapted, str(tmp_path / "l" / f"member-{m}")).eval()
+        total = sum(reference_nll(adapted, e).sum().item() for e in examples)
+        assert total / num_tokens == pytest.approx(record["held_out_loss"], rel=1e-4)
+
+
+def test_half_precision_on_disk(tmp_path, data):
+    train_sft(settings(data, tmp_path / "a", epochs=0.5, save_dtype="float16"), progress=QUIET)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+
+
+def test_conversations_go_through_the_chat_template(tmp_path):
+    tokenizer = train_bpe(["user hello assistant hi"] * 3, vocab_size=280)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "tok")
+    rows = [
+        {"messages": [{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "hi"}]}
+        for i in range(8)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    result = train_sft(
+        settings(tmp_path / "chat.jsonl", tmp_path / "o", tokenizer=str(tmp_path / "tok"), eval_fraction=0, epochs=1),
+        progress=QUIET,
+    )
+    # "hi" directly after the template's line break, then EOS
+    assert result["num_completion_tokens"] == 8 * (len(tokenizer("hi")["input_ids"]) + 1)
+    prompt = len(tokenizer("user: hello 0\nassistant:\n")["input_ids"])
+    assert result["num_train_tokens"] == result["num_completion_tokens"] + 8 * prompt
+
+
+def test_length_batches_hold_every_row_once_within_the_budget():
+    generator = torch.Generator().manual_seed(3)
+    lengths = [*torch.randint(1, 200, (500,), generator=generator).tolist(), 5000]
+    batches = length_batches(lengths, 1024, generator)
+    assert sorted(row for batch in batches for row in batch) == list(range(501))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[r] for r in batch) <= 1024
+    padded = sum(len(b) * max(lengths[r] for r in b) for b in batches)
+    assert padded < 1.1 * sum(lengths)
+    assert batches != length_batches(lengths, 1024, generator)
+
+
+def test_split_keeps_a_prompt_on_one_side():
+    prompts = [f"p{i % 10}" for i in range(100)]
+    train, held_out = split_by_prompt(prompts, 0.2, 7)
+    assert len(held_out) == 20
+    assert not {prompts[i] for i in train} & {prompts[i] for i in held_out}
+    assert sorted(train + held_out) == list(range(100))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0.5 * (1 + math.cos(0.75 * math.pi))]),
+    ],
+)
+def test_schedule(schedule, expected):
+    config = settings("x", "y", schedule=schedule, warmup_ratio=0.34, learning_rate=1.0)
+    optimizer, scheduler = make_optimizer(torch.nn.Linear(2, 2), config, 6)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(expected)
+
+
+def test_plateau_is_the_first_epoch_that_no_later_one_beats():
+    assert plateau_epoch([3.0, 2.0, 1.999, 1.998]) == 2
+    assert plateau_epoch([3.0, 2.0, 2.5, 1.0]) is None
+    assert plateau_epoch([3.0, 3.1]) == 1
+    assert plateau_epoch([3.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ""}, "sft.data: a value is required"),
+        ({"out": ""}, "sft.out: a value is required"),
+        ({"learning_rate": -1.0}, "sft.learning_rate = -1.0: must be > 0"),
+        ({"learning_rate": math.nan}, "sft.learning_rate = nan: must be > 0"),
+        ({"epochs": 0}, "sft.epochs = 0: must be > 0"),
+        ({"batch_tokens": 0}, "sft.batch_tokens = 0: must be >= 1"),
+        ({"members": 0}, "sft.members = 0: must be >= 1"),
+        ({"vocab": 100}, "sft.vocab = 100: must be >= 258"),
+        ({"eval_fraction": 0.95}, "sft.eval_fraction = 0.95: must be <= 0.9"),
+        ({"arch": "bert"}, "sft.arch = 'bert': not one of llama, qwen2"),
+        ({"schedule": "step"}, "sft.schedule = 'step': not one of cosine, linear, constant"),
+        ({"heads": 3}, "sft.heads = 3: must divide hidden = 32 into an even size"),
+        ({"heads": 2, "kv_heads": 4}, "sft.kv_heads = 4: must divide heads = 2"),
+        ({"lora_r": 8}, "sft.lora_r = 8: adapters need a model"),
+        ({"task": "nope"}, "task = 'nope'"),
+    ],
+)
+def test_a_bad_setting_is_named(changes, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        settings(**({"data": "x", "out": "y"} | changes))
+
+
+def test_bad_data_and_models_are_named_and_leave_nothing(tmp_path, data):
+    no_label = tmp_path / "no.jsonl"
+    no_label.write_text('{"prompt": "a", "label": "b"}\n{"prompt": "c", "label": ""}\n')
+    empty = tmp_path / "folder"
+    empty.mkdir()
+    cases = [
+        (settings(no_label, tmp_path / "o"), "no.jsonl: row 2 has no completion"),
+        (settings(tmp_path / "none.jsonl", tmp_path / "o"), "none.jsonl: no such file"),
+        (settings(data, tmp_path / "o", model=str(empty)), "sft.model = .*folder: cannot be loaded as a tokenizer"),
+        (settings(data, tmp_path / "o", tokenizer=str(empty)), "sft.tokenizer = .*folder: cannot be loaded"),
+        (settings(data, tmp_path / "o", device="cuda:99"), "device = 'cuda:99'"),
+        (settings(data, tmp_path / "o", learning_rate=1e30, epochs=4), "loss = .* in epoch . at learning_rate = 1e"),
+        (settings(data, tmp_path), "sft.out = .*: already there"),
+        (settings(f"{data}[:1]", tmp_path / "o", eval_fraction=0.9), "no training rows left"),
+    ]
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for config, message in cases:
+        with pytest.raises(ValueError, match=message):
+            train_sft(config, progress=QUIET)
+        assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_model_that_does_not_fit_is_named(tmp_path, data, tiny):
+    tokenizer = train_bpe(["x"], vocab_size=258)
+    no_eos = train_bpe(["x"], vocab_size=258)
+    no_eos.eos_token = None
+    no_eos.save_pretrained(tmp_path / "no-eos")
+    tiny.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    short = LlamaConfig(**(tiny.config.to_dict() | {"vocab_size": 258, "max_position_embeddings": 8}))
+    LlamaForCausalLM(short).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    for changes, message in [
+        ({"tokenizer": str(tmp_path / "no-eos")}, "sft.tokenizer = .*no-eos: its tokenizer has no EOS token"),
+        ({"model": str(tmp_path / "small")}, "sft.model = .*small: 50 embeddings for a tokenizer of 258 tokens"),
+        ({"model": str(tmp_path / "short")}, "sft.model = .*short: 8 positions for rows of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train_sft(settings(data, tmp_path / "o", **changes), progress=QUIET)
