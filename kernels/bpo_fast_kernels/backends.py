@@ -1,22 +1,53 @@
 """Picks the backend that runs an operator."""
 
 import functools
+import logging
 
 import torch
 
+from bpo_fast_kernels.build import NativeUnavailable
 from bpo_fast_kernels.checks import require
+from bpo_fast_kernels.native_backend import NativeBackend
 from bpo_fast_kernels.rows import Backend
 from bpo_fast_kernels.torch_backend import TorchBackend
 
 BACKENDS = ("auto", "native", "torch", "triton")
+log = logging.getLogger("bpo_fast_kernels")
 
 
 @functools.cache
-def _make(name: str) -> Backend:
+def _torch() -> Backend:
     return TorchBackend()
 
 
+@functools.cache
+def _native_cpu() -> Backend:
+    return NativeBackend()
+
+
+@functools.cache
+def _auto_cpu() -> Backend:
+    try:
+        return _native_cpu()
+    except NativeUnavailable as reason:
+        log.warning("native kernels are off, plain PyTorch runs instead: %s", reason)
+        return _torch()
+
+
 def pick_backend(name: str, device: torch.device) -> Backend:
-    """The backend called `name`; "auto" goes by the device."""
+    """The backend called `name`.
+
+    "auto" is "triton" on a GPU and "native" on the CPU, or "torch" where the native code cannot be built (said once).
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot run on this device or machine.
+    """
     require(name in BACKENDS, "backend", repr(name), f"expected one of {', '.join(BACKENDS)}")
-    return _make("torch")
+    if name == "torch":
+        return _torch()
+    if name == "auto":
+        return _auto_cpu()
+    try:
+        return _native_cpu()
+    except NativeUnavailable as reason:
+        raise ValueError(f"backend = 'native': {reason}") from reason

@@ -13,8 +13,8 @@ from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import MODES, check_cu_seqlens, check_rows, check_scaling, require
 from bpo_fast_kernels.rows import Backend, Head, Kept, RowStats
 
-# E of 4,096 rows and a vocabulary of 128k in bfloat16 is 1.05 GB.
-BUDGET_BYTES = 1_200_000_000
+# Most bytes of E that mode="auto" keeps for a trained head until the backward pass.
+STORE_BYTES = 1_200_000_000
 
 
 def linear_token_logps_reference(
@@ -57,7 +57,7 @@ def linear_token_logps(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     mode: str = "auto",
-    budget_bytes: int = BUDGET_BYTES,
+    budget_bytes: int = STORE_BYTES,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Log-prob of each target under softmax(cap(hidden @ weight.T) / temperature).
@@ -104,7 +104,7 @@ def linear_logps(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     mode: str = "auto",
-    budget_bytes: int = BUDGET_BYTES,
+    budget_bytes: int = STORE_BYTES,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Sequence log-probs of the policy and, in the same pass, of the behavior on the same targets.
@@ -178,8 +178,8 @@ class _TokenLogps(torch.autograd.Function):
         wants_dx = ctx.needs_input_grad[0]
         unit_dx = kept_e = None
         if call.mode == "store":
-            kept = call.engine.score_keep(hidden, call.targets, call.head)
-            stats, kept_e = kept.stats, kept.e
+            kept = call.engine.score_keep(hidden, call.targets, call.head, wants_dx)
+            stats, kept_e, unit_dx = kept.stats, kept.e, kept.unit_dx
         elif wants_dx:
             stats, unit_dx = call.engine.score_dx(hidden, call.targets, call.head)
         else:
@@ -196,8 +196,8 @@ class _TokenLogps(torch.autograd.Function):
         engine, head, coefs = call.engine, call.head, coefs.contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            kept = ctx.kept_e is not None
-            dx = engine.kept_dx(Kept(ctx.kept_e, stats), coefs, head) if kept else ctx.unit_dx * coefs[:, None]
+            later = ctx.unit_dx is None
+            dx = engine.kept_dx(Kept(ctx.kept_e, stats), coefs, head) if later else ctx.unit_dx * coefs[:, None]
             dx = dx.to(hidden.dtype)
         if ctx.needs_input_grad[1]:
             dw = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)

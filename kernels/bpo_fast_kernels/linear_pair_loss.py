@@ -10,7 +10,7 @@ import torch
 
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import check_cu_seqlens, check_loss, check_pair_vector, check_rows, check_scaling, require
-from bpo_fast_kernels.linear_logps import BUDGET_BYTES, linear_logps, linear_logps_reference, spread
+from bpo_fast_kernels.linear_logps import STORE_BYTES, linear_logps, linear_logps_reference, spread
 from bpo_fast_kernels.pair_loss import LossSpec, PairLoss, loss_and_slope, pair_loss, pair_loss_reference
 from bpo_fast_kernels.rows import Backend, Head
 
@@ -55,7 +55,7 @@ def linear_pair_loss(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     mode: str = "auto",
-    budget_bytes: int = BUDGET_BYTES,
+    budget_bytes: int | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, PairLoss]:
     """Preference loss of packed pairs straight from hidden states.
@@ -70,7 +70,7 @@ def linear_pair_loss(
         lengths: [2P]. divisors of ipo; the sequence lengths if None.
         mode: "fused" (gradients formed in the forward pass, chunk by chunk of whole pairs), "store" and "recompute" (as
             in `linear_token_logps`), "forward" (no gradient), or "auto", which is "fused".
-        budget_bytes: most bytes of E a chunk of pairs may take; a pair is never split.
+        budget_bytes: most bytes of E a chunk of pairs may take, the backend's own choice if None; pairs stay whole.
 
     Returns:
         (loss, PairLoss): the scalar sum of pair losses / num_pairs, differentiable in `hidden` and `weight`, and the
@@ -95,7 +95,8 @@ def linear_pair_loss(
         check_scaling(temperature, logit_softcap)
         head = Head(weight, 1.0 / temperature, logit_softcap)
         engine = pick_backend(backend, hidden.device)
-        call = _Call(targets, cu_seqlens, ref_logps, lengths, head, spec, divisor, budget_bytes, engine)
+        chunk_bytes = engine.chunk_bytes if budget_bytes is None else budget_bytes
+        call = _Call(targets, cu_seqlens, ref_logps, lengths, head, spec, divisor, chunk_bytes, engine)
         scalar, value, margins, logps = _LinearPairLoss.apply(hidden, weight, call)
         return scalar, PairLoss(value, margins, logps, logps if ref_logps is None else ref_logps)
     logps = linear_logps(
@@ -106,7 +107,7 @@ def linear_pair_loss(
         temperature=temperature,
         logit_softcap=logit_softcap,
         mode=mode,
-        budget_bytes=budget_bytes,
+        budget_bytes=STORE_BYTES if budget_bytes is None else budget_bytes,
         backend=backend,
     )
     assert isinstance(logps, torch.Tensor)
@@ -126,7 +127,7 @@ class _Call:
     head: Head
     spec: LossSpec
     divisor: int
-    budget_bytes: int
+    chunk_bytes: int
     engine: Backend
 
 
@@ -162,7 +163,9 @@ def _run_chunk_(sums: _Sums, hidden: torch.Tensor, call: _Call, spans: tuple[sli
     rows = torch.cat([hidden[span] for span in spans])
     targets = torch.cat([call.targets[span] for span in spans])
     cu = offsets(call.cu_seqlens.to(hidden.device).diff()[both])
-    kept = call.engine.score_keep(rows, targets, call.head)
+    # slic leaves pairs with coefficient 0, whose rows need no dX
+    with_dx = sums.dx is not None and call.spec.loss != "slic"
+    kept = call.engine.score_keep(rows, targets, call.head, with_dx)
     logps = call.engine.sequence_sums(kept.stats.token_logps, cu)
     ref = logps if call.ref_logps is None else call.ref_logps[both]
     loss, margins, slope = loss_and_slope(logps, ref, call.lengths[both], call.spec)
@@ -193,7 +196,7 @@ class _LinearPairLoss(torch.autograd.Function):
             logps=torch.empty(2 * pairs, device=device),
         )
         bounds = call.cu_seqlens.tolist()
-        max_rows = call.budget_bytes // max(call.engine.kept_bytes(1, call.head), 1)
+        max_rows = call.chunk_bytes // max(call.engine.kept_bytes(1, call.head), 1)
         for a, b in pair_chunks(bounds, max_rows):
             spans = (slice(bounds[a], bounds[b]), slice(bounds[pairs + a], bounds[pairs + b]))
             _run_chunk_(sums, hidden, call, spans, slice(a, b))

@@ -52,14 +52,24 @@ class Kept:
     Attributes:
         e: E times the derivative of the cap; the target's entry is -S' times that derivative.
         stats: the rows' statistics.
+        unit_dx: [T, H] float32. d token_logp_t / d hidden_t, where the backend formed it with E.
     """
 
     e: Any
     stats: RowStats
+    unit_dx: torch.Tensor | None = None
 
 
 class Backend(Protocol):
-    """The passes over the head that every backend offers. FLOP in units of THV."""
+    """The passes over the head that every backend offers.
+
+    Attributes:
+        name: how the caller chose it.
+        chunk_bytes: bytes of E behind one chunk of pairs, by default.
+    """
+
+    name: str
+    chunk_bytes: int
 
     def score(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> RowStats:
         """2THV: statistics only."""
@@ -69,8 +79,8 @@ class Backend(Protocol):
         """4THV: statistics and d token_logp_t / d hidden_t, [T, H] float32. No E survives a tile."""
         ...
 
-    def score_keep(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> Kept:
-        """2THV: statistics, with E kept."""
+    def score_keep(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head, with_dx: bool) -> Kept:
+        """2THV: statistics, with E kept; `with_dx` says that no row's dX will be skipped, so it may be formed now."""
         ...
 
     def kept_dx(self, kept: Kept, coefs: torch.Tensor, head: Head) -> torch.Tensor:

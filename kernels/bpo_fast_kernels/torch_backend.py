@@ -61,10 +61,21 @@ def join(parts: list[RowStats]) -> RowStats:
     return RowStats(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
 
 
+def sum_sequences(token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """[T] -> [N]: sums in float64, rounded once; sequential on the CPU."""
+    lengths = cu_seqlens.diff().long()
+    numbers = torch.arange(len(lengths), device=token_values.device)
+    owner = torch.repeat_interleave(numbers, lengths, output_size=len(token_values))
+    sums = token_values.new_zeros(len(lengths), dtype=torch.float64)
+    return sums.index_add_(0, owner, token_values.double()).float()
+
+
 class TorchBackend:
     """Implements `rows.Backend` with tensor operations on any device."""
 
     name = "torch"
+    # E of 4,096 rows and a vocabulary of 128k in bfloat16.
+    chunk_bytes = 1_074_000_000
 
     def work_dtype(self, hidden: torch.Tensor) -> torch.dtype:
         """Type of E: bfloat16 only where the GEMMs run in it; float16 could not hold E."""
@@ -130,8 +141,8 @@ class TorchBackend:
             parts.append(stats)
         return join(parts), unit_dx
 
-    def score_keep(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> Kept:
-        """2THV, E kept as [T, V]."""
+    def score_keep(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head, with_dx: bool) -> Kept:
+        """2THV, E kept as [T, V]; dX is one large GEMM later, whatever `with_dx` says."""
         dtype, parts = self.work_dtype(hidden), []
         kept = torch.empty(len(hidden), len(head.weight), dtype=dtype, device=hidden.device)
         for rows in self.blocks(len(hidden)):
@@ -184,9 +195,4 @@ class TorchBackend:
 
     def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Row-by-row sums in float64."""
-        lengths = cu_seqlens.diff().long()
-        owner = torch.repeat_interleave(
-            torch.arange(len(lengths), device=token_values.device), lengths, output_size=len(token_values)
-        )
-        sums = token_values.new_zeros(len(lengths), dtype=torch.float64)
-        return sums.index_add_(0, owner, token_values.double()).float()
+        return sum_sequences(token_values, cu_seqlens)

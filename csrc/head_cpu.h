@@ -1,0 +1,279 @@
+// The passes over an output head on the CPU, for one element type. Notation as in bpo_fast_kernels/rows.py.
+//
+// Threads own runs of token panels and sweep the vocabulary block by block: a block's logits stay in cache, become E there
+// and, for dX, are multiplied by the same block of W at once. No [T, V] array exists unless the caller asks for E.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "gemm.h"
+
+namespace bpo {
+
+constexpr int64_t kPackBytes = 512 * 1024;          // both packed forms of a W block, to stay in L2
+constexpr int64_t kMaxBlock = 112;                  // logits of a block and a panel, to stay in L1
+constexpr int64_t kGroupBytes = 8 * 1024 * 1024;    // X and dX panels of a group, to stay in L3
+constexpr double kOverflow = 1e30;                  // row sums past this are done again with the largest logit as shift
+
+template <class T>
+struct Head {
+  const T* hidden;
+  const T* weight;
+  const int64_t* targets;
+  int64_t num_rows, width, vocab;
+  float scale, softcap;  // softcap 0: none
+
+  int64_t block() const {
+    const int64_t rows = kPackBytes / (2 * sizeof(float) * std::max<int64_t>(width, 1)) / kRows * kRows;
+    return std::clamp<int64_t>(rows, kRows, kMaxBlock / kRows * kRows);
+  }
+  int64_t padded_vocab() const { return round_up(vocab, kRows); }
+  int64_t padded_width() const { return round_up(width, kRows); }
+  int64_t num_panels() const { return (num_rows + kPanel - 1) / kPanel; }
+};
+
+// [4][T]: the fields of RowStats.
+struct Stats {
+  float *logps, *shift, *inv_sum, *miss;
+  Stats(float* base, int64_t n) : logps(base), shift(base + n), inv_sum(base + 2 * n), miss(base + 3 * n) {}
+};
+
+// What a panel carries through a sweep.
+struct Panel {
+  alignas(64) float shift[kPanel];
+  alignas(64) float top[kPanel];  // largest logit but the target's
+  alignas(64) int32_t target[kPanel];
+  alignas(64) float target_logit[kPanel];
+  double sum[kPanel];  // S'
+};
+
+template <class T>
+float dot(const T* a, const T* b, int64_t n) {
+  float part[kPanel] = {};
+  int64_t k = 0;
+  for (; k + kPanel <= n; k += kPanel)
+    for (int i = 0; i < kPanel; ++i) part[i] += to_float(a[k + i]) * to_float(b[k + i]);
+  double sum = 0;
+  for (int i = 0; i < kPanel; ++i) sum += part[i];
+  for (; k < n; ++k) sum += static_cast<double>(to_float(a[k])) * to_float(b[k]);
+  return static_cast<float>(sum);
+}
+
+template <class T>
+void start_panel(const Head<T>& head, int64_t panel, Panel& out) {
+  for (int lane = 0; lane < kPanel; ++lane) {
+    const int64_t row = panel * kPanel + lane;
+    const bool live = row < head.num_rows;
+    out.target[lane] = live ? static_cast<int32_t>(head.targets[row]) : -1;
+    float z = live ? dot(head.hidden + row * head.width, head.weight + head.targets[row] * head.width, head.width) : 0.0f;
+    if (head.softcap > 0) z = head.softcap * std::tanh(z / head.softcap);
+    out.target_logit[lane] = out.shift[lane] = z * head.scale;
+    out.top[lane] = -std::numeric_limits<float>::infinity();
+    out.sum[lane] = 0;
+  }
+}
+
+// Raw products of a block [rows][kPanel] -> E in place (times the slope of the cap), zero at the target; adds to S'.
+template <class T>
+void exp_block(const Head<T>& head, float* z, int64_t first, int64_t rows, Panel& panel) {
+  const Vec zero{};
+  for (int half = 0; half < kPanel; half += kLanes) {
+    IVec target;
+    std::memcpy(&target, panel.target + half, sizeof(target));
+    target -= static_cast<int32_t>(first);
+    const Vec shift = load(panel.shift + half);
+    Vec sum{};
+    for (int64_t v = 0; v < rows; ++v) {
+      float* p = z + v * kPanel + half;
+      Vec slope = splat(1.0f), logit = load(p);
+      if (head.softcap > 0) {
+        const Vec t = tanh(logit * (1.0f / head.softcap));
+        slope -= t * t;
+        logit = t * head.softcap;
+      }
+      Vec e = exp(logit * head.scale - shift);
+      e = target == static_cast<int32_t>(v) ? zero : e;
+      sum += e;
+      store(p, head.softcap > 0 ? e * slope : e);
+    }
+    for (int i = 0; i < kLanes; ++i) panel.sum[half + i] += sum[i];
+  }
+}
+
+// Raw products of a block -> the largest logit of each lane, the target's left out.
+template <class T>
+void top_block(const Head<T>& head, const float* z, int64_t first, int64_t rows, Panel& panel) {
+  for (int64_t v = 0; v < rows; ++v) {
+    for (int lane = 0; lane < kPanel; ++lane) {
+      float x = z[v * kPanel + lane];
+      if (head.softcap > 0) x = head.softcap * std::tanh(x / head.softcap);
+      if (panel.target[lane] != first + v) panel.top[lane] = std::max(panel.top[lane], x * head.scale);
+    }
+  }
+}
+
+// One thread's panels with their packed rows, and the scratch of a vocabulary block.
+template <class T>
+struct Group {
+  const Head<T>& head;
+  int64_t first_panel, count;
+  bool wants_dx;
+  float* kept;  // E of all panels [panel][padded_vocab][kPanel], or null
+  Buffer x, pull, rows_pack, columns_pack, logits;
+  std::vector<Panel> panels;
+
+  Group(const Head<T>& h, int64_t first, int64_t n, bool dx, float* e)
+      : head(h),
+        first_panel(first),
+        count(n),
+        wants_dx(dx),
+        kept(e),
+        x(make_buffer(n * h.width * kPanel)),
+        pull(make_buffer(dx ? n * h.padded_width() * kPanel : 0)),
+        rows_pack(make_buffer(h.block() * h.width)),
+        columns_pack(make_buffer(dx ? h.block() * h.padded_width() : 0)),
+        logits(make_buffer(h.block() * kPanel)),
+        panels(n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = (first + i) * kPanel;
+      pack_tokens(h.hidden + row * h.width, h.num_rows - row, h.width, x_panel(i));
+      start_panel(h, first + i, panels[i]);
+    }
+  }
+
+  float* x_panel(int64_t i) { return x.get() + i * head.width * kPanel; }
+  float* pull_panel(int64_t i) { return pull.get() + i * head.padded_width() * kPanel; }
+  float* kept_panel(int64_t i) { return kept + (first_panel + i) * head.padded_vocab() * kPanel; }
+};
+
+enum class Pass { kExp, kTop };
+
+// Sweep the vocabulary over the panels of `which`: E and S' (and dX before its scaling), or the largest logits.
+template <class T>
+void sweep(Group<T>& g, const std::vector<int64_t>& which, Pass pass) {
+  const Head<T>& head = g.head;
+  const bool dx = g.wants_dx && pass == Pass::kExp;
+  for (int64_t i : which)
+    if (dx) std::fill_n(g.pull_panel(i), head.padded_width() * kPanel, 0.0f);
+  for (int64_t first = 0; first < head.vocab; first += head.block()) {
+    const int64_t rows = std::min(head.block(), head.vocab - first);
+    const T* w = head.weight + first * head.width;
+    pack_rows(w, rows, head.width, g.rows_pack.get());
+    if (dx) pack_columns(w, rows, head.width, g.columns_pack.get());
+    for (int64_t i : which) {
+      const bool keep = g.kept != nullptr && pass == Pass::kExp;
+      float* z = keep ? g.kept_panel(i) + first * kPanel : g.logits.get();
+      for (int64_t v = 0; v < rows; v += kRows)
+        tile(g.rows_pack.get() + v * head.width, g.x_panel(i), head.width, z + v * kPanel, kPanel, false);
+      if (pass == Pass::kTop) {
+        top_block(head, z, first, rows, g.panels[i]);
+        continue;
+      }
+      exp_block(head, z, first, rows, g.panels[i]);
+      if (!dx) continue;
+      for (int64_t h = 0; h < head.width; h += kRows)
+        tile(g.columns_pack.get() + h * rows, z, rows, g.pull_panel(i) + h * kPanel, kPanel, true);
+    }
+  }
+}
+
+// Rows whose sum left the safe range: their largest logit becomes the shift, and their panel is swept again.
+template <class T>
+void redo_overflows(Group<T>& g) {
+  std::vector<int64_t> bad;
+  const auto over = [](double sum) { return !(sum <= kOverflow); };
+  for (int64_t i = 0; i < g.count; ++i)
+    if (std::any_of(g.panels[i].sum, g.panels[i].sum + kPanel, over)) bad.push_back(i);
+  if (bad.empty()) return;
+  sweep(g, bad, Pass::kTop);
+  for (int64_t i : bad) {
+    Panel& p = g.panels[i];
+    for (int lane = 0; lane < kPanel; ++lane) {
+      if (over(p.sum[lane])) p.shift[lane] = std::max(p.top[lane], p.target_logit[lane]);
+      p.sum[lane] = 0;
+    }
+  }
+  sweep(g, bad, Pass::kExp);
+}
+
+template <class T>
+float target_slope(const Head<T>& head, float scaled_logit) {
+  if (head.softcap <= 0) return 1.0f;
+  const float t = scaled_logit / (head.scale * head.softcap);
+  return 1.0f - t * t;
+}
+
+// Statistics, the target's entry of E and dX of a swept panel.
+template <class T>
+void finish_panel(Group<T>& g, int64_t i, Stats& stats, float* unit_dx) {
+  const Head<T>& head = g.head;
+  const Panel& p = g.panels[i];
+  for (int lane = 0; lane < kPanel; ++lane) {
+    const int64_t row = (g.first_panel + i) * kPanel + lane;
+    if (row >= head.num_rows) break;
+    const double gap = static_cast<double>(p.target_logit[lane]) - p.shift[lane];
+    const double total = p.sum[lane] + std::exp(gap);
+    stats.logps[row] = static_cast<float>(gap == 0 ? -std::log1p(p.sum[lane]) : gap - std::log(total));
+    stats.shift[row] = p.shift[lane];
+    stats.inv_sum[row] = static_cast<float>(1.0 / total);
+    stats.miss[row] = static_cast<float>(p.sum[lane] / total);
+    const float slope = target_slope(head, p.target_logit[lane]);
+    if (g.kept) g.kept_panel(i)[head.targets[row] * kPanel + lane] = -static_cast<float>(p.sum[lane]) * slope;
+    if (!unit_dx) continue;
+    const T* w = head.weight + head.targets[row] * head.width;
+    const float push = head.scale * stats.miss[row] * slope, pull = head.scale * stats.inv_sum[row];
+    const float* acc = g.pull_panel(i) + lane;
+    for (int64_t h = 0; h < head.width; ++h)
+      unit_dx[row * head.width + h] = push * to_float(w[h]) - pull * acc[h * kPanel];
+  }
+}
+
+// Statistics of the panels [begin, end); d logp / d hidden and E where the caller gives room for them.
+template <class T>
+void score_panels(const Head<T>& head, int64_t begin, int64_t end, Stats stats, float* unit_dx, float* kept) {
+  const int64_t panel_bytes = 2 * kPanel * sizeof(float) * std::max<int64_t>(head.width, 1);
+  const int64_t step = std::max<int64_t>(4, kGroupBytes / panel_bytes);
+  for (int64_t first = begin; first < end; first += step) {
+    Group<T> group(head, first, std::min(step, end - first), unit_dx != nullptr, kept);
+    std::vector<int64_t> all(group.count);
+    for (int64_t i = 0; i < group.count; ++i) all[i] = i;
+    sweep(group, all, Pass::kExp);
+    redo_overflows(group);
+    for (int64_t i : all) finish_panel(group, i, stats, unit_dx);
+  }
+}
+
+// dX of the panels [begin, end) from kept E; panels whose rows all have factor 0 are skipped.
+template <class T>
+void kept_dx_panels(const Head<T>& head, const float* kept, const float* factor, int64_t begin, int64_t end, float* dx) {
+  std::vector<int64_t> live;
+  for (int64_t p = begin; p < end; ++p) {
+    const float* rows = factor + p * kPanel;
+    const int64_t count = std::min<int64_t>(kPanel, head.num_rows - p * kPanel);
+    if (std::any_of(rows, rows + count, [](float f) { return f != 0; })) live.push_back(p);
+  }
+  const int64_t panel_size = head.padded_width() * kPanel;
+  Buffer pull = make_buffer(live.size() * panel_size), pack = make_buffer(head.block() * head.padded_width());
+  std::fill_n(pull.get(), live.size() * panel_size, 0.0f);
+  for (int64_t first = 0; first < head.vocab && !live.empty(); first += head.block()) {
+    const int64_t rows = std::min(head.block(), head.vocab - first);
+    pack_columns(head.weight + first * head.width, rows, head.width, pack.get());
+    for (size_t i = 0; i < live.size(); ++i) {
+      const float* e = kept + (live[i] * head.padded_vocab() + first) * kPanel;
+      for (int64_t h = 0; h < head.width; h += kRows)
+        tile(pack.get() + h * rows, e, rows, pull.get() + i * panel_size + h * kPanel, kPanel, true);
+    }
+  }
+  std::fill_n(dx + begin * kPanel * head.width, (std::min(end * kPanel, head.num_rows) - begin * kPanel) * head.width, 0.0f);
+  for (size_t i = 0; i < live.size(); ++i) {
+    for (int lane = 0; lane < kPanel && live[i] * kPanel + lane < head.num_rows; ++lane) {
+      const int64_t row = live[i] * kPanel + lane;
+      const float* acc = pull.get() + i * panel_size + lane;
+      for (int64_t h = 0; h < head.width; ++h) dx[row * head.width + h] = factor[row] * acc[h * kPanel];
+    }
+  }
+}
+
+}  // namespace bpo
