@@ -174,10 +174,9 @@ def length_batches(lengths: Sequence[int], budget: int, generator: torch.Generat
     """
     order = list(range(len(lengths)))
     pool = max(len(order), 1)
-    if generator is not None:
+    if generator is not None and order:
         order = torch.randperm(len(order), generator=generator).tolist()
-        mean = max(sum(lengths) / max(len(lengths), 1), 1.0)
-        pool = max(int(POOL_BATCHES * budget / mean), 1)
+        pool = max(int(POOL_BATCHES * budget * len(lengths) / max(sum(lengths), 1)), 1)
     batches: list[list[int]] = []
     for start in range(0, len(order), pool):
         batch: list[int] = []

@@ -86,14 +86,16 @@ class RewardScorer:
         return scores
 
     def score_texts(self, texts: Sequence[tuple[str, str]]) -> list[float]:
-        """Scores (prompt, completion) texts, finite or not."""
+        """Scores (prompt, completion) texts, finite or not; equal token ids get equal scores."""
         encodings = self.encode(texts)
-        scores = torch.empty(len(encodings))
+        distinct = {tuple(e.ids): e for e in encodings}
+        lengths = [len(ids) for ids in distinct]
+        scored, unique = torch.empty(len(distinct)), list(distinct.values())
         with torch.inference_mode():
-            for rows in length_batches([len(e.ids) for e in encodings], self.batch_tokens):
-                if rows:
-                    scores[rows] = self.forward([encodings[i] for i in rows]).float().cpu()
-        return scores.tolist()
+            for rows in length_batches(lengths, self.batch_tokens):
+                scored[rows] = self.forward([unique[i] for i in rows]).float().cpu()
+        score_of = dict(zip(distinct, scored.tolist(), strict=True))
+        return [score_of[tuple(e.ids)] for e in encodings]
 
     def encode(self, texts: Sequence[tuple[str, str]]) -> list[Any]:
         """Encodes (prompt, completion) texts within `max_length`; gives `tokenizers.Encoding` objects."""
