@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from bpo_fast.run_folder import RunFolder, bootstrap, judges, results, wins
-
-matplotlib.use("Agg")
+from bpo_fast.run_folder import RunFolder, bootstrap, judges, printable, results, wins
 
 # Okabe and Ito's palette, told apart by every common kind of color vision; the page swaps in its variables.
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
@@ -46,6 +43,7 @@ STYLE: dict[Any, Any] = {
     "savefig.transparent": True,
     "svg.fonttype": "none",
     "text.color": INK,
+    "text.parse_math": False,
     "xtick.color": GRAY,
     "xtick.labelcolor": INK,
     "ytick.color": GRAY,
@@ -69,7 +67,7 @@ class Plot:
     def svg(self, prefix: str) -> str:
         """The drawing as an `<svg>` element for a page; `prefix` keeps its ids apart from those of its neighbors."""
         buffer = io.StringIO()
-        with plt.rc_context({**STYLE, "svg.hashsalt": prefix}):
+        with matplotlib.rc_context({**STYLE, "svg.hashsalt": prefix}):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None})
         svg = buffer.getvalue()
         svg = svg[svg.index("<svg") :]
@@ -77,7 +75,8 @@ class Plot:
         svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
         svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", svg)
         # The page's own font: every common one is narrower than the DejaVu Sans that the layout was made for.
-        svg = re.sub(r"font: (?:(\d+) )?([\d.]+px) [^;\"]+", r"font-size: \2", svg)
+        svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", svg)
+        svg = re.sub(r"font-family: [^;\"]+; ?", "", svg)
         for color, variable in PAGE_COLORS.items():
             svg = svg.replace(color, f"var(--{variable})")
         return svg.replace("<svg ", f'<svg role="img" aria-label="{self.title}" ', 1)
@@ -92,19 +91,13 @@ def plots(run: RunFolder) -> tuple[list[Plot], list[str]]:
     drawn, missing = [], []
     optional = OPTIONAL_FIGURES + (PHASE_FIGURES if len(run.phases) == 1 else ())
     for title, caption, draw in FIGURES:
-        with plt.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE):
             figure = draw(run)
         if figure is not None:
             drawn.append(Plot(title, caption, figure))
         elif title not in optional:
             missing.append(title)
     return drawn, missing
-
-
-def close(drawn: Sequence[Plot]) -> None:
-    """Free the figures."""
-    for plot in drawn:
-        plt.close(plot.figure)
 
 
 def _series(lines: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -117,7 +110,8 @@ def _series(lines: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[np.ndar
 
 
 def _panels(num: int, height: float = 1.75) -> tuple[Figure, list[Axes]]:
-    figure, axes = plt.subplots(num, 1, sharex=True, figsize=(WIDTH_IN, height * num + 0.35), squeeze=False)
+    figure = Figure(figsize=(WIDTH_IN, height * num + 0.35))
+    axes = figure.subplots(num, 1, sharex=True, squeeze=False)
     for axis in axes[:, 0]:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -250,7 +244,8 @@ def _win_rates(run: RunFolder) -> Figure | None:
             rows.append((judge, [(when, bootstrap(values)) for when, values in sides if values]))
     if not rows:
         return None
-    figure, axis = plt.subplots(figsize=(WIDTH_IN, 0.85 * len(rows) + 0.9))
+    figure = Figure(figsize=(WIDTH_IN, 0.85 * len(rows) + 0.9))
+    axis = figure.subplots()
     for index, (judge, sides) in enumerate(rows):
         axis.text(0, index - 0.33, _shortened(judge), fontsize=9)
         for when, interval in sides:
@@ -276,6 +271,7 @@ def _win_rates(run: RunFolder) -> Figure | None:
 
 
 def _shortened(name: str, limit: int = 46) -> str:
+    name = printable(name)
     return name if len(name) <= limit else "..." + name[3 - limit :]
 
 
@@ -318,7 +314,8 @@ def _seconds(run: RunFolder) -> Figure | None:
     seconds = stage_seconds(run)
     if not seconds:
         return None
-    figure, axis = plt.subplots(figsize=(WIDTH_IN, 0.3 * len(seconds) + 0.8))
+    figure = Figure(figsize=(WIDTH_IN, 0.3 * len(seconds) + 0.8))
+    axis = figure.subplots()
     names = list(seconds)
     bars = axis.barh(names, list(seconds.values()), color=BLUE, height=0.62)
     axis.bar_label(bars, [f"{value:,.1f}" for value in seconds.values()], padding=3, fontsize=8.5, color=INK)
@@ -332,9 +329,10 @@ def _seconds(run: RunFolder) -> Figure | None:
 
 def stage_seconds(run: RunFolder) -> dict[str, float]:
     """Seconds by stage: from summary.json (with "other" for the rest of the total), else summed over metrics.jsonl."""
-    if "seconds" in run.summary:
-        seconds = {name: value for name, value in run.summary["seconds"].items() if name != "total"}
-        other = run.summary["seconds"].get("total", 0.0) - sum(seconds.values())
+    found = {name: value for name, value in (run.summary.get("seconds") or {}).items() if value is not None}
+    if found:
+        seconds = {name: value for name, value in found.items() if name != "total"}
+        other = found.get("total", 0.0) - sum(seconds.values())
         return seconds | ({"other": other} if other >= 0.05 else {})
     sums: dict[str, float] = {}
     for line in run.phases + run.evals:

@@ -40,7 +40,7 @@ PHASE_ROWS = (
     ("chosen - rejected", "score", "objective/scores_margin"),
     ("KL to the start (nats)", "score", "objective/kl"),
     ("entropy (nats)", "score", "objective/entropy"),
-    ("mean length (tokens)", "tokens", "completions/mean_length"),
+    ("mean length (tokens)", "tenth", "completions/mean_length"),
     ("truncated", "share", "completions/clipped_ratio"),
     ("distinct-2", "score", "completions/distinct_2"),
     ("unique outputs", "share", "completions/unique"),
@@ -77,9 +77,8 @@ def write_report(run_dir: Path) -> Path:
         _settings(run),
         _files(run),
     ]
-    plots.close(drawn)
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    title = f"bpo-fast: {escape(_about(run).get('task', run_dir.resolve().name))}"
+    title = f"bpo-fast: {_html(_about(run).get('task', run_dir.resolve().name))}"
     page = (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -99,7 +98,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
         summary: the content of summary.json.
         console: where to print; plain text if it is not a terminal.
     """
-    before, after = summary.get("before", {}), summary.get("after", {})
+    before, after = summary.get("before") or {}, summary.get("after") or {}
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("held-out prompts", overflow="fold")
     for name in ("before", "after", "change"):
@@ -112,7 +111,9 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     if pairs := summary.get("pairs"):
         _say(console, "pairs: " + ", ".join(f"{count} {name}" for name, count in pairs.items()))
     if seconds := summary.get("seconds"):
-        _say(console, "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+        _say(
+            console, "seconds: " + ", ".join(f"{name} {number_text(value, 'tenth')}" for name, value in seconds.items())
+        )
 
 
 def print_examples(eval_rows: Sequence[Mapping[str, Any]], console: Console, n: int = 3) -> None:
@@ -209,8 +210,8 @@ def _header(run: RunFolder) -> str:
     total = sum(plots.stage_seconds(run).values())
     facts["length"] = ", ".join(_length_words(run, total))
     facts["command"] = env.get("command")
-    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(printable(str(v)))}</dd>" for k, v in facts.items() if v)
-    task = escape(str(about.get("task", run.path.resolve().name)))
+    rows = "".join(f"<dt>{_html(k)}</dt><dd>{_html(v)}</dd>" for k, v in facts.items() if v)
+    task = _html(about.get("task", run.path.resolve().name))
     return f"<h1>bpo-fast: {task}</h1>\n{_headline(run)}<dl>{rows}</dl>"
 
 
@@ -224,7 +225,7 @@ def _length_words(run: RunFolder, total: float) -> list[str]:
     steps = run.summary.get("steps", run.steps[-1].get("step") if run.steps else None)
     words = [f"{steps} steps"] if steps is not None else []
     words += [f"{total:,.1f} seconds"] if total else []
-    if kept := run.summary.get("pairs", {}).get("kept"):
+    if kept := (run.summary.get("pairs") or {}).get("kept"):
         words.append(f"{kept} pairs")
     if speed := run.summary.get("tokens_per_s"):
         words.append(f"{speed:,.0f} tokens a second")
@@ -244,7 +245,7 @@ def _headline(run: RunFolder) -> str:
         change = bootstrap([after[prompt_id] - before[prompt_id] for prompt_id in both])
         was, now = (sum(side[prompt_id] for prompt_id in both) / len(both) for side in (before, after))
         lines.append(
-            f'<p class="headline">Win rate against the reference text under <b>{escape(judge)}</b>: '
+            f'<p class="headline">Win rate against the reference text under <b>{_html(judge)}</b>: '
             f"{100 * was:.1f}% before, <b>{100 * now:.1f}%</b> after "
             f'<span class="soft">({100 * change.mean:+.1f} points, 95% interval {100 * change.low:+.1f} to '
             f"{100 * change.high:+.1f}, {len(both)} held-out prompts)</span></p>\n"
@@ -261,7 +262,7 @@ def _no_win_rate(run: RunFolder) -> list[str]:
 def _missing(sentences: Sequence[str]) -> str:
     if not sentences:
         return ""
-    items = "".join(f"<li>{escape(printable(sentence))}</li>" for sentence in sentences)
+    items = "".join(f"<li>{_html(sentence)}</li>" for sentence in sentences)
     return f'<div class="notice"><b>Not in this report</b><ul>{items}</ul></div>'
 
 
@@ -270,11 +271,11 @@ def _result_table(run: RunFolder) -> str:
     if not found:
         return "<h2>Results</h2>\n<p>The run folder has no evaluation.</p>"
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in (measure.name, *measure.texts())) + "</tr>\n"
+        "<tr>" + "".join(f"<td>{_html(text)}</td>" for text in (measure.name, *measure.texts())) + "</tr>\n"
         for measure in found
     )
-    pairs = ", ".join(f"{count} {name}" for name, count in run.summary.get("pairs", {}).items())
-    note = f'<p class="soft">Pairs: {escape(pairs)}.</p>' if pairs else ""
+    pairs = ", ".join(f"{count} {name}" for name, count in (run.summary.get("pairs") or {}).items())
+    note = f'<p class="soft">Pairs: {_html(pairs)}.</p>' if pairs else ""
     head = "<tr><th>held-out prompts, greedy decoding</th><th>before</th><th>after</th><th>change</th></tr>\n"
     return f"<h2>Results</h2>\n<table>{head}{rows}</table>\n{note}"
 
@@ -284,11 +285,11 @@ def _phase_table(run: RunFolder) -> str:
     present = [(name, kind, key) for name, kind, key in PHASE_ROWS if any(key in line for line in run.phases)]
     if not present or len(run.phases) > MAX_PHASE_COLUMNS:
         return ""
-    head = "".join(f"<th>{escape(str(line.get('phase', '')))}</th>" for line in run.phases)
+    head = "".join(f"<th>{_html(line.get('phase', ''))}</th>" for line in run.phases)
     rows = ""
     for name, kind, key in present:
-        cells = "".join(f"<td>{escape(number_text(line.get(key), kind))}</td>" for line in run.phases)
-        rows += f"<tr><td>{escape(name)}</td>{cells}</tr>\n"
+        cells = "".join(f"<td>{_html(number_text(line.get(key), kind))}</td>" for line in run.phases)
+        rows += f"<tr><td>{_html(name)}</td>{cells}</tr>\n"
     return f'<h2>Phases</h2>\n<div class="wide"><table><tr><th>phase</th>{head}</tr>\n{rows}</table></div>'
 
 
@@ -296,7 +297,7 @@ def _figures(drawn: Sequence[plots.Plot]) -> str:
     if not drawn:
         return ""
     items = [
-        f"<figure><h3>{escape(plot.title)}</h3><figcaption>{escape(plot.caption)}</figcaption>"
+        f"<figure><h3>{_html(plot.title)}</h3><figcaption>{_html(plot.caption)}</figcaption>"
         f"{plot.svg(f'f{number}')}</figure>"
         for number, plot in enumerate(drawn)
     ]
@@ -317,7 +318,7 @@ def _all_examples(run: RunFolder) -> str:
         (f"Most improved of the others, by {judge}", better),
         (f"Most worsened of the others, by {judge}", worse),
     )
-    parts = [f"<h3>{escape(title)}</h3>" + "".join(map(_example, group)) for title, group in groups if group]
+    parts = [f"<h3>{_html(title)}</h3>" + "".join(map(_example, group)) for title, group in groups if group]
     return "<h2>Completions before and after</h2>\n" + "\n".join(parts) if parts else ""
 
 
@@ -348,20 +349,20 @@ def _scores(scores: Mapping[str, float | None] | None) -> list[str]:
 
 
 def _text(text: str) -> str:
-    return f'<div class="text">{escape(printable(text.strip()))}</div>'
+    return f'<div class="text">{_html(text.strip())}</div>'
 
 
 def _badges(notes: Sequence[str]) -> str:
-    return f'<div class="badges">{escape(" · ".join(notes))}</div>' if notes else ""
+    return f'<div class="badges">{_html(" · ".join(notes))}</div>' if notes else ""
 
 
 def _settings(run: RunFolder) -> str:
     parts = []
     if run.config_text:
-        parts.append(f"<details><summary>config.toml</summary><pre>{escape(run.config_text)}</pre></details>")
+        parts.append(f"<details><summary>config.toml</summary><pre>{_html(run.config_text)}</pre></details>")
     if run.env:
         env = "\n".join(f"{name} = {value}" for name, value in run.env.items() if value is not None)
-        parts.append(f"<details><summary>env.json</summary><pre>{escape(env)}</pre></details>")
+        parts.append(f"<details><summary>env.json</summary><pre>{_html(env)}</pre></details>")
     return "<h2>Settings and environment</h2>\n" + "\n".join(parts) if parts else ""
 
 
@@ -369,5 +370,10 @@ def _files(run: RunFolder) -> str:
     names = ["config.toml", "env.json", "metrics.jsonl", "eval.jsonl", "summary.json"]
     names += sorted(str(path.relative_to(run.path)) for path in run.path.glob("pairs/*.jsonl"))
     names += sorted(path.name + "/" for path in run.path.glob("checkpoint-*") if path.is_dir())
-    links = [f'<a href="{escape(quote(name))}">{escape(name)}</a>' for name in names if (run.path / name).exists()]
+    links = [f'<a href="{_html(quote(name))}">{_html(name)}</a>' for name in names if (run.path / name).exists()]
     return "<h2>Files</h2>\n<p>" + " · ".join(links) + "</p>" if links else ""
+
+
+def _html(value: Any) -> str:
+    """Untrusted text as HTML text or attribute."""
+    return escape(printable(str(value)))

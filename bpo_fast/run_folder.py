@@ -59,7 +59,7 @@ class Measure:
 
     Attributes:
         name: what is measured, in words.
-        kind: how to write it: "share" in [0, 1], "tokens" or "score".
+        kind: how to write it: "share" in [0, 1], "tenth" or "score".
         before, after: the values; None if unknown.
     """
 
@@ -185,7 +185,7 @@ def method_words(method: Mapping[str, Any], steps: int | None = None) -> str:
 
 def results(run: RunFolder, when: str) -> dict[str, Any]:
     """The results "before" or "after": from summary.json, else from the last such line of metrics.jsonl."""
-    if when in run.summary:
+    if run.summary.get(when):
         return run.summary[when]
     lines = [line for line in run.evals if line.get("eval/when") == when]
     found: dict[str, Any] = {"win_rate": {}, "score": {}}
@@ -211,7 +211,7 @@ def measures(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Measur
     rows += [row(f"mean score, {judge}", "score", "score", judge) for judge in judged("score")]
     rows += [
         row("KL to the start (nats)", "score", "kl"),
-        row("mean length (tokens)", "tokens", "mean_length"),
+        row("mean length (tokens)", "tenth", "mean_length"),
         row("truncated", "share", "clipped_ratio"),
         row("distinct-2", "score", "distinct_2"),
         row("unique outputs", "share", "unique"),
@@ -266,20 +266,20 @@ def judges(eval_rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(judge for row in eval_rows for judge in row.get("scores") or {}))
 
 
-def number_text(value: float | None, kind: str) -> str:
-    """A number as a person reads it: a "share" in percent, a "count" whole, "tokens" to a tenth, a "score" to 0.001."""
-    if value is None:
+def number_text(value: Any, kind: str) -> str:
+    """A number as a person reads it: a "share" in percent, a "count" whole, "tenth" or "score" (to 0.001) as it is."""
+    if not isinstance(value, int | float):
         return "n/a"
     if kind == "share":
         return f"{100 * value:.1f}%"
-    return f"{value:,.0f}" if kind == "count" else f"{value:.1f}" if kind == "tokens" else f"{value:.3f}"
+    return f"{value:,.0f}" if kind == "count" else f"{value:.1f}" if kind == "tenth" else f"{value:.3f}"
 
 
 def _change_text(change: float | None, kind: str) -> str:
     if change is None:
         return "n/a"
     return (
-        f"{100 * change:+.1f} points" if kind == "share" else f"{change:+.1f}" if kind == "tokens" else f"{change:+.3f}"
+        f"{100 * change:+.1f} points" if kind == "share" else f"{change:+.1f}" if kind == "tenth" else f"{change:+.3f}"
     )
 
 
