@@ -1,0 +1,143 @@
+"""The ensemble against plain matrices and against PEFT."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from bpo_fast.lora import LoraEnsemble
+
+IDS = torch.tensor([[5, 9, 17, 3, 40, 11]])
+
+
+def ensemble(model, members=3, r=4, alpha=12.0, **options):
+    lora = LoraEnsemble(model, num_members=members, r=r, alpha=alpha, seed=7, **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for b in lora.b:
+            b.normal_(0, 0.05, generator=generator)
+    return lora
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)).eval()
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def model(request, tiny_model_dir):
+    if request.param == "gpt2":
+        return gpt2()
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+
+
+@torch.no_grad()
+def test_average_is_the_mean_of_the_members_deltas(model):
+    lora = ensemble(model)
+    for name, a, b in zip(lora.names, lora.a, lora.b, strict=True):
+        mean = sum(b[m] @ a[m] for m in range(3)) * (12.0 / 4) / 3
+        expected = mean.T if "gpt2" in type(model).__name__.lower() else mean
+        torch.testing.assert_close(lora.delta(name), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_identical_members_average_to_themselves(model):
+    lora = ensemble(model)
+    for tensor in (*lora.a, *lora.b):
+        tensor.copy_(tensor[:1].expand_as(tensor))
+    with lora.member(0):
+        one = model(IDS).logits
+    with lora.average():
+        torch.testing.assert_close(model(IDS).logits, one, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_merged_weights_compute_the_average_and_are_put_back_bitwise(model):
+    lora = ensemble(model)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with lora.average():
+        expected = model(IDS).logits
+    with lora.merged():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@torch.no_grad()
+def test_a_fresh_ensemble_is_the_base_bitwise(model):
+    base = model(IDS).logits
+    lora = LoraEnsemble(model, num_members=2, r=4, alpha=8.0)
+    with lora.member(1):
+        assert torch.equal(model(IDS).logits, base)
+    with lora.average():
+        assert torch.equal(model(IDS).logits, base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("member", [None, 1])
+def test_peft_loads_what_is_saved(model, member, tmp_path):
+    lora = ensemble(model)
+    with lora.average() if member is None else lora.member(member):
+        expected = model(IDS).logits
+    model.save_pretrained(tmp_path / "base")
+    lora.save(tmp_path / "adapter", str(tmp_path / "base"), member=member)
+    rank = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"]
+    assert rank == (12 if member is None else 4)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    peft = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    torch.testing.assert_close(peft(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_the_active_member_only(model):
+    lora = ensemble(model)
+    with lora.member(1):
+        model(IDS).logits.square().sum().backward()
+    for tensor in (*lora.a, *lora.b):
+        norms = tensor.grad.flatten(1).norm(dim=1)
+        assert norms[1] > 0
+        assert norms[0] == norms[2] == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_a_member_saved_and_loaded_is_bitwise_the_same(model, tmp_path):
+    lora = ensemble(model)
+    before = lora.state()
+    lora.save(tmp_path / "a", "base", member=2)
+    lora.a[0][2].zero_()
+    lora.load_member(2, tmp_path / "a")
+    assert all(torch.equal(v, before[k]) for k, v in lora.state().items())
+
+
+def test_dropout_acts_in_training_only(tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    lora = ensemble(model, dropout=0.5)
+    with torch.no_grad(), lora.member(0):
+        assert torch.equal(model(IDS).logits, model(IDS).logits)
+        model.train()
+        assert not torch.equal(model(IDS).logits, model(IDS).logits)
+
+
+def test_targets_choose_layers(tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    lora = LoraEnsemble(model, num_members=1, r=2, alpha=4.0, targets=("q_proj", "down_proj"))
+    assert {n.rpartition(".")[2] for n in lora.names} == {"q_proj", "down_proj"}
+    everywhere = LoraEnsemble(model, num_members=1, r=2, alpha=4.0)
+    assert not any("lm_head" in n for n in everywhere.names)
+
+
+def test_errors_name_the_knob(tiny_model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with pytest.raises(ValueError, match=r"model\.lora_targets = q_porj: no such linear layer; there are .*q_proj"):
+        LoraEnsemble(model, num_members=1, r=2, alpha=4.0, targets=("q_porj",))
+    lora = ensemble(model, members=1)
+    with pytest.raises(ValueError, match=r"model\.adapters = .*no adapter_model"):
+        lora.load_member(0, tmp_path)
+    lora.save(tmp_path / "r4", "base", member=0)
+    other = LoraEnsemble(model, num_members=1, r=2, alpha=4.0)
+    with pytest.raises(ValueError, match=r"rank 4, but model\.lora_r = 2"):
+        other.load_member(0, tmp_path / "r4")
+    fewer = LoraEnsemble(model, num_members=1, r=4, alpha=4.0, targets=("q_proj",))
+    with pytest.raises(ValueError, match=r"layers differ from model\.lora_targets"):
+        fewer.load_member(0, tmp_path / "r4")

@@ -1,0 +1,132 @@
+"""Sequence log-probs against the model's own logits, for heads of every kind; views of the weights."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+from bpo_fast.config import MethodConfig, ModelConfig
+from bpo_fast.packing import pack
+from bpo_fast.policy import Policy, load_policy
+from bpo_fast.types import Completion, Pair, Prompt
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+FORM = ModelConfig(path="made-here", full=True)
+
+
+class Tokens:
+    """What Policy needs of a tokenizer."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+
+def make_model(name):
+    torch.manual_seed(0)
+    mlp = {"intermediate_size": 64, "num_key_value_heads": 2, "initializer_range": 0.3, "eos_token_id": 1}
+    if name == "gemma2":
+        config = Gemma2Config(**SMALL, **mlp, head_dim=8, final_logit_softcapping=5.0, sliding_window=64)
+        return Gemma2ForCausalLM(config)
+    if name == "granite":
+        return GraniteForCausalLM(GraniteConfig(**SMALL, **mlp, logits_scaling=4.0))
+    if name == "phi":
+        model = PhiForCausalLM(PhiConfig(**SMALL, intermediate_size=64, initializer_range=0.3, eos_token_id=1))
+        torch.nn.init.normal_(model.lm_head.bias)
+        return model
+    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, eos_token_id=1))
+
+
+def make_pairs():
+    generator = torch.Generator().manual_seed(3)
+    pairs = []
+    for i, (num_prompt, num_chosen, num_rejected) in enumerate([(3, 5, 1), (9, 2, 7), (1, 1, 12)]):
+        ids = torch.randint(2, 97, (num_prompt + num_chosen + num_rejected,), generator=generator).tolist()
+        chosen, rejected = tuple(ids[num_prompt : num_prompt + num_chosen]), tuple(ids[num_prompt + num_chosen :])
+        sides = [Completion(i, s, c, "", False, 0, 0) for s, c in enumerate((chosen, rejected))]
+        pairs.append(Pair(Prompt(i, "", tuple(ids[:num_prompt])), *sides, 1.0, 0.0))
+    return pairs
+
+
+@torch.no_grad()
+def naive_logps(model, pairs, temperature):
+    out = []
+    for side in ("chosen", "rejected"):
+        for pair in pairs:
+            prompt, completion = pair.prompt.ids, getattr(pair, side).ids
+            logits = model(torch.tensor([prompt + completion])).logits[0].double() / temperature
+            rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            out.append(rows.gather(1, torch.tensor(completion)[:, None]).sum())
+    return torch.stack(out).float()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("name", "fused"), [("gemma2", True), ("granite", True), ("phi", False), ("gpt2", True)])
+def test_logps_are_those_of_the_models_own_logits(name, fused, temperature):
+    model = make_model(name)
+    policy = Policy(model, Tokens(), FORM, seed=0, temperature=temperature)
+    assert policy.head.fused == fused
+    pairs = make_pairs()
+    batch = pack(pairs, pad_id=0, device=torch.device("cpu"))
+    expected = naive_logps(model, pairs, temperature)
+    torch.testing.assert_close(policy.logps(batch), expected, rtol=1e-4, atol=1e-4)
+    zeros = torch.zeros(2 * len(pairs))
+    loss, parts = policy.loss(batch, zeros, MethodConfig(), num_pairs=len(pairs))
+    h = expected[:3] - expected[3:]
+    torch.testing.assert_close(parts.margins, h, rtol=1e-3, atol=1e-3)
+    expected_loss = torch.nn.functional.softplus(-0.1 * h).mean()
+    torch.testing.assert_close(loss.detach().float(), expected_loss, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_of_the_model_is_off_in_training():
+    model = make_model("gpt2")
+    policy = Policy(model, Tokens(), FORM, seed=0)
+    batch = pack(make_pairs(), pad_id=0, device=torch.device("cpu"))
+    before = policy.logps(batch)
+    model.train()
+    assert torch.equal(policy.logps(batch), before)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_initial_is_where_the_run_began(tiny_model_dir, full):
+    form = ModelConfig(path=str(tiny_model_dir), full=full, members=1, lora_r=4, lora_alpha=8.0)
+    policy = load_policy(form, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
+    batch = pack(make_pairs(), pad_id=0, device=torch.device("cpu"))
+    before = policy.logps(batch)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    with policy.behavior():
+        assert not torch.allclose(policy.logps(batch), before)
+    with policy.initial():
+        assert torch.equal(policy.logps(batch), before)
+    with policy.behavior():
+        moved = policy.logps(batch)
+    with policy.dense(policy.dense_state()):
+        torch.testing.assert_close(policy.logps(batch), moved, rtol=1e-4, atol=1e-4)
+
+
+def test_load_errors_name_the_model(tiny_model_dir, tmp_path):
+    form = ModelConfig(path=str(tmp_path), full=True)
+    where = {"device": torch.device("cpu"), "seed": 0, "temperature": 1.0}
+    with pytest.raises(ValueError, match=r"model\.path = .*not a model folder"):
+        load_policy(form, **where, max_length=8)
+    good = dataclasses.replace(form, path=str(tiny_model_dir))
+    with pytest.raises(ValueError, match=r"max_new_tokens = 100000: the model has \d+ positions"):
+        load_policy(good, **where, max_length=100000)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.resize_token_embeddings(16)
+    for file in tiny_model_dir.glob("token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the tokenizer has 320 tokens, the model 16 rows"):
+        load_policy(form, **where, max_length=8)
