@@ -211,7 +211,9 @@ def _git_facts() -> dict[str, Any]:
 def _command_line(command: Sequence[str]) -> str | None:
     if not command:
         return None
-    line = shlex.join([Path(command[0]).name, *command[1:]]).replace(str(Path.home()), "~")
+    # `python -m bpo_fast` calls itself by the path of its __main__.py.
+    program = "bpo-fast" if command[0].endswith("__main__.py") else Path(command[0]).name
+    line = shlex.join([program, *command[1:]]).replace(str(Path.home()), "~")
     return re.sub(r"//[^/@\s]+@", "//***@", line)
 
 

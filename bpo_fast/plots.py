@@ -109,6 +109,12 @@ def _series(lines: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[np.ndar
     return np.array([position for position, _ in points], dtype=np.float64), values
 
 
+def _phase_series(run: RunFolder, y: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """The same over phases, which people count from 1."""
+    series = _series(run.phases, "phase", y)
+    return None if series is None else (series[0] + 1, series[1])
+
+
 def _panels(num: int, height: float = 1.75) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH_IN, height * num + 0.35))
     axes = figure.subplots(num, 1, sharex=True, squeeze=False)
@@ -190,7 +196,7 @@ def _stacked(run: RunFolder, rows: Sequence[Sequence[tuple[str, str, str]]], tit
 
 def _by_phase(run: RunFolder, rows: Sequence[tuple[str, str, str]], *, from_zero: bool = True) -> Figure | None:
     """Panels over phases, one a (metric, color, title); from zero where a ratio of two heights has a meaning."""
-    kept = [(series, color, title) for y, color, title in rows if (series := _series(run.phases, "phase", y))]
+    kept = [(series, color, title) for y, color, title in rows if (series := _phase_series(run, y))]
     if not kept or len(run.phases) == 1:
         return None
     figure, axes = _panels(len(kept))
@@ -208,8 +214,8 @@ def _phase_axis(axis: Axes, run: RunFolder) -> None:
     axis.set_xlabel("phase")
     num = len(run.phases)
     if num <= 10:
-        axis.set_xticks([line["phase"] for line in run.phases if "phase" in line])
-        axis.set_xlim(-0.5, num - 0.5)
+        axis.set_xticks([line["phase"] + 1 for line in run.phases if "phase" in line])
+        axis.set_xlim(0.5, num + 0.5)
 
 
 def _loss(run: RunFolder) -> Figure | None:
@@ -290,7 +296,7 @@ def _diversity(run: RunFolder) -> Figure | None:
 
 def _pairs(run: RunFolder) -> Figure | None:
     kinds = [("kept", BLUE), ("tied", ORANGE), ("identical", PINK), ("unscored", GRAY)]
-    found = [(name, color, _series(run.phases, "phase", f"pairs/{name}")) for name, color in kinds]
+    found = [(name, color, _phase_series(run, f"pairs/{name}")) for name, color in kinds]
     present = [(name, color, series) for name, color, series in found if series is not None and series[1].any()]
     if not present:
         return None

@@ -1,5 +1,6 @@
 """How far the run is: bars on a terminal, one plain line now and then anywhere else."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 PLAIN_EVERY_S = 5.0
+SHORT_S = 1.0
 
 
 class Task:
@@ -19,6 +21,7 @@ class Task:
     def __init__(self, owner: "Progress", name: str, total: int):
         self._owner = owner
         self._name = name
+        self._kind = re.sub(r"\d+", "#", name)
         self._total = total
         self._done = 0
         self._note = ""
@@ -39,7 +42,14 @@ class Task:
         seconds = time.monotonic() - self._started
         if self._owner._bars is not None and self._bar is not None:
             self._owner._bars.remove_task(self._bar)
+        if self._expected_short() and seconds < SHORT_S and finished:
+            return
+        (self._owner._short_kinds.add if seconds < SHORT_S else self._owner._short_kinds.discard)(self._kind)
         self._line(f"{self._done}/{self._total} {'in' if finished else 'stopped after'} {seconds:.1f} s")
+
+    def _expected_short(self) -> bool:
+        """Did the last task of this kind end at once? An on-policy run has one of each kind every step."""
+        return self._kind in self._owner._short_kinds
 
     def _line(self, text: str) -> None:
         self._owner.print(f"{self._name}: {text}" + (f"  {self._note}" if self._note else ""))
@@ -49,7 +59,8 @@ class Progress:
     """Shows the tasks of a run; use it as a context manager.
 
     On a terminal each open task is a bar and leaves one line when it ends. Elsewhere (a pipe, a log file, CI) a task
-    prints a plain line when it starts and ends, and at most one every five seconds between.
+    prints a plain line when it starts and ends, and at most one every five seconds between. A task that took under a
+    second is announced once: later ones of the same name, numbers aside, only speak up if they take longer.
 
     Args:
         console: where to write; standard error when left out, so that standard output stays free for results.
@@ -59,6 +70,7 @@ class Progress:
     def __init__(self, console: Console | None = None, *, quiet: bool = False):
         self._console = console or Console(stderr=True)
         self._quiet = quiet
+        self._short_kinds: set[str] = set()
         self._bars = None
         if self._console.is_terminal and not quiet:
             self._bars = Bars(
@@ -91,7 +103,7 @@ class Progress:
             total: number of parts, >= 0.
         """
         task = Task(self, name, total)
-        if self._bars is None:
+        if self._bars is None and not task._expected_short():
             task._line(f"0/{total}")
         finished = False
         try:

@@ -21,11 +21,13 @@ from bpo_fast.run_folder import (
     measures,
     method_words,
     number_text,
+    pairs_words,
     printable,
     read_run,
     results,
     wins,
 )
+from bpo_fast.tasks import ASSETS
 
 REPORT_FILE = "report.html"
 NUM_FIRST, NUM_EXTREME = 6, 3
@@ -109,7 +111,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     if not after.get("win_rate"):
         _say(console, "No win rate: the evaluation data has no reference texts, or nobody judged them.")
     if pairs := summary.get("pairs"):
-        _say(console, "pairs: " + ", ".join(f"{count} {name}" for name, count in pairs.items()))
+        _say(console, f"pairs: {pairs_words(pairs)}")
     if seconds := summary.get("seconds"):
         _say(
             console, "seconds: " + ", ".join(f"{name} {number_text(value, 'tenth')}" for name, value in seconds.items())
@@ -189,7 +191,9 @@ def _about(run: RunFolder) -> dict[str, Any]:
         "judges": config.get("eval", {}).get("judges"),
     }
     about = from_config | run.summary
-    return {name: value for name, value in about.items() if value not in (None, [], "")}
+    embedded = f"{ASSETS}/"
+    words = {name: v.replace(embedded, "embedded ") if isinstance(v, str) else v for name, v in about.items()}
+    return {name: value for name, value in words.items() if value not in (None, [], "")}
 
 
 def _header(run: RunFolder) -> str:
@@ -274,7 +278,7 @@ def _result_table(run: RunFolder) -> str:
         "<tr>" + "".join(f"<td>{_html(text)}</td>" for text in (measure.name, *measure.texts())) + "</tr>\n"
         for measure in found
     )
-    pairs = ", ".join(f"{count} {name}" for name, count in (run.summary.get("pairs") or {}).items())
+    pairs = pairs_words(run.summary.get("pairs") or {})
     note = f'<p class="soft">Pairs: {_html(pairs)}.</p>' if pairs else ""
     head = "<tr><th>held-out prompts, greedy decoding</th><th>before</th><th>after</th><th>change</th></tr>\n"
     return f"<h2>Results</h2>\n<table>{head}{rows}</table>\n{note}"
@@ -285,7 +289,7 @@ def _phase_table(run: RunFolder) -> str:
     present = [(name, kind, key) for name, kind, key in PHASE_ROWS if any(key in line for line in run.phases)]
     if not present or len(run.phases) > MAX_PHASE_COLUMNS:
         return ""
-    head = "".join(f"<th>{_html(line.get('phase', ''))}</th>" for line in run.phases)
+    head = "".join(f"<th>{number}</th>" for number in range(1, len(run.phases) + 1))
     rows = ""
     for name, kind, key in present:
         cells = "".join(f"<td>{_html(number_text(line.get(key), kind))}</td>" for line in run.phases)

@@ -283,6 +283,14 @@ def _change_text(change: float | None, kind: str) -> str:
     )
 
 
+def pairs_words(pairs: Mapping[str, Any]) -> str:
+    """Counts of pairs in words; the truncated ones are among the kept."""
+    words = [f"{count} {name}" for name, count in pairs.items() if name != "truncated"]
+    if words and pairs.get("truncated"):
+        words[0] += f" ({pairs['truncated']} with a truncated completion)"
+    return ", ".join(words)
+
+
 def printable(text: str) -> str:
     """Text of a model, made safe to show: control characters other than newline and tab become U+FFFD."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

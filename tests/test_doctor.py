@@ -224,6 +224,7 @@ def test_environment_keeps_secrets_and_names_out(monkeypatch, tmp_path):
     assert platform.node() not in env.values()
     assert getpass.getuser() not in env.values()
     assert doctor.environment()["command"] is None
+    assert doctor.environment(["/x/bpo_fast/__main__.py", "doctor"])["command"] == "bpo-fast doctor"
 
 
 def test_environment_is_flat_and_names_the_commit():

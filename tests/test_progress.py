@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -57,6 +58,20 @@ def test_plain_task_that_fails_says_where(clock):
     with pytest.raises(RuntimeError, match="out of paper"):
         fail()
     assert _lines(console) == ["training: 0/4", "training: 3/4 stopped after 1.5 s"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_short_tasks_of_one_kind_are_announced_once(clock, terminal):
+    console = _console(terminal=terminal)
+    with Progress(console) as progress:
+        for step, seconds in enumerate([0.5, 0.5, 0.5, 2.0, 0.5]):
+            with progress.task(f"phase {step}: sampling", total=1) as task:
+                clock.now += seconds
+                task.advance()
+    ends = re.findall(r"phase (\d): sampling: 1/1 in (\S+) s", console.file.getvalue())
+    assert ends == [("0", "0.5"), ("3", "2.0"), ("4", "0.5")]
+    starts = re.findall(r"phase (\d): sampling: 0/1", console.file.getvalue())
+    assert starts == ([] if terminal else ["0", "4"])
 
 
 def test_tasks_nest_and_text_is_not_markup(clock):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from bpo_fast.metrics import Metrics
 from bpo_fast.report import print_examples, print_summary, write_report
+from bpo_fast.tasks import ASSETS
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -85,7 +86,7 @@ def test_page_tells_the_whole_run(tmp_path):
     assert "AMD EPYC, 2 cores, 23.5 GiB" in page.text
     assert "bpo-fast train --task helpfulness --phases 2" in page.text
     assert "truncated 9.0% 6.0% -3.0 points" in page.text
-    assert "Pairs: 455 kept, 32 tied, 17 identical, 51 truncated, 8 unscored." in page.text
+    assert "Pairs: 455 kept (51 with a truncated completion), 32 tied, 17 identical, 8 unscored." in page.text
     assert "Not in this report" not in page.text
     assert page.tags.count("svg") == 11
 
@@ -203,6 +204,14 @@ def test_values_that_are_missing_or_null(tmp_path):
     assert "KL to the start (nats) n/a 1.000 n/a" in page.text
 
 
+def test_embedded_parts_are_called_embedded(tmp_path):
+    write_fake_run(tmp_path)
+    _rewrite(tmp_path, "summary.json", model=str(ASSETS / "policy"), annotator="org/reward-model")
+    text = _page(tmp_path).text
+    assert "model embedded policy data" in text
+    assert "annotator org/reward-model judges" in text
+
+
 def test_no_such_folder(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such run folder"):
         write_report(tmp_path / "nowhere")
@@ -218,7 +227,7 @@ def test_summary_is_plain_and_fits(tmp_path, width):
     row = next(line for line in text.splitlines() if line.startswith("win rate, rubric"))
     before, after = (100 * summary[when]["win_rate"]["rubric"] for when in ("before", "after"))
     assert row.split()[3:] == [f"{before:.1f}%", f"{after:.1f}%", f"{after - before:+.1f}", "points"]
-    assert "455 kept, 32 tied, 17 identical" in text
+    assert "455 kept (51 with a truncated completion), 32 tied, 17 identical" in text
     assert "rollout 28.4" in text
 
 
