@@ -161,7 +161,8 @@ def encode_examples(
 ) -> tuple[list[Example], int, int]:
     """Encodes (prompt, completion, templated) texts; prompt and completion apart.
 
-    EOS follows every completion that fits `max_completion_length` with it; a longer one is cut and stays without.
+    EOS follows every completion that fits `max_completion_length` with it; a longer one is cut and stays without. A
+    long prompt loses its beginning, but not its BOS.
 
     Returns:
         The examples, the number of cut prompts, the number of cut completions.
@@ -170,11 +171,14 @@ def encode_examples(
     completions = tokenizer([c for _, c, _ in texts], add_special_tokens=False)["input_ids"] if texts else []
     examples, num_cut_prompts, num_cut_completions = [], 0, 0
     for prompt, completion in zip(prompts, completions, strict=True):
-        num_cut_prompts += len(prompt) > config.max_prompt_length
+        if len(prompt) > config.max_prompt_length:
+            num_cut_prompts += 1
+            num_bos = int(prompt[0] == tokenizer.bos_token_id)
+            prompt = prompt[:num_bos] + prompt[len(prompt) - config.max_prompt_length + num_bos :]
         target = [*completion, tokenizer.eos_token_id]
         num_cut_completions += len(target) > config.max_completion_length
         target = target[: config.max_completion_length]
-        examples.append(Example((*prompt[-config.max_prompt_length :], *target), len(target)))
+        examples.append(Example((*prompt, *target), len(target)))
     return examples, num_cut_prompts, num_cut_completions
 
 

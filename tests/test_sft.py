@@ -4,6 +4,7 @@ import math
 import peft
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bpo_fast.progress import Progress
@@ -101,6 +102,17 @@ def test_prompt_and_completion_are_encoded_apart_and_end_with_eos():
     assert examples[2].ids == (*a, *tokenizer(completion * 3)["input_ids"][:6])
     assert tokenizer.eos_token_id not in examples[2].ids
     assert (cut_prompts, cut_completions) == (1, 1)
+
+
+def test_a_cut_prompt_keeps_its_bos():
+    tokenizer = train_bpe(["x"], vocab_size=258)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    examples, num_cut, _ = encode_examples([("abcdef", "g", False)], tokenizer, settings("x", "y", max_prompt_length=3))
+    assert tokenizer.decode(examples[0].ids) == "<s>efg</s>"
+    assert num_cut == 1
 
 
 def test_eos_fits_exactly_at_the_limit():
