@@ -6,6 +6,7 @@ named, from the embedded default. Names follow TRL where TRL has one.
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -251,8 +252,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
     return repr(value)
@@ -310,7 +310,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     for option in options:
         try:
             return _as_type(value, option)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             continue
     wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
     raise ValueError(f"{name} = {value!r}: expected {wanted}")

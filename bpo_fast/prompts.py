@@ -9,21 +9,24 @@ import gzip
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bpo_fast.config import DataConfig
-from bpo_fast.tasks import Task
+from bpo_fast.tasks import ENDINGS, Task
 from bpo_fast.types import Prompt
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "post", "messages", "chosen")
 LABEL_COLUMNS = ("label", "completion", "response", "answer", "summary", "chosen")
-ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 SPLIT_STEMS = {"train": ("train", "prompts"), "test": ("test", "dev", "eval", "validation")}
 _TURN = re.compile(r"\s*\n\n(Human|Assistant):[ ]?")
 _SLICE = re.compile(r"^(?P<name>.*)\[:(?P<n>\d+)\]$")
+
+# an annotator callable gets these from the run, never from a row
+RESERVED_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")
 
 Row = dict[str, Any]
 
@@ -68,7 +71,7 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
     for path in _files(name, split):
         for row in _parquet_rows(path) if path.name.endswith(".parquet") else _json_rows(path):
             if limit is not None and len(rows) >= limit:
-                return rows
+                break
             rows.append(row)
     if not rows:
         raise ValueError(f"{source}: no rows")
@@ -122,8 +125,9 @@ def load_prompts(
             continue
         if len(ids) > limit:
             num_truncated += 1
-            ids = ids[-limit:]
-        columns = {k: v for k, v in rows[i].items() if k not in ("prompt", "completion", "completions")}
+            num_bos = int(ids[0] == tokenizer.bos_token_id)
+            ids = ids[:num_bos] + ids[len(ids) - limit + num_bos :]
+        columns = {k: v for k, v in rows[i].items() if k not in RESERVED_COLUMNS}
         prompts.append(Prompt(id=i, text=text, ids=tuple(ids), label=label, columns=columns))
     if not prompts:
         raise ValueError(
@@ -151,12 +155,14 @@ def _to_text(
     row: Row, index: int, data: DataConfig, task: Task, tokenizer: Any, source: str
 ) -> tuple[str, str | None, bool]:
     """(prompt text, label, True if the text comes from a chat template and holds its special tokens)."""
-    column = data.prompt_column or next((c for c in PROMPT_COLUMNS if row.get(c)), None)
+    column = data.prompt_column or next((c for c in PROMPT_COLUMNS if row.get(c) is not None), None)
     value = row.get(column) if column else None
-    if not value:
+    is_turns = isinstance(value, str) and _TURN.match(value if value.startswith("\n\n") else "\n\n" + value)
+    # a bare answer in "chosen" holds no prompt
+    if not value or (isinstance(value, str) and not (value.strip() if column != "chosen" else is_turns)):
         raise ValueError(f"{source}: row {index + 1} has no prompt (column {data.prompt_column or 'prompt'})")
     label = _label(row, data, column)
-    if isinstance(value, str) and _TURN.match(value if value.startswith("\n\n") else "\n\n" + value):
+    if isinstance(value, str) and is_turns:
         value, answer = split_answer(value)
         label = label or answer
     if isinstance(value, str):
@@ -167,9 +173,9 @@ def _to_text(
         return text if closed else text + task.suffix, label, False
     messages = _messages(value, source, index)
     if messages and messages[-1]["role"] == "assistant":
-        label = label or messages[-1]["content"]
+        label = label or messages[-1]["content"].strip() or None
         messages = messages[:-1]
-    if not messages:
+    if not messages or not messages[-1]["content"].strip():
         raise ValueError(f"{source}: row {index + 1} has no prompt before the answer")
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if data.chat_template or (data.chat_template is None and has_template):
@@ -190,11 +196,12 @@ def _label(row: Row, data: DataConfig, prompt_column: str | None) -> str | None:
 
 
 def _messages(value: Any, source: str, index: int) -> list[dict[str, str]]:
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if not isinstance(value, list) or not all(isinstance(m, Mapping) and "role" in m and "content" in m for m in value):
-        raise ValueError(f"{source}: row {index + 1}: a prompt is text or a list of role/content messages")
-    return [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
+    def is_text(message: Any) -> bool:
+        return isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+
+    if not isinstance(value, list) or not all(map(is_text, value)):
+        raise ValueError(f"{source}: row {index + 1}: a prompt is text or messages with a role and content of text")
+    return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
 def _render(messages: list[dict[str, str]], tokenizer: Any) -> str:
@@ -241,9 +248,11 @@ def _files(name: str, split: str) -> list[Path]:
 def _pick(files: list[Path], root: Path, split: str) -> list[Path]:
     stems = SPLIT_STEMS.get(split, (split,))
     for stem in stems:
-        match = [p for p in files if re.match(rf"{re.escape(stem)}(?![a-z])", p.name.lower())]
-        if match:
-            return match
+        named = re.compile(rf"{re.escape(stem)}(?![a-z])")
+        by_file = [p for p in files if named.match(p.name.lower())]
+        by_folder = [p for p in files if any(named.match(part.lower()) for part in p.relative_to(root).parts[:-1])]
+        if by_file or by_folder:
+            return by_file or by_folder
     if len(files) == 1:
         return files
     listed = ", ".join(str(p.relative_to(root)) for p in files[:6]) or "no data files"
@@ -252,17 +261,17 @@ def _pick(files: list[Path], root: Path, split: str) -> list[Path]:
 
 def _hub_files(name: str, split: str) -> list[Path]:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
-    owner, repo, *folder = name.split("/")
-    prefix = "/".join(folder)
+    owner, repo, *folder = name.rstrip("/").split("/")
+    prefix = "".join(part + "/" for part in folder)
     repo_id = f"{owner}/{repo}"
     try:
         listing = huggingface_hub.HfApi().list_repo_files(repo_id, repo_type="dataset")
         files = [Path(f) for f in sorted(listing) if f.endswith(ENDINGS) and f.startswith(prefix)]
         picked = _pick(files, Path(), split)
         return [Path(huggingface_hub.hf_hub_download(repo_id, str(f), repo_type="dataset")) for f in picked]
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{name}: no such file or folder, and the Hub did not give it: {reason}") from None
 
@@ -270,21 +279,29 @@ def _hub_files(name: str, split: str) -> list[Path]:
 def _json_rows(path: Path) -> Iterator[Row]:
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}: invalid JSON at line {number}: {error.msg}") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}: line {number} is not a JSON object")
-                yield row
+                if line.strip():
+                    yield _json_row(line, f"{path}: line {number}")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _json_row(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: invalid JSON: {error.msg}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    if "\\u" in line:  # half of a surrogate pair can be escaped in JSON, but no tokenizer and no file can hold it
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: half of a surrogate pair is no text") from None
+    return row
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

@@ -164,6 +164,8 @@ def _train_prompts(config: Config, policy: Policy, progress: Progress) -> tuple[
 
 def _held_out(config: Config, policy: Policy, train: Sequence[Prompt], progress: Progress) -> tuple[Prompt, ...]:
     source, num_wanted = config.data.eval_path, config.eval.prompts
+    if source is None:
+        progress.print("evaluation: no held-out data (--eval-data)")
     if not num_wanted or source is None:
         return ()
     found = data.load_prompts(

@@ -5,12 +5,14 @@ Source: the released settings of Xu et al. 2024 (arXiv 2406.12168).
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from bpo_fast.config import ON_POLICY, Config
 
 ASSETS = Path(__file__).parent / "assets"
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def resolve(config: Config) -> Config:
         data=dataclasses.replace(
             config.data,
             path=config.data.path or task.data,
-            eval_path=config.data.eval_path or _sibling_eval(config.data.path) or task.eval_data,
+            eval_path=config.data.eval_path or _default_eval(config.data.path, task),
             max_prompt_length=config.data.max_prompt_length or task.max_prompt_length,
         ),
         sampling=dataclasses.replace(
@@ -131,19 +133,16 @@ def _embed(config: Config) -> Config:
     )
 
 
-def _sibling_eval(data: str | None) -> str | None:
-    """dev.jsonl, eval.jsonl or test.jsonl beside or in a local training set."""
+def _default_eval(data: str | None, task: Task) -> str | None:
+    """Held-out rows for training data: of the task, of the same Hub data set, or dev.jsonl and the like beside it."""
     if data is None:
-        return None
-    path = Path(data)
-    folder = path if path.is_dir() else path.parent
+        return task.eval_data
+    path = Path(re.sub(r"\[:\d+\]$", "", data))
     if not path.exists():
-        return None
-    for stem in ("dev", "eval", "test", "validation"):
-        for ending in (".jsonl", ".jsonl.gz", ".parquet"):
-            if (folder / (stem + ending)).exists():
-                return str(folder / (stem + ending))
-    return None
+        return str(path)
+    folder = path if path.is_dir() else path.parent
+    names = (stem + ending for stem in ("dev", "eval", "test", "validation") for ending in ENDINGS)
+    return next((str(folder / n) for n in names if (folder / n).is_file() and folder / n != path), None)
 
 
 def _check(config: Config) -> None:
