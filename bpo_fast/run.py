@@ -136,7 +136,7 @@ def open_run(config: Config, *, resume: Path | None, command: list[str]) -> tupl
     path.mkdir(parents=True, exist_ok=True)
     write_atomic(path / "config.toml", configs.to_toml(config))
     run = Run(path, resume=False)
-    run.write_json("env.json", environment() | {"command": " ".join(command)})
+    run.write_json("env.json", environment(command))
     return config, run
 
 
