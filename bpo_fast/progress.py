@@ -42,7 +42,8 @@ class Task:
         seconds = time.monotonic() - self._started
         if self._owner._bars is not None and self._bar is not None:
             self._owner._bars.remove_task(self._bar)
-        if self._expected_short() and seconds < SHORT_S and finished:
+        silent_s = time.monotonic() - self._owner._last_line
+        if self._expected_short() and seconds < SHORT_S and finished and silent_s < PLAIN_EVERY_S:
             return
         (self._owner._short_kinds.add if seconds < SHORT_S else self._owner._short_kinds.discard)(self._kind)
         self._line(f"{self._done}/{self._total} {'in' if finished else 'stopped after'} {seconds:.1f} s")
@@ -60,7 +61,8 @@ class Progress:
 
     On a terminal each open task is a bar and leaves one line when it ends. Elsewhere (a pipe, a log file, CI) a task
     prints a plain line when it starts and ends, and at most one every five seconds between. A task that took under a
-    second is announced once: later ones of the same name, numbers aside, only speak up if they take longer.
+    second is announced once: later ones of the same name, numbers aside, only speak up if they take longer, or if
+    nothing was said for five seconds.
 
     Args:
         console: where to write; standard error when left out, so that standard output stays free for results.
@@ -71,6 +73,7 @@ class Progress:
         self._console = console or Console(stderr=True)
         self._quiet = quiet
         self._short_kinds: set[str] = set()
+        self._last_line = time.monotonic()
         self._bars = None
         if self._console.is_terminal and not quiet:
             self._bars = Bars(
@@ -115,4 +118,5 @@ class Progress:
     def print(self, message: str) -> None:
         """Print one line of plain text, above the bars if there are any."""
         if not self._quiet:
+            self._last_line = time.monotonic()
             self._console.print(message, markup=False, highlight=False, soft_wrap=True)

@@ -74,6 +74,16 @@ def test_short_tasks_of_one_kind_are_announced_once(clock, terminal):
     assert starts == ([] if terminal else ["0", "4"])
 
 
+def test_many_short_tasks_still_show_a_sign_of_life(clock):
+    console = _console()
+    with Progress(console) as progress:
+        for step in range(1, 41):
+            with progress.task(f"phase {step}: training", total=1) as task:
+                clock.now += 0.5
+                task.advance()
+    assert _lines(console)[2:] == [f"phase {step}: training: 1/1 in 0.5 s" for step in (11, 21, 31)]
+
+
 def test_tasks_nest_and_text_is_not_markup(clock):
     console = _console()
     with Progress(console) as progress, progress.task("training", total=2), progress.task("eval [red]", total=0):

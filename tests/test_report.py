@@ -47,6 +47,12 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.texts))
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For the tests that look at text alone."""
+    monkeypatch.setattr("bpo_fast.report.plots.plots", lambda run: ([], []))
+
+
 def _page(run_dir) -> Page:
     path = write_report(run_dir)
     assert path == run_dir / "report.html"
@@ -126,7 +132,7 @@ def test_untrusted_text_stays_text(tmp_path):
     assert "\x00" not in html
 
 
-def test_first_improved_and_worsened_prompts_are_shown_once(tmp_path):
+def test_first_improved_and_worsened_prompts_are_shown_once(tmp_path, no_figures):
     write_fake_run(tmp_path, judges=("rubric",), num_prompts=20)
     change = {8: 5.0, 9: -5.0, 10: 4.0, 0: 9.0}
 
@@ -143,7 +149,7 @@ def test_first_improved_and_worsened_prompts_are_shown_once(tmp_path):
     assert re.findall(r"prompt-(\d+)\.", worse) == ["9"]
 
 
-def test_run_without_reference_texts(tmp_path):
+def test_run_without_reference_texts(tmp_path, no_figures):
     write_fake_run(tmp_path, labels=False)
     page = _page(tmp_path)
     assert "The evaluation data has no reference texts: there are no win rates." in page.text
@@ -204,7 +210,7 @@ def test_values_that_are_missing_or_null(tmp_path):
     assert "KL to the start (nats) n/a 1.000 n/a" in page.text
 
 
-def test_embedded_parts_are_called_embedded(tmp_path):
+def test_embedded_parts_are_called_embedded(tmp_path, no_figures):
     write_fake_run(tmp_path)
     _rewrite(tmp_path, "summary.json", model=str(ASSETS / "policy"), annotator="org/reward-model")
     text = _page(tmp_path).text
