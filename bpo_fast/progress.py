@@ -45,7 +45,10 @@ class Task:
         silent_s = time.monotonic() - self._owner._last_line
         if self._expected_short() and seconds < SHORT_S and finished and silent_s < PLAIN_EVERY_S:
             return
-        (self._owner._short_kinds.add if seconds < SHORT_S else self._owner._short_kinds.discard)(self._kind)
+        if seconds < SHORT_S:
+            self._owner._short_kinds.add(self._kind)
+        else:
+            self._owner._short_kinds.discard(self._kind)
         self._line(f"{self._done}/{self._total} {'in' if finished else 'stopped after'} {seconds:.1f} s")
 
     def _expected_short(self) -> bool:
