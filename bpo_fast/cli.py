@@ -192,14 +192,16 @@ def _settings(flags: dict[str, Any], path: Path | None, assignments: list[str], 
 
 
 def _quiet_libraries() -> None:
-    """Progress bars and warnings of transformers would break ours."""
+    """Progress bars and warnings of transformers and of the Hub's client would break ours."""
     import logging
 
+    import huggingface_hub.utils
     import transformers
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

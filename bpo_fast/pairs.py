@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo_fast.files import write_atomic
+from bpo_fast.tokenizer import with_leading_space
 from bpo_fast.types import Completion, Pair, Prompt
 
 FORMAT = "bpo-fast/pairs/1"
@@ -97,7 +98,8 @@ def write_pairs(path: Path, phase: PhasePairs) -> None:
         "num_spare": phase.num_spare,
         "scored": phase.scored,
     }
-    lines = [json.dumps(header), *(json.dumps(_to_row(p), ensure_ascii=False) for p in phase.pairs)]
+    # columns of a Parquet file can hold dates and the like, which only annotators look at
+    lines = [json.dumps(header), *(json.dumps(_to_row(p), ensure_ascii=False, default=str) for p in phase.pairs)]
     write_atomic(path, "\n".join(lines) + "\n")
 
 
@@ -121,13 +123,14 @@ def read_pairs(path: Path) -> PhasePairs:
         raise ValueError(f"{path}: not a file of recorded pairs") from None
 
 
-def replay_pairs(source: str, tokenizer: Any, eos_id: int, *, to_prompts: RowReader) -> list[Pair]:
+def replay_pairs(source: str, tokenizer: Any, eos_id: int, *, max_new_tokens: int, to_prompts: RowReader) -> list[Pair]:
     """Reads pairs to train on without sampling: a run folder, its pairs, or preference rows.
 
     Args:
         source: a run folder, a `pairs` folder, one recorded file, or rows of {"prompt", "chosen", "rejected"}.
-        tokenizer: of the policy, for rows of text; completions of text get a blank in front and an EOS.
+        tokenizer: of the policy, for rows of text.
         eos_id: id that closes a completion of text.
+        max_new_tokens: completions of text are cut here and stay truncated.
         to_prompts: reads rows of text and makes their prompts, `Prompt.id` being the row.
 
     Raises:
@@ -135,11 +138,11 @@ def replay_pairs(source: str, tokenizer: Any, eos_id: int, *, to_prompts: RowRea
     """
     path = Path(source)
     folder = path / "pairs" if (path / "pairs").is_dir() else path
-    files = sorted(folder.glob("phase-*.jsonl")) if folder.is_dir() else [path]
-    if files and files[0].is_file() and _is_recorded(files[0]):
+    files = sorted(folder.glob("phase-*.jsonl"), key=lambda p: (len(p.name), p.name)) if folder.is_dir() else [path]
+    if (files and files[0].is_file() and _is_recorded(files[0])) or folder != path:
         pairs = [replace(p, ref_logps=None) for f in files for p in read_pairs(f).pairs]
     else:
-        pairs = _pairs_of_text(source, tokenizer, eos_id, to_prompts)
+        pairs = _pairs_of_text(source, tokenizer, eos_id, max_new_tokens, to_prompts)
     if not pairs:
         raise ValueError(f"--from-pairs {source}: no pairs")
     return pairs
@@ -148,29 +151,26 @@ def replay_pairs(source: str, tokenizer: Any, eos_id: int, *, to_prompts: RowRea
 def _is_recorded(path: Path) -> bool:
     if path.suffix != ".jsonl":
         return False
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         return FORMAT in lines.readline()
 
 
-def _pairs_of_text(source: str, tokenizer: Any, eos_id: int, to_prompts: RowReader) -> list[Pair]:
+def _pairs_of_text(source: str, tokenizer: Any, eos_id: int, max_new_tokens: int, to_prompts: RowReader) -> list[Pair]:
     rows, prompts = to_prompts(source)
     pairs = []
     for prompt in prompts:
+        # what a chat template ends with, a line break or a special token, is followed by no blank
+        lead = "" if prompt.text.endswith(tuple(tokenizer.all_special_tokens)) else prompt.text
         texts = [_answer(rows[prompt.id].get(side)) for side in ("chosen", "rejected")]
         if texts[0] is None or texts[1] is None:
             raise ValueError(f"--from-pairs {source}: row {prompt.id + 1} has no chosen and rejected text")
-        chosen, rejected = (
-            Completion(
-                prompt_id=prompt.id,
-                sample_id=i,
-                ids=(*tokenizer(" " + text, add_special_tokens=False)["input_ids"], eos_id),
-                text=text,
-                truncated=False,
-                policy_version=-1,
-                seed=0,
-            )
-            for i, text in enumerate(texts)
-        )
+        sides = []
+        for i, text in enumerate(texts):
+            text = with_leading_space(lead, text) if lead else text
+            ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], eos_id)
+            truncated = len(ids) > max_new_tokens
+            sides.append(Completion(prompt.id, i, ids[:max_new_tokens], text, truncated, policy_version=-1, seed=0))
+        chosen, rejected = sides
         if chosen.ids != rejected.ids:
             pairs.append(Pair(prompt, chosen, rejected, 1.0, 0.0))
     return pairs
@@ -180,7 +180,7 @@ def _answer(value: Any) -> str | None:
     """The last answer of a text, an HH-RLHF string or a list of messages."""
     from bpo_fast.prompts import split_answer
 
-    if isinstance(value, list) and value:
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
     if not isinstance(value, str):
         return None

@@ -204,4 +204,19 @@ def _replayed(config: Config, policy: Policy, source: str) -> list[Pair]:
         )
         return rows, found.prompts
 
-    return replay_pairs(source, policy.tokenizer, policy.eos_ids[0], to_prompts=to_prompts)
+    assert config.sampling.max_new_tokens, "resolve() has set it"
+    pairs = replay_pairs(
+        source,
+        policy.tokenizer,
+        policy.eos_ids[0],
+        max_new_tokens=config.sampling.max_new_tokens,
+        to_prompts=to_prompts,
+    )
+    num_rows = policy.model.get_input_embeddings().weight.shape[0]
+    for pair in pairs:
+        last = max(*pair.prompt.ids, *pair.chosen.ids, *pair.rejected.ids)
+        if last >= num_rows:
+            raise ValueError(
+                f"--from-pairs {source}: token id {last} of prompt {pair.prompt.id}: the model has {num_rows} rows"
+            )
+    return pairs
