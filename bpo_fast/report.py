@@ -107,6 +107,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for measure in measures(before, after):
         table.add_row(Text(measure.name), *measure.texts())
+    console.print()
     console.print(table)
     if not after.get("win_rate"):
         _say(console, "No win rate: the evaluation data has no reference texts, or nobody judged them.")
