@@ -167,7 +167,7 @@ def _phase_starts(run: RunFolder) -> list[int]:
     """First step of each phase but the first, unless there are too many phases to tell apart."""
     starts: dict[int, int] = {}
     for line in run.steps:
-        if isinstance(line.get("phase"), int):
+        if "phase" in line and "step" in line:
             starts.setdefault(line["phase"], line["step"])
     return list(starts.values())[1:] if len(starts) <= MAX_MARKED_PHASES else []
 

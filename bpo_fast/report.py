@@ -165,7 +165,7 @@ def _middle_cut(text: str) -> str:
     if len(text) <= PROMPT_CHARS:
         return text
     half = PROMPT_CHARS // 2
-    return f"{text[:half].rstrip()} [...] {text[-half:].lstrip()}"
+    return f"{text[:half].rsplit(maxsplit=1)[0]} [...] {text[-half:].split(maxsplit=1)[-1]}"
 
 
 def _spread(found: Sequence[Example], n: int) -> list[Example]:
