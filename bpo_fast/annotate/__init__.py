@@ -1,15 +1,17 @@
 """Annotators score completions; the higher score of a pair is chosen. Judges are annotators that evaluation uses."""
 
 import importlib
-import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from bpo_fast.prompts import read_rows
 from bpo_fast.types import Completion, Prompt
 
 _CALLABLE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -29,23 +31,30 @@ class CallableAnnotator:
     Args:
         function: gets lists of prompt texts, completion texts and completion ids, and every further column of the data
             as a list; returns a list of numbers or None.
+        name: what error messages call it.
     """
 
-    def __init__(self, function: Callable[..., Sequence[float | None]]):
-        self._function = function
+    def __init__(self, function: Callable[..., Sequence[float | None]], name: str):
+        self._function, self._name = function, name
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
-        """See `Annotator.score`."""
+        """See `Annotator.score`.
+
+        Raises:
+            ValueError: the function raised, or returned no list.
+        """
         names = sorted(set().union(*(p.columns for p in prompts))) if prompts else []
         columns = {name: [p.columns.get(name) for p in prompts] for name in names}
-        return list(
-            self._function(
+        with _user_code(self._name):
+            scores = self._function(
                 prompts=[p.text for p in prompts],
                 completions=[c.text for c in completions],
                 completion_ids=[list(c.ids) for c in completions],
                 **columns,
             )
-        )
+        if isinstance(scores, str) or not hasattr(scores, "__iter__"):
+            raise ValueError(f"annotator {self._name}: returned {scores!r}, not a list of scores")
+        return list(scores)
 
 
 class RecordedAnnotator:
@@ -53,14 +62,11 @@ class RecordedAnnotator:
 
     def __init__(self, path: Path):
         self._scores: dict[tuple[str, str], float] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-            if not line.strip():
-                continue
+        for number, row in enumerate(read_rows(str(path)), 1):
             try:
-                row = json.loads(line)
                 self._scores[row["prompt"].strip(), row["completion"].strip()] = float(row["score"])
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
-                raise ValueError(f"{path}: line {number} is not a prompt, completion and score") from None
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise ValueError(f"{path}: row {number} is not a prompt, completion and score") from None
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
         """See `Annotator.score`."""
@@ -81,10 +87,10 @@ class Checked:
         """
         scores = self._inner.score(prompts, completions) if prompts else []
         if len(scores) != len(completions):
-            raise ValueError(f"{self.name}: {len(scores)} scores for {len(completions)} completions")
-        for i, score in enumerate(scores):
-            if score is not None and (isinstance(score, str | bytes) or not math.isfinite(score)):
-                raise ValueError(f"{self.name}: score {score} for a completion of prompt {prompts[i].id}")
+            raise ValueError(f"annotator {self.name}: {len(scores)} scores for {len(completions)} completions")
+        for prompt, score in zip(prompts, scores, strict=True):
+            if score is not None and not _is_finite(score):
+                raise ValueError(f"annotator {self.name}: score {score!r} for a completion of prompt {prompt.id}")
         return [None if s is None else float(s) for s in scores]
 
 
@@ -107,7 +113,7 @@ def load_annotator(spec: str, *, device: str, batch_tokens: int, trust_remote_co
     if spec.endswith(".jsonl"):
         raise ValueError(f"annotator {spec}: no such file")
     if _CALLABLE.match(spec) and not Path(spec).exists():
-        return Checked(name, CallableAnnotator(_import(spec)))
+        return Checked(name, CallableAnnotator(_import(spec), name))
     from bpo_fast.annotate.reward_model import RewardModel
 
     model = RewardModel(spec, device=device, batch_tokens=batch_tokens, trust_remote_code=trust_remote_code)
@@ -117,6 +123,26 @@ def load_annotator(spec: str, *, device: str, batch_tokens: int, trust_remote_co
 def judge_name(spec: str) -> str:
     """The name a judge has in tables."""
     return _named(spec)[0]
+
+
+def _is_finite(score: Any) -> bool:
+    try:
+        return not isinstance(score, str | bytes) and math.isfinite(score)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+@contextmanager
+def _user_code(name: str) -> Iterator[None]:
+    """Code of the user's can raise anything; it becomes one line with the place in that code."""
+    try:
+        yield
+    except Exception as error:
+        ours = (__file__, importlib.__file__)
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if f.filename not in ours and not f.filename.startswith("<frozen")]
+        place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+        raise ValueError(f"annotator {name}: {type(error).__name__}: {error}{place}") from error
 
 
 def _named(spec: str) -> tuple[str, str]:
@@ -130,10 +156,8 @@ def _import(spec: str) -> Callable[..., Sequence[float | None]]:
     module_name, _, function_name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
+    with _user_code(spec):
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"annotator {spec}: {error}") from None
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"annotator {spec}: module {module_name} has no function {function_name}")
