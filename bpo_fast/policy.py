@@ -5,7 +5,7 @@ the members, `initial()` is where the run began, `merged()` is the behavior as d
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +196,15 @@ class Policy:
                     parameter.data = kept[name]
 
 
-def load_policy(config: ModelConfig, *, device: torch.device, seed: int, temperature: float, max_length: int) -> Policy:
+def load_policy(
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    seed: int,
+    temperature: float,
+    max_length: int,
+    place: Callable[[PreTrainedModel], None] | None = None,
+) -> Policy:
     """Loads a policy from a folder or the Hub.
 
     Args:
@@ -205,6 +213,7 @@ def load_policy(config: ModelConfig, *, device: torch.device, seed: int, tempera
         seed: start of the LoRA members.
         temperature: of the sampler.
         max_length: longest prompt plus completion in tokens.
+        place: moves the model from the host to the device in a way of its own, such as into storages that exist.
 
     Raises:
         ValueError: not a causal LM, a tokenizer that does not fit, positions that do not reach `max_length`.
@@ -221,11 +230,15 @@ def load_policy(config: ModelConfig, *, device: torch.device, seed: int, tempera
         raise ValueError(
             f"data.max_prompt_length + sampling.max_new_tokens = {max_length}: the model has {positions} positions"
         )
+    if place:
+        place(model)
+    else:
+        model.to(device)
     return Policy(model, tokenizer, config, seed=seed, temperature=temperature)
 
 
 def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(causal LM in eval mode, tokenizer) of a folder or Hub id; ValueError naming `model.path` otherwise."""
+    """(causal LM on the host, in the type for `device`, in eval mode; its tokenizer); ValueError naming `model.path`."""
     path = str(config.path)
     dtype = config.dtype
     if dtype == "auto":
@@ -245,7 +258,7 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedMod
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"model.path = {path}: {reason}") from None
-    return model.to(device).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 @torch.no_grad()
