@@ -20,7 +20,7 @@ class SamplingParams:
         n: completions a prompt.
         temperature: softmax temperature; 0 is greedy.
         top_p, top_k: nucleus mass (1 is off) and rank cut (0 is off).
-        logps: return the sampler's log-probs of the tokens.
+        logps: return log-probs of the tokens, at the temperature of the sampler and before any cut of its tail.
     """
 
     max_new_tokens: int

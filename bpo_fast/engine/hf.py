@@ -135,7 +135,8 @@ class _Chooser(LogitsProcessor):
         if self._uniforms is None:
             token = scores.argmax(-1, keepdim=True)
         else:
-            token = self._draw(scores / self._params.temperature, self._uniforms[self._step])
+            scores = scores / self._params.temperature
+            token = self._draw(scores, self._uniforms[self._step])
         if self._params.logps:
             self.logps.append((scores.gather(1, token) - scores.logsumexp(-1, keepdim=True)).squeeze(1))
         self._step += 1

@@ -1,0 +1,269 @@
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from conftest import question
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+from bpo_fast.engine import SamplingParams, request_seed
+from bpo_fast.engine.hf import HfEngine
+from bpo_fast.types import Prompt
+
+EOS = 5  # of the toy model: a token that its rows are likely to sample
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir):
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    # float64: no rounding of a batch can turn a draw over
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64).eval()
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """Twelve tokens, learned positions, another architecture."""
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=12, n_positions=32, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3)
+    return GPT2LMHeadModel(config).double().eval()
+
+
+def engine_of(model, tokenizer, *, eos_ids=(EOS,), batch_size=64, behavior=nullcontext):
+    return HfEngine(model, tokenizer, behavior=behavior, eos_ids=eos_ids, pad_id=0, batch_size=batch_size)
+
+
+def sample(engine, prompts, *, run_seed=1, policy_version=0, **params):
+    return engine.generate(
+        prompts, SamplingParams(**({"max_new_tokens": 10} | params)), run_seed=run_seed, policy_version=policy_version
+    )
+
+
+def ids_of(found):
+    return [[c.ids for c in both] for both in found]
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    texts = [question(i) + " Assistant:" if i % 3 else f"{i}?" for i in range(9)]
+    return [Prompt(100 + i, t, tuple(tokenizer(t)["input_ids"])) for i, t in enumerate(texts)]
+
+
+@torch.inference_mode()
+def next_probs(model, ids, temperature=1.0):
+    return (model(input_ids=torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1)
+
+
+def cut(probs, top_k=0, top_p=1.0):
+    """Top-k, then the smallest set of the most likely tokens whose mass reaches top_p; by hand."""
+    ranked = sorted(range(len(probs)), key=lambda t: -probs[t])
+    if top_k:
+        ranked = ranked[:top_k]
+    kept, mass, total = [], 0.0, sum(float(probs[t]) for t in ranked)
+    for t in ranked:
+        if mass / total >= top_p:
+            break
+        kept.append(t)
+        mass += float(probs[t])
+    out = torch.zeros_like(probs)
+    out[kept] = probs[kept] / mass
+    return out
+
+
+@pytest.mark.parametrize("eos", [(1,), (1, 50), (270, 300)])
+def test_greedy_is_that_of_transformers(eos, model, tokenizer, prompts):
+    found = sample(engine_of(model, tokenizer, eos_ids=eos), prompts, temperature=0.0, max_new_tokens=12)
+    for prompt, (completion,) in zip(prompts, found, strict=True):
+        own = model.generate(
+            torch.tensor([prompt.ids]), max_new_tokens=12, do_sample=False, eos_token_id=list(eos), pad_token_id=0
+        )
+        assert list(completion.ids) == own[0, len(prompt.ids) :].tolist()
+        assert completion.text == tokenizer.decode(completion.ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"top_k": 6, "top_p": 0.7, "temperature": 1.5},
+    ],
+    ids=str,
+)
+def test_the_first_token_has_the_distribution_of_the_model(params, toy, tokenizer):
+    ids, num = (3, 7, 1), 4000
+    probs = cut(next_probs(toy, ids, params.get("temperature", 1.0)), params.get("top_k", 0), params.get("top_p", 1.0))
+    found = sample(engine_of(toy, tokenizer, batch_size=num), [Prompt(0, "", ids)], n=num, max_new_tokens=1, **params)
+    counts = torch.bincount(torch.tensor([c.ids[0] for c in found[0]]), minlength=12).double()
+    assert counts[probs == 0].sum() == 0, "nothing outside the cut"
+    expected = num * probs[probs > 0]
+    chi2 = float(((counts[probs > 0] - expected) ** 2 / expected).sum())
+    freedom = len(expected) - 1
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5, (chi2, freedom)  # four standard deviations
+
+
+def test_the_second_token_depends_on_the_first(toy, tokenizer):
+    ids, num = (3, 7, 1), 4000
+    found = sample(
+        engine_of(toy, tokenizer, eos_ids=(99,), batch_size=num), [Prompt(0, "", ids)], n=num, max_new_tokens=2
+    )
+    first = int(next_probs(toy, ids).argmax())
+    seconds = torch.tensor([c.ids[1] for c in found[0] if c.ids[0] == first])
+    probs = next_probs(toy, (*ids, first))
+    expected = len(seconds) * probs
+    chi2 = float(((torch.bincount(seconds, minlength=12) - expected) ** 2 / expected).sum())
+    assert len(seconds) > 300
+    assert chi2 < 11 + 4 * 22**0.5
+
+
+@pytest.mark.parametrize("top", [{}, {"top_k": 5}, {"top_p": 0.8}], ids=str)
+def test_a_request_does_not_depend_on_its_batch(top, model, tokenizer, prompts):
+    together = ids_of(sample(engine_of(model, tokenizer, batch_size=64), prompts, n=2, **top))
+    assert ids_of(sample(engine_of(model, tokenizer, batch_size=1), prompts, n=2, **top)) == together
+    assert ids_of(sample(engine_of(model, tokenizer, batch_size=5), prompts, n=2, **top)) == together
+    backwards = ids_of(sample(engine_of(model, tokenizer, batch_size=4), prompts[::-1], n=2, **top))
+    assert backwards == together[::-1]
+    for prompt, both in zip(prompts, together, strict=True):
+        assert ids_of(sample(engine_of(model, tokenizer), [prompt], n=2, **top)) == [both]
+    assert ids_of(sample(engine_of(model, tokenizer), prompts, n=1, **top)) == [both[:1] for both in together]
+
+
+def test_a_longer_limit_only_goes_on(model, tokenizer, prompts):
+    short = ids_of(sample(engine_of(model, tokenizer), prompts, max_new_tokens=4))
+    long = ids_of(sample(engine_of(model, tokenizer), prompts, max_new_tokens=9))
+    assert [[ids[:4] for ids in both] for both in long] == short
+
+
+def test_the_seed_of_a_request_is_of_what_names_it(model, tokenizer, prompts):
+    engine = engine_of(model, tokenizer)
+    base = sample(engine, prompts, n=2)
+    assert ids_of(sample(engine, prompts, n=2)) == ids_of(base)
+    assert ids_of(sample(engine, prompts, n=2, run_seed=2)) != ids_of(base)
+    assert ids_of(sample(engine, prompts, n=2, policy_version=1)) != ids_of(base)
+    same_text = [Prompt(1, "", prompts[0].ids), Prompt(2, "", prompts[0].ids)]
+    one, two = ids_of(sample(engine, same_text, n=2))
+    assert len({*one, *two}) == 4, "samples and prompts have streams of their own"
+    for prompt, both in zip(prompts, base, strict=True):
+        for s, completion in enumerate(both):
+            assert (completion.prompt_id, completion.sample_id, completion.policy_version) == (prompt.id, s, 0)
+            assert completion.seed == request_seed(1, 0, prompt.id, s)
+
+
+def test_request_seeds_are_distinct_and_fixed():
+    keys = [(r, v, p, s) for r in range(3) for v in (0, 1, 12) for p in range(40) for s in (-1, 0, 1, 2)]
+    seeds = {request_seed(*key) for key in keys}
+    assert len(seeds) == len(keys)
+    assert all(0 <= s < 2**63 for s in seeds)
+    assert request_seed(42, 0, 0, 0) == 7134082022248438586
+
+
+def test_sampling_leaves_the_global_generator_alone(model, tokenizer, prompts):
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    sample(engine_of(model, tokenizer), prompts)
+    assert torch.rand(1) == wanted
+
+
+def test_eos_is_kept_exactly_where_it_was_sampled(toy, tokenizer):
+    found = sample(engine_of(toy, tokenizer), [Prompt(0, "", (3, 7)), Prompt(1, "", (2,))], n=300, max_new_tokens=6)
+    completions = [c for both in found for c in both]
+    ended = [c for c in completions if c.ids[-1] == EOS]
+    assert 50 < len(ended) < 550
+    assert {len(c.ids) for c in ended} == {1, 2, 3, 4, 5, 6}
+    for completion in completions:
+        assert EOS not in completion.ids[:-1]
+        assert completion.truncated == (completion.ids[-1] != EOS)
+        assert len(completion.ids) == 6 or not completion.truncated
+
+
+def test_any_of_several_eos_ids_ends_a_completion(toy, tokenizer):
+    found = sample(engine_of(toy, tokenizer, eos_ids=(EOS, 7)), [Prompt(0, "", (3, 2))], n=200, max_new_tokens=6)
+    assert {c.ids[-1] for c in found[0] if not c.truncated} == {EOS, 7}
+    assert not any({EOS, 7} & set(c.ids[:-1]) for c in found[0])
+
+
+def test_the_model_s_own_generation_settings_do_not_leak(model, tokenizer, prompts):
+    engine = engine_of(model, tokenizer)
+    plain, greedy = ids_of(sample(engine, prompts)), ids_of(sample(engine, prompts, temperature=0.0))
+    own = GenerationConfig(
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        suppress_tokens=[greedy[0][0][0]],
+        temperature=0.1,
+        top_k=1,
+        do_sample=True,
+        num_beams=3,
+        min_new_tokens=5,
+        max_length=3,
+        forced_eos_token_id=7,
+    )
+    before, model.generation_config = model.generation_config, own
+    try:
+        assert ids_of(sample(engine, prompts)) == plain
+        assert ids_of(sample(engine, prompts, temperature=0.0)) == greedy
+        assert model.generation_config is own
+    finally:
+        model.generation_config = before
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_logps_are_those_of_the_tempered_model(temperature, toy, tokenizer):
+    prompts = [Prompt(i, "", ids) for i, ids in enumerate([(3, 7, 1), (2,), (9, 9, 9, 9)])]
+    params = {"n": 3, "temperature": temperature, "logps": True, "top_k": 8, "max_new_tokens": 6}
+    for prompt, completions in zip(prompts, sample(engine_of(toy, tokenizer), prompts, **params), strict=True):
+        for completion in completions:
+            assert completion.logps is not None
+            for t, (token, logp) in enumerate(zip(completion.ids, completion.logps, strict=True)):
+                probs = next_probs(toy, prompt.ids + completion.ids[:t], temperature or 1.0)
+                assert logp == pytest.approx(float(probs[token].log()), abs=1e-5)
+    assert sample(engine_of(toy, tokenizer), prompts)[0][0].logps is None
+
+
+def test_progress_counts_every_completion_once(model, tokenizer, prompts):
+    done = []
+    engine_of(model, tokenizer, batch_size=4).generate(
+        prompts, SamplingParams(2, n=2), run_seed=0, policy_version=0, on_done=done.append
+    )
+    assert sum(done) == 2 * len(prompts)
+    assert max(done) == 4
+
+
+def test_no_prompts_give_no_completions(model, tokenizer):
+    assert sample(engine_of(model, tokenizer), []) == []
+
+
+def test_the_behavior_is_what_samples_and_dropout_is_off(model, tokenizer, prompts):
+    inside = []
+
+    @contextmanager
+    def behavior():
+        weight = model.get_output_embeddings().weight
+        with torch.no_grad():
+            weight.neg_()
+        inside.append(model.training)
+        yield
+        with torch.no_grad():
+            weight.neg_()
+
+    model.train()
+    try:
+        other = ids_of(sample(engine_of(model, tokenizer, behavior=behavior), prompts, temperature=0.0))
+        assert model.training
+    finally:
+        model.eval()
+    assert inside == [False]
+    assert other != ids_of(sample(engine_of(model, tokenizer), prompts, temperature=0.0))
+
+
+def test_completions_are_no_inference_tensors_and_need_no_gradient(model, tokenizer, prompts):
+    sample(engine_of(model, tokenizer), prompts)
+    out = model(input_ids=torch.tensor([prompts[0].ids])).logits.sum()
+    out.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.zero_grad()
