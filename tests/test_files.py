@@ -1,0 +1,85 @@
+import errno
+import os
+
+import pytest
+
+from bpo_fast.files import new_folder, write_atomic
+
+
+def test_a_file_is_written_with_its_folders(tmp_path):
+    path = tmp_path / "a" / "b" / "c.txt"
+    write_atomic(path, "one\u2028\r\nü")
+    assert path.read_bytes() == "one\u2028\r\nü".encode()
+    write_atomic(path, "two")
+    assert path.read_text() == "two"
+    assert [p.name for p in path.parent.iterdir()] == ["c.txt"]
+
+
+def no_space(handle):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_failed_write_leaves_the_old_file_and_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "c.txt"
+    write_atomic(path, "old")
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError) as caught:
+        write_atomic(path, "new")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("c.txt", "old")]
+
+
+def test_text_that_cannot_be_encoded_leaves_nothing(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(tmp_path / "c.txt", "\ud83d")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_appears_whole(tmp_path):
+    path = tmp_path / "x" / "folder"
+    with new_folder(path) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a.txt").write_text("a")
+        assert not path.exists()
+    assert (path / "sub" / "a.txt").read_text() == "a"
+    assert [p.name for p in path.parent.iterdir()] == ["folder"]
+
+
+def test_a_new_folder_replaces_the_old_one_and_what_a_killed_process_left(tmp_path):
+    path = tmp_path / "folder"
+    (tmp_path / ".folder.tmp").mkdir()
+    (tmp_path / ".folder.tmp" / "half").write_text("half")
+    path.mkdir()
+    (path / "old").write_text("old")
+    with new_folder(path) as folder:
+        (folder / "new").write_text("new")
+    assert [p.name for p in path.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
+def test_a_failed_folder_vanishes_and_the_old_one_stays(error, tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+
+    def fill():
+        with new_folder(path) as folder:
+            (folder / "new").write_text("new")
+            raise error
+
+    with pytest.raises(error):
+        fill()
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    assert (path / "old").read_text() == "old"
+
+
+def test_a_folder_that_does_not_reach_the_disk_vanishes(tmp_path, monkeypatch):
+    def fill():
+        with new_folder(tmp_path / "folder") as folder:
+            (folder / "new").write_text("new")
+            monkeypatch.setattr(os, "fsync", no_space)
+
+    with pytest.raises(OSError, match="No space left"):
+        fill()
+    assert list(tmp_path.iterdir()) == []

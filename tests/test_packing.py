@@ -1,0 +1,97 @@
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bpo_fast.packing import pack, split
+from bpo_fast.types import Completion, Pair, Prompt
+
+PAD = 0
+CPU = torch.device("cpu")
+
+
+def a_pair(i, prompt, chosen, rejected):
+    """A pair of given lengths; no two tokens of a batch are likely to be the same."""
+    draw = random.Random(i)
+    ids = lambda n: tuple(draw.randrange(2, 300) for _ in range(n))  # noqa: E731
+    sides = [Completion(i, s, ids(n), "", False, 0, 0) for s, n in enumerate((chosen, rejected))]
+    return Pair(Prompt(i, "", ids(prompt)), *sides, 1.0, 0.0)
+
+
+SHAPES = [
+    [(1, 1, 1)],
+    [(5, 3, 3)],
+    [(4, 1, 9)],
+    [(4, 2, 7), (1, 6, 1), (9, 3, 4)],
+    [(3, 3, 3)] * 4,
+]
+
+
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+def test_rows_and_targets_are_those_of_every_sequence_alone(shapes):
+    pairs = [a_pair(i, *shape) for i, shape in enumerate(shapes)]
+    batch = pack(pairs, pad_id=PAD, device=CPU)
+    sequences = [(p.prompt.ids, p.chosen.ids) for p in pairs] + [(p.prompt.ids, p.rejected.ids) for p in pairs]
+    width = max(len(a) + len(b) for a, b in sequences)
+    assert batch.input_ids.shape == batch.attention_mask.shape == (2 * len(pairs), width)
+    rows, targets, lengths = [], [], []
+    for i, (prompt, completion) in enumerate(sequences):
+        whole = prompt + completion
+        assert batch.input_ids[i].tolist() == [*whole, *[PAD] * (width - len(whole))]
+        assert batch.attention_mask[i].tolist() == [1] * len(whole) + [0] * (width - len(whole))
+        for position in range(len(prompt), len(whole)):
+            rows.append(i * width + position - 1)  # the row before a token predicts it
+            targets.append(whole[position])
+        lengths.append(len(completion))
+    assert batch.rows.tolist() == rows
+    assert batch.targets.tolist() == targets
+    assert batch.lengths.tolist() == lengths
+    assert batch.cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    assert (batch.rows.dtype, batch.targets.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.int64, torch.int32)
+    assert batch.num_tokens == sum(len(a) + len(b) for a, b in sequences)
+    assert batch.pairs == tuple(pairs)
+
+
+@torch.inference_mode()
+def test_packed_log_probs_are_those_of_the_sequences_one_by_one(tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64).eval()
+    pairs = [a_pair(i, *shape) for i, shape in enumerate(SHAPES[3])]
+    batch = pack(pairs, pad_id=PAD, device=CPU)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
+    token_logps = logits[batch.rows].log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+    packed = [part.sum() for part in token_logps.split(batch.lengths.tolist())]
+    for logp, (pair, side) in zip(packed, [(p, s) for s in ("chosen", "rejected") for p in pairs], strict=True):
+        ids = pair.prompt.ids + getattr(pair, side).ids
+        alone = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        wanted = sum(alone[t - 1, ids[t]] for t in range(len(pair.prompt.ids), len(ids)))
+        assert float(logp) == pytest.approx(float(wanted), abs=1e-9)
+
+
+def padded(part):
+    batch = pack(part, pad_id=PAD, device=CPU)
+    return batch.input_ids.numel()
+
+
+@pytest.mark.parametrize("budget", [60, 61, 100, 1000, 10**6])
+def test_split_keeps_every_pair_and_the_budget(budget):
+    draw = random.Random(budget)
+    pairs = [a_pair(i, draw.randrange(1, 11), draw.randrange(1, 20), draw.randrange(1, 20)) for i in range(40)]
+    parts = split(pairs, budget)
+    assert sorted(p.prompt.id for part in parts for p in part) == list(range(40))
+    assert all(padded(part) <= budget for part in parts)
+    assert (len(parts) == 1) == (budget >= 40 * 60)
+    for part, after in pairwise(parts):
+        assert padded([*part, after[0]]) > budget, "a part is closed only when it is full"
+
+
+def test_a_pair_at_the_budget_fits_and_one_over_it_is_named():
+    pair = a_pair(7, 4, 6, 2)
+    assert split([pair], 20) == [[pair]]
+    with pytest.raises(ValueError, match=r"^optim\.microbatch_tokens = 19: one pair \(prompt 7\) needs 20$"):
+        split([pair], 19)
+
+
+def test_no_pairs_make_no_parts():
+    assert split([], 10) == []
