@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 
 import torch
 
@@ -11,7 +12,7 @@ from bpo_fast_kernels.native_backend import NativeBackend
 from bpo_fast_kernels.rows import Backend
 from bpo_fast_kernels.torch_backend import TorchBackend
 
-BACKENDS = ("auto", "native", "torch", "triton")
+BACKENDS = ("auto", "native", "torch", "triton", "triton-gemm")
 log = logging.getLogger("bpo_fast_kernels")
 
 
@@ -23,6 +24,14 @@ def _torch() -> Backend:
 @functools.cache
 def _native_cpu() -> Backend:
     return NativeBackend()
+
+
+@functools.cache
+def _triton(name: str) -> Backend:
+    """Imported on first use: triton takes a while to import and does not exist everywhere."""
+    from bpo_fast_kernels.triton_backend import TritonBackend, TritonGemmBackend
+
+    return TritonBackend() if name == "triton" else TritonGemmBackend()
 
 
 @functools.cache
@@ -43,10 +52,16 @@ def pick_backend(name: str, device: torch.device) -> Backend:
         ValueError: an unknown name, or a backend that cannot run on this device or machine.
     """
     require(name in BACKENDS, "backend", repr(name), f"expected one of {', '.join(BACKENDS)}")
+    on_cpu = device.type == "cpu"
+    if name == "auto":
+        return _auto_cpu() if on_cpu else _triton("triton")
     if name == "torch":
         return _torch()
-    if name == "auto":
-        return _auto_cpu()
+    if name.startswith("triton"):
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        require(not on_cpu or interpreted, "backend", repr(name), "on CPU tensors it needs TRITON_INTERPRET=1")
+        return _triton(name)
+    require(on_cpu, "backend", repr(name), f"expected CPU tensors, got {device}")
     try:
         return _native_cpu()
     except NativeUnavailable as reason:

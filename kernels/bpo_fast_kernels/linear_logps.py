@@ -3,7 +3,7 @@
 Legend: T rows (response tokens only), N sequences, H hidden size, V vocabulary; THV = T * H * V, 2THV FLOP a GEMM.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import MODES, check_cu_seqlens, check_rows, check_scaling, require
-from bpo_fast_kernels.rows import Backend, Head, Kept, RowStats
+from bpo_fast_kernels.rows import Backend, Head, Rows
 
 # Most bytes of E that mode="auto" keeps for a trained head until the backward pass.
 STORE_BYTES = 1_200_000_000
@@ -87,10 +87,7 @@ def linear_token_logps(
     engine = pick_backend(backend, hidden.device)
     head = Head(weight, 1.0 / temperature, logit_softcap)
     mode = choose_mode(mode, hidden, head, engine, budget_bytes)
-    if mode == "forward":
-        with torch.no_grad():
-            return engine.score(hidden, targets, head).token_logps
-    return _TokenLogps.apply(hidden, weight, _Call(targets, head, engine, mode))
+    return token_scores(_Call(Rows(hidden, targets, head), None, engine, mode))[0]
 
 
 def linear_logps(
@@ -122,27 +119,23 @@ def linear_logps(
     Raises:
         ValueError: as `linear_token_logps`; `cu_seqlens` that does not rise from 0 to T.
     """
+    check_rows(hidden, weight, targets)
     check_cu_seqlens(cu_seqlens, len(hidden))
-    token_logps = linear_token_logps(
-        hidden,
-        weight,
-        targets,
-        temperature=temperature,
-        logit_softcap=logit_softcap,
-        mode=mode,
-        budget_bytes=budget_bytes,
-        backend=backend,
-    )
+    check_scaling(temperature, logit_softcap)
     engine = pick_backend(backend, hidden.device)
+    head = Head(weight, 1.0 / temperature, logit_softcap)
+    mode = choose_mode(mode, hidden, head, engine, budget_bytes)
+    behavior = None
+    if behavior_hidden is not None:
+        behavior_head = head if behavior_weight is None else replace(head, weight=behavior_weight)
+        check_rows(behavior_hidden, behavior_head.weight, targets, "behavior_")
+        behavior = Rows(behavior_hidden.detach(), targets, replace(behavior_head, weight=behavior_head.weight.detach()))
+    require(behavior_weight is None or behavior is not None, "behavior_hidden", None, "expected with behavior_weight")
+    token_logps, behavior_logps = token_scores(_Call(Rows(hidden, targets, head), behavior, engine, mode))
     logps = sequence_sums(token_logps, cu_seqlens, engine)
-    if behavior_hidden is None:
-        require(behavior_weight is None, "behavior_weight", "given", "expected None without behavior_hidden")
+    if behavior_logps is None:
         return logps
-    head = Head(weight if behavior_weight is None else behavior_weight, 1.0 / temperature, logit_softcap)
-    check_rows(behavior_hidden, head.weight, targets, "behavior_")
-    with torch.no_grad():
-        stats = engine.score(behavior_hidden, targets, head)
-        return logps, engine.sequence_sums(stats.token_logps, cu_seqlens)
+    return logps, sequence_sums(behavior_logps, cu_seqlens, engine)
 
 
 def choose_mode(mode: str, hidden: torch.Tensor, head: Head, engine: Backend, budget_bytes: int) -> str:
@@ -166,45 +159,48 @@ def sequence_sums(token_logps: torch.Tensor, cu_seqlens: torch.Tensor, engine: B
 
 @dataclass(frozen=True)
 class _Call:
-    targets: torch.Tensor
-    head: Head
+    rows: Rows
+    behavior: Rows | None
     engine: Backend
     mode: str
 
 
+def token_scores(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Token log-probs of the policy rows, differentiable, and of the behavior rows."""
+    if call.mode == "forward":
+        with torch.no_grad():
+            scored = call.engine.score(call.rows, dx=False, keep=False, behavior=call.behavior)
+        return scored.stats.token_logps, scored.behavior_logps
+    return _TokenLogps.apply(call.rows.hidden, call.rows.head.weight, call)
+
+
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, call: _Call) -> torch.Tensor:
-        wants_dx = ctx.needs_input_grad[0]
-        unit_dx = kept_e = None
-        if call.mode == "store":
-            kept = call.engine.score_keep(hidden, call.targets, call.head, wants_dx)
-            stats, kept_e, unit_dx = kept.stats, kept.e, kept.unit_dx
-        elif wants_dx:
-            stats, unit_dx = call.engine.score_dx(hidden, call.targets, call.head)
-        else:
-            stats = call.engine.score(hidden, call.targets, call.head)
-        ctx.call, ctx.kept_e, ctx.unit_dx, ctx.stats = call, kept_e, unit_dx, stats
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, call: _Call):
+        keep = call.mode == "store"
+        scored = call.engine.score(call.rows, dx=ctx.needs_input_grad[0], keep=keep, behavior=call.behavior)
+        ctx.call, ctx.scored = call, scored
         ctx.save_for_backward(hidden, weight)
-        return stats.token_logps.clone()
+        if scored.behavior_logps is not None:
+            ctx.mark_non_differentiable(scored.behavior_logps)
+        return scored.stats.token_logps.clone(), scored.behavior_logps
 
     @staticmethod
-    def backward(ctx, coefs: torch.Tensor):
+    def backward(ctx, coefs: torch.Tensor, _):
         hidden, weight = ctx.saved_tensors
-        call: _Call = ctx.call
-        stats: RowStats = ctx.stats
-        engine, head, coefs = call.engine, call.head, coefs.contiguous()
+        engine, rows, scored = ctx.call.engine, ctx.call.rows, ctx.scored
+        coefs = coefs.contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            later = ctx.unit_dx is None
-            dx = engine.kept_dx(Kept(ctx.kept_e, stats), coefs, head) if later else ctx.unit_dx * coefs[:, None]
+            later = scored.unit_dx is None
+            dx = engine.kept_dx(scored, coefs, rows.head) if later else scored.unit_dx * coefs[:, None]
             dx = dx.to(hidden.dtype)
         if ctx.needs_input_grad[1]:
             dw = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            if ctx.kept_e is not None:
-                engine.kept_dw_(dw, Kept(ctx.kept_e, stats), coefs, hidden, head)
+            if scored.e is not None:
+                engine.kept_dw_(dw, scored, coefs, rows)
             else:
-                engine.recompute_dw_(dw, stats, coefs, hidden, call.targets, head)
+                engine.recompute_dw_(dw, scored.stats, coefs, rows)
             dw = dw.to(weight.dtype)
         return dx, dw, None
 

@@ -12,7 +12,7 @@ from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import check_cu_seqlens, check_loss, check_pair_vector, check_rows, check_scaling, require
 from bpo_fast_kernels.linear_logps import STORE_BYTES, linear_logps, linear_logps_reference, spread
 from bpo_fast_kernels.pair_loss import LossSpec, PairLoss, loss_and_slope, pair_loss, pair_loss_reference
-from bpo_fast_kernels.rows import Backend, Head
+from bpo_fast_kernels.rows import Backend, Head, Rows
 
 
 def linear_pair_loss_reference(
@@ -160,23 +160,28 @@ def _run_chunk_(sums: _Sums, hidden: torch.Tensor, call: _Call, spans: tuple[sli
     num_pairs = len(call.lengths) // 2
     both = torch.cat([torch.arange(pairs.start, pairs.stop), torch.arange(pairs.start, pairs.stop) + num_pairs])
     both = both.to(hidden.device, non_blocking=True)
-    rows = torch.cat([hidden[span] for span in spans])
-    targets = torch.cat([call.targets[span] for span in spans])
+    chunk = Rows(
+        hidden=torch.cat([hidden[span] for span in spans]),
+        targets=torch.cat([call.targets[span] for span in spans]),
+        head=call.head,
+    )
     cu = offsets(call.cu_seqlens.to(hidden.device).diff()[both])
     # slic leaves pairs with coefficient 0, whose rows need no dX
-    with_dx = sums.dx is not None and call.spec.loss != "slic"
-    kept = call.engine.score_keep(rows, targets, call.head, with_dx)
-    logps = call.engine.sequence_sums(kept.stats.token_logps, cu)
+    dx_now = sums.dx is not None and call.spec.loss != "slic"
+    scored = call.engine.score(chunk, dx=dx_now, keep=True)
+    logps = call.engine.sequence_sums(scored.stats.token_logps, cu)
     ref = logps if call.ref_logps is None else call.ref_logps[both]
     loss, margins, slope = loss_and_slope(logps, ref, call.lengths[both], call.spec)
     sums.loss[pairs], sums.margins[pairs], sums.logps[both] = loss, margins, logps
-    coefs = spread(slope / call.divisor, cu, len(rows))
+    coefs = spread(slope / call.divisor, cu, len(chunk.targets))
     if sums.dx is not None:
-        dx = call.engine.kept_dx(kept, coefs, call.head).to(sums.dx.dtype)
+        later = scored.unit_dx is None
+        dx = call.engine.kept_dx(scored, coefs, call.head) if later else scored.unit_dx * coefs[:, None]
+        dx = dx.to(sums.dx.dtype)
         cut = spans[0].stop - spans[0].start
         sums.dx[spans[0]], sums.dx[spans[1]] = dx[:cut], dx[cut:]
     if sums.dw is not None:
-        call.engine.kept_dw_(sums.dw, kept, coefs, rows, call.head)
+        call.engine.kept_dw_(sums.dw, scored, coefs, chunk)
 
 
 def offsets(lengths: torch.Tensor) -> torch.Tensor:

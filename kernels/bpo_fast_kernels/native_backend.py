@@ -3,7 +3,7 @@
 import torch
 
 from bpo_fast_kernels.build import cxx_command, load_library
-from bpo_fast_kernels.rows import Head, Kept, RowStats
+from bpo_fast_kernels.rows import Head, Rows, RowStats, Scored
 from bpo_fast_kernels.torch_backend import sum_sequences
 
 
@@ -19,53 +19,34 @@ class NativeBackend:
         self.ops = torch.ops.bpo_fast_cpu
         self.lanes, self.tile_rows = self.ops.panel_lanes(), self.ops.tile_rows()
 
-    def _score(self, hidden, targets, head: Head, unit_dx, e) -> RowStats:
+    def score(self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None) -> Scored:
+        """One sweep; dX is formed while E is in cache."""
+        head, hidden = rows.head, rows.hidden.detach().contiguous()
         stats = torch.empty(4, len(hidden))
-        hidden, weight = hidden.detach().contiguous(), head.weight.detach().contiguous()
-        self.ops.score(hidden, weight, targets.contiguous(), head.scale, head.softcap or 0.0, stats, unit_dx, e)
-        return RowStats(*stats.unbind())
+        unit_dx = torch.empty(hidden.shape) if dx else None
+        e = torch.empty(self._panels(len(hidden)), self._padded(head), self.lanes) if keep else None
+        weight, softcap = head.weight.detach().contiguous(), head.softcap or 0.0
+        self.ops.score(hidden, weight, rows.targets.contiguous(), head.scale, softcap, stats, unit_dx, e)
+        logps = None if behavior is None else self.score(behavior, dx=False, keep=False).stats.token_logps
+        return Scored(RowStats(*stats.unbind()), unit_dx, e, logps)
 
-    def score(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> RowStats:
-        """2THV."""
-        return self._score(hidden, targets, head, None, None)
-
-    def score_dx(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[RowStats, torch.Tensor]:
-        """4THV."""
-        unit_dx = torch.empty(hidden.shape)
-        return self._score(hidden, targets, head, unit_dx, None), unit_dx
-
-    def score_keep(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head, with_dx: bool) -> Kept:
-        """2THV, or 4THV with d logp / d hidden formed while E is in cache."""
-        e = torch.empty(self._panels(len(hidden)), self._padded(head), self.lanes)
-        unit_dx = torch.empty(hidden.shape) if with_dx else None
-        return Kept(e, self._score(hidden, targets, head, unit_dx, e), unit_dx)
-
-    def kept_dx(self, kept: Kept, coefs: torch.Tensor, head: Head) -> torch.Tensor:
-        """A scaling, or 2THV that skips panels whose coefficients are all 0."""
-        if kept.unit_dx is not None:
-            return kept.unit_dx * coefs[:, None]
+    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head) -> torch.Tensor:
+        """2THV that skips panels whose coefficients are all 0."""
         dx = torch.empty(len(coefs), head.weight.shape[1])
-        self.ops.kept_dx(kept.e, head.weight.detach().contiguous(), self._factor(kept.stats, coefs, head), dx)
+        self.ops.kept_dx(scored.e, head.weight.detach().contiguous(), self._factor(scored.stats, coefs, head), dx)
         return dx
 
-    def kept_dw_(self, dw: torch.Tensor, kept: Kept, coefs: torch.Tensor, hidden: torch.Tensor, head: Head) -> None:
+    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows) -> None:
         """2THV; skips panels whose coefficients are all 0."""
-        self.ops.kept_dw(kept.e, hidden.detach().contiguous(), self._factor(kept.stats, coefs, head), dw)
+        factor = self._factor(scored.stats, coefs, rows.head)
+        self.ops.kept_dw(scored.e, rows.hidden.detach().contiguous(), factor, dw)
 
-    def recompute_dw_(
-        self,
-        dw: torch.Tensor,
-        stats: RowStats,
-        coefs: torch.Tensor,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
-        head: Head,
-    ) -> None:
+    def recompute_dw_(self, dw: torch.Tensor, stats: RowStats, coefs: torch.Tensor, rows: Rows) -> None:
         """4THV."""
-        hidden, weight = hidden.detach().contiguous(), head.weight.detach().contiguous()
-        factor, shift = self._factor(stats, coefs, head), stats.shift.contiguous()
-        softcap, push = head.softcap or 0.0, (stats.miss * coefs).mul_(head.scale)
-        self.ops.recompute_dw(hidden, weight, targets.contiguous(), head.scale, softcap, shift, factor, push, dw)
+        head, targets, softcap = rows.head, rows.targets.contiguous(), rows.head.softcap or 0.0
+        hidden, weight = rows.hidden.detach().contiguous(), head.weight.detach().contiguous()
+        factor, push = self._factor(stats, coefs, head), (stats.miss * coefs).mul_(head.scale)
+        self.ops.recompute_dw(hidden, weight, targets, head.scale, softcap, stats.shift, factor, push, dw)
 
     def kept_bytes(self, num_rows: int, head: Head) -> int:
         """Whole panels of float32."""

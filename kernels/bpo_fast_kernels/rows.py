@@ -29,6 +29,21 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows that meet a head.
+
+    Attributes:
+        hidden: [T, H]. hidden states.
+        targets: [T] int64. target ids.
+        head: the head.
+    """
+
+    hidden: torch.Tensor
+    targets: torch.Tensor
+    head: Head
+
+
+@dataclass(frozen=True)
 class RowStats:
     """What one pass over the logits leaves of a row; enough to rebuild its softmax from its logits.
 
@@ -46,22 +61,25 @@ class RowStats:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Rows whose E was kept for a backward pass; `e` is laid out as its backend likes it.
+class Scored:
+    """What `Backend.score` returns.
 
     Attributes:
-        e: E times the derivative of the cap; the target's entry is -S' times that derivative.
         stats: the rows' statistics.
-        unit_dx: [T, H] float32. d token_logp_t / d hidden_t, where the backend formed it with E.
+        unit_dx: [T, H] float32. d token_logp_t / d hidden_t, where it was formed.
+        e: E times the slope of the cap, the target's entry -S' times that slope, where it was kept; laid out as the
+            backend likes it.
+        behavior_logps: [T] float32. token log-probs of the behavior rows, where there were any.
     """
 
-    e: Any
     stats: RowStats
     unit_dx: torch.Tensor | None = None
+    e: Any = None
+    behavior_logps: torch.Tensor | None = None
 
 
 class Backend(Protocol):
-    """The passes over the head that every backend offers.
+    """The passes over a head that every backend offers. FLOP in units of THV.
 
     Attributes:
         name: how the caller chose it.
@@ -71,35 +89,23 @@ class Backend(Protocol):
     name: str
     chunk_bytes: int
 
-    def score(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> RowStats:
-        """2THV: statistics only."""
+    def score(self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None) -> Scored:
+        """Statistics, 2THV; `dx` adds 2THV for the gradient by hidden; `keep` keeps E.
+
+        With both a backend may leave `unit_dx` out and have `kept_dx` called. `behavior` has the same targets; its rows
+        keep nothing.
+        """
         ...
 
-    def score_dx(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[RowStats, torch.Tensor]:
-        """4THV: statistics and d token_logp_t / d hidden_t, [T, H] float32. No E survives a tile."""
+    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head) -> torch.Tensor:
+        """2THV: coefs_t * d token_logp_t / d hidden_t from E, [T, H] float32; rows with coefficient 0 may skip."""
         ...
 
-    def score_keep(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head, with_dx: bool) -> Kept:
-        """2THV: statistics, with E kept; `with_dx` says that no row's dX will be skipped, so it may be formed now."""
+    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows) -> None:
+        """2THV: add the sum over rows of coefs_t * d token_logp_t / d weight to `dw` [V, H] float32."""
         ...
 
-    def kept_dx(self, kept: Kept, coefs: torch.Tensor, head: Head) -> torch.Tensor:
-        """2THV: coefs_t * d token_logp_t / d hidden_t, [T, H] float32; a row with coefficient 0 may cost nothing."""
-        ...
-
-    def kept_dw_(self, dw: torch.Tensor, kept: Kept, coefs: torch.Tensor, hidden: torch.Tensor, head: Head) -> None:
-        """2THV: add sum over rows of coefs_t * d token_logp_t / d weight to `dw` [V, H] float32."""
-        ...
-
-    def recompute_dw_(
-        self,
-        dw: torch.Tensor,
-        stats: RowStats,
-        coefs: torch.Tensor,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
-        head: Head,
-    ) -> None:
+    def recompute_dw_(self, dw: torch.Tensor, stats: RowStats, coefs: torch.Tensor, rows: Rows) -> None:
         """4THV: the same from the statistics alone."""
         ...
 

@@ -1,7 +1,7 @@
 """The plain PyTorch backend: library GEMMs by tile with float32 output, and the tile pass as tensor operations.
 
-Also the frame of the Triton backend, which replaces the tile pass. A tile is at most `TILE_ROWS` x `TILE_COLS` logits
-and every pass cuts rows and vocabulary at the same places, so that all modes give the same bits.
+Also the frame of the GPU backends, which replace the tile pass. A tile is at most `TILE_ROWS` x `TILE_COLS` logits and
+every mode cuts rows and vocabulary at the same places, so that all modes give the same bits.
 """
 
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
-from bpo_fast_kernels.rows import Head, Kept, RowStats
+from bpo_fast_kernels.rows import Head, Rows, RowStats, Scored
 
 TILE_ROWS = 4096
 TILE_COLS = 4096
-# exp(z - shift) stays below e^60 and the products E @ W far below the float32 limit.
+# A shift moves when a logit passes it by more: E stays below e^60 and the products E @ W far below the float32 limit.
 SHIFT_SLACK = 60.0
 
 
 @dataclass
 class Sweep:
-    """What a row block carries from one vocabulary tile to the next."""
+    """What a row block carries from one vocabulary tile to the next; all [R] float32 but `targets`."""
 
     targets: torch.Tensor
     target_logits: torch.Tensor
@@ -37,28 +37,11 @@ def mm_f32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
-def capped(z: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scaled logits and d cap / d z, from raw products."""
-    if head.softcap is None:
-        return z.mul_(head.scale), None
-    tanh = z.div_(head.softcap).tanh_()
-    return tanh * (head.softcap * head.scale), 1.0 - tanh.square()
-
-
-def finish(sweep: Sweep) -> RowStats:
-    """Statistics of finished rows; log1p keeps the log-prob of a target with p near 1."""
-    gap = sweep.target_logits - sweep.shift
-    total = sweep.miss_sum + gap.exp()
-    logps = gap - torch.log1p(sweep.miss_sum + torch.expm1(gap))
-    return RowStats(token_logps=logps, shift=sweep.shift, inv_sum=1.0 / total, miss=sweep.miss_sum / total)
-
-
-def join(parts: list[RowStats]) -> RowStats:
-    """Statistics of consecutive row blocks as one."""
-    if len(parts) == 1:
-        return parts[0]
-    fields = ("token_logps", "shift", "inv_sum", "miss")
-    return RowStats(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
+def add_mm_f32(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a @ b in float32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.addmm(total, a, b, out_dtype=torch.float32)
+    return total.addmm_(a.float(), b.float())
 
 
 def sum_sequences(token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -70,6 +53,26 @@ def sum_sequences(token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch
     return sums.index_add_(0, owner, token_values.double()).float()
 
 
+def capped(z: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scaled logits and d cap / d z, from raw products."""
+    if head.softcap is None:
+        return z.mul_(head.scale), None
+    tanh = z.div_(head.softcap).tanh_()
+    return tanh * (head.softcap * head.scale), 1.0 - tanh.square()
+
+
+def columns(vocab: int) -> Iterator[slice]:
+    """Vocabulary tiles."""
+    for start in range(0, vocab, TILE_COLS):
+        yield slice(start, min(start + TILE_COLS, vocab))
+
+
+def blocks(num_rows: int) -> Iterator[slice]:
+    """Row blocks; an empty batch has one empty block."""
+    for start in range(0, max(num_rows, 1), TILE_ROWS):
+        yield slice(start, min(start + TILE_ROWS, num_rows))
+
+
 class TorchBackend:
     """Implements `rows.Backend` with tensor operations on any device."""
 
@@ -78,120 +81,129 @@ class TorchBackend:
     chunk_bytes = 1_074_000_000
 
     def work_dtype(self, hidden: torch.Tensor) -> torch.dtype:
-        """Type of E: bfloat16 only where the GEMMs run in it; float16 could not hold E."""
-        return torch.bfloat16 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else torch.float32
+        """Type of E: bfloat16 for 16-bit inputs on a GPU (float16 could not hold E), else float32."""
+        return torch.bfloat16 if hidden.is_cuda and hidden.dtype != torch.float32 else torch.float32
 
-    def blocks(self, num_rows: int) -> Iterator[slice]:
-        """Row blocks; an empty batch has one empty block."""
-        for start in range(0, max(num_rows, 1), TILE_ROWS):
-            yield slice(start, min(start + TILE_ROWS, num_rows))
-
-    def columns(self, vocab: int) -> Iterator[slice]:
-        """Vocabulary tiles."""
-        for start in range(0, vocab, TILE_COLS):
-            yield slice(start, min(start + TILE_COLS, vocab))
-
-    def start(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> Sweep:
+    def start(self, rows: Rows) -> Sweep:
         """Target logits of a row block, and sums at zero."""
-        raw = (hidden.float() * head.weight[targets].float()).sum(1)
-        logits, slope = capped(raw, head)
+        raw = (rows.hidden.float() * rows.head.weight[rows.targets].float()).sum(1)
+        logits, slope = capped(raw, rows.head)
         slope = torch.ones_like(logits) if slope is None else slope
-        return Sweep(targets, logits, slope, logits.clone(), torch.zeros_like(logits))
+        return Sweep(rows.targets, logits, slope, logits.clone(), torch.zeros_like(logits))
 
-    def exp_tile(self, z: torch.Tensor, sweep: Sweep, cols: slice, head: Head, dtype: torch.dtype):
-        """Turn raw products into E (zero at the target), add the row sums, raise the shift where exp would overflow.
+    def room_for_e(self, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Where the E of a tile that is not kept goes: over its logits, if they have its type."""
+        return z if z.dtype == dtype else torch.empty_like(z, dtype=dtype)
 
-        Returns E and the factor by which what was summed before must shrink.
+    def exp_tile_(
+        self, z: torch.Tensor, e: torch.Tensor, sweep: Sweep, first: int, head: Head, fill: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Turn raw products `z` of the tile at `first` into E in `e`; the target's entry is `fill` [R], or 0.
+
+        Adds the row sums and raises the shift where exp would overflow; returns the factor [R] by which everything
+        summed before must shrink.
         """
         z, slope = capped(z, head)
-        local = sweep.targets - cols.start
-        z.masked_fill_(torch.arange(z.shape[1], device=z.device) == local[:, None], -torch.inf)
+        is_target = torch.arange(z.shape[1], device=z.device) == (sweep.targets - first)[:, None]
+        z.masked_fill_(is_target, -torch.inf)
         top = z.amax(1)
         shift = torch.where(top > sweep.shift + SHIFT_SLACK, top, sweep.shift)
         factor = (sweep.shift - shift).exp()
-        e = z.sub_(shift[:, None]).exp_()
-        sweep.miss_sum = sweep.miss_sum * factor + e.sum(1)
+        exps = z.sub_(shift[:, None]).exp_()
+        sweep.miss_sum = sweep.miss_sum * factor + exps.sum(1)
         sweep.shift = shift
-        return (e if slope is None else e * slope).to(dtype), factor
+        exps = exps if slope is None else exps * slope
+        e.copy_(exps if fill is None else torch.where(is_target, fill[:, None], exps))
+        return factor
 
-    def score(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> RowStats:
-        """2THV."""
-        parts = []
-        for rows in self.blocks(len(hidden)):
-            x, sweep = hidden[rows], self.start(hidden[rows], targets[rows], head)
-            for cols in self.columns(len(head.weight)):
-                self.exp_tile(mm_f32(x, head.weight[cols].T), sweep, cols, head, torch.float32)
-            parts.append(finish(sweep))
-        return join(parts)
+    def shrink_(self, sums: torch.Tensor, factor: torch.Tensor) -> None:
+        """Scale the rows of what was summed or kept before a shift moved."""
+        sums.mul_(factor[:, None].to(sums.dtype))
 
-    def score_dx(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[RowStats, torch.Tensor]:
-        """4THV: dX needs no coefficients, so it is summed tile by tile and E is never kept."""
-        parts, unit_dx = [], torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
-        dtype = self.work_dtype(hidden)
-        for rows in self.blocks(len(hidden)):
-            x, sweep = hidden[rows], self.start(hidden[rows], targets[rows], head)
-            pull = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-            for cols in self.columns(len(head.weight)):
-                tile = head.weight[cols]
-                e, factor = self.exp_tile(mm_f32(x, tile.T), sweep, cols, head, dtype)
-                pull.mul_(factor[:, None]).add_(mm_f32(e, tile.to(dtype)))
-            stats = finish(sweep)
-            push = (stats.miss * sweep.target_slope)[:, None] * head.weight[targets[rows]].float()
-            unit_dx[rows] = (push - pull * stats.inv_sum[:, None]) * head.scale
+    def finish(self, sweep: Sweep) -> RowStats:
+        """Statistics of swept rows; log1p keeps the log-prob of a target with p near 1."""
+        gap = sweep.target_logits - sweep.shift
+        total = sweep.miss_sum + gap.exp()
+        logps = gap - torch.log1p(sweep.miss_sum + torch.expm1(gap))
+        return RowStats(token_logps=logps, shift=sweep.shift, inv_sum=1.0 / total, miss=sweep.miss_sum / total)
+
+    def unit_dx(self, rows: Rows, sweep: Sweep, stats: RowStats, pull: torch.Tensor) -> torch.Tensor:
+        """d logp / d hidden from pull = E @ W."""
+        push = (stats.miss * sweep.target_slope)[:, None] * rows.head.weight[rows.targets].float()
+        return (push - pull * stats.inv_sum[:, None]) * rows.head.scale
+
+    def score(self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None) -> Scored:
+        """One sweep over row blocks and vocabulary tiles; with `keep`, dX is one large GEMM later."""
+        hidden, head = rows.hidden, rows.head
+        shape = (len(hidden), len(head.weight))
+        e = torch.empty(shape, dtype=self.work_dtype(hidden), device=hidden.device) if keep else None
+        parts, dx_parts = [], []
+        for block in blocks(len(hidden)):
+            part = Rows(hidden[block], rows.targets[block], head)
+            stats, unit_dx = self.sweep_block(part, dx and not keep, None if e is None else e[block])
             parts.append(stats)
-        return join(parts), unit_dx
+            dx_parts.append(unit_dx)
+        names = ("token_logps", "shift", "inv_sum", "miss")
+        stats = RowStats(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+        logps = None if behavior is None else self.score(behavior, dx=False, keep=False).stats.token_logps
+        return Scored(stats, torch.cat(dx_parts) if dx and not keep else None, e, logps)
 
-    def score_keep(self, hidden: torch.Tensor, targets: torch.Tensor, head: Head, with_dx: bool) -> Kept:
-        """2THV, E kept as [T, V]; dX is one large GEMM later, whatever `with_dx` says."""
-        dtype, parts = self.work_dtype(hidden), []
-        kept = torch.empty(len(hidden), len(head.weight), dtype=dtype, device=hidden.device)
-        for rows in self.blocks(len(hidden)):
-            x, sweep, shifts = hidden[rows], self.start(hidden[rows], targets[rows], head), []
-            for cols in self.columns(len(head.weight)):
-                kept[rows, cols], _ = self.exp_tile(mm_f32(x, head.weight[cols].T), sweep, cols, head, dtype)
-                shifts.append(sweep.shift)
-            for cols, shift in zip(self.columns(len(head.weight)), shifts, strict=True):
-                kept[rows, cols] *= (shift - sweep.shift).exp()[:, None].to(dtype)
-            kept[rows].scatter_(1, targets[rows, None], -(sweep.miss_sum * sweep.target_slope)[:, None].to(dtype))
-            parts.append(finish(sweep))
-        return Kept(kept, join(parts))
+    def sweep_block(self, rows: Rows, dx: bool, kept: torch.Tensor | None) -> tuple[RowStats, torch.Tensor | None]:
+        """All vocabulary tiles of one row block."""
+        head, x, sweep = rows.head, rows.hidden, self.start(rows)
+        pull = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if dx else None
+        shifts = []
+        for cols in columns(len(head.weight)):
+            w = head.weight[cols]
+            z = mm_f32(x, w.T)
+            e = self.room_for_e(z, self.work_dtype(x)) if kept is None else kept[:, cols]
+            factor = self.exp_tile_(z, e, sweep, cols.start, head)
+            shifts.append(sweep.shift)
+            if pull is not None:
+                self.shrink_(pull, factor)
+                pull = add_mm_f32(pull, e, w.to(e.dtype))
+        stats = self.finish(sweep)
+        if kept is not None:
+            self.settle_(kept, shifts, sweep)
+        return stats, None if pull is None else self.unit_dx(rows, sweep, stats, pull)
 
-    def kept_dx(self, kept: Kept, coefs: torch.Tensor, head: Head) -> torch.Tensor:
+    def settle_(self, kept: torch.Tensor, shifts: list[torch.Tensor], sweep: Sweep) -> None:
+        """Bring kept tiles to the last shift and set the targets' entries."""
+        for shift, cols in zip(shifts, columns(kept.shape[1]), strict=True):
+            self.shrink_(kept[:, cols], (shift - sweep.shift).exp())
+        kept.scatter_(1, sweep.targets[:, None], -(sweep.miss_sum * sweep.target_slope)[:, None].to(kept.dtype))
+
+    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head) -> torch.Tensor:
         """2THV."""
-        row = (-head.scale * coefs * kept.stats.inv_sum)[:, None]
-        return mm_f32(kept.e, head.weight.to(kept.e.dtype)) * row
+        row = (-head.scale * coefs * scored.stats.inv_sum)[:, None]
+        return mm_f32(scored.e, head.weight.to(scored.e.dtype)) * row
 
-    def kept_dw_(self, dw: torch.Tensor, kept: Kept, coefs: torch.Tensor, hidden: torch.Tensor, head: Head) -> None:
+    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows) -> None:
         """2THV."""
-        row = (-head.scale * coefs * kept.stats.inv_sum)[:, None]
-        scaled = (hidden.float() * row).to(kept.e.dtype)
-        for cols in self.columns(len(head.weight)):
-            dw[cols] += mm_f32(kept.e[:, cols].T, scaled)
+        factor = (-rows.head.scale * coefs * scored.stats.inv_sum)[:, None]
+        scaled = (rows.hidden.float() * factor).to(scored.e.dtype)
+        for cols in columns(len(rows.head.weight)):
+            dw[cols] += mm_f32(scored.e[:, cols].T, scaled)
 
-    def recompute_dw_(
-        self,
-        dw: torch.Tensor,
-        stats: RowStats,
-        coefs: torch.Tensor,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
-        head: Head,
-    ) -> None:
+    def recompute_dw_(self, dw: torch.Tensor, stats: RowStats, coefs: torch.Tensor, rows: Rows) -> None:
         """4THV: logits again by tile, E from the shift that the forward pass settled on."""
-        dtype = self.work_dtype(hidden)
-        for rows in self.blocks(len(hidden)):
-            x, sweep = hidden[rows], self.start(hidden[rows], targets[rows], head)
-            sweep.shift = stats.shift[rows].clone()
-            scaled = x.float() * (-head.scale * coefs[rows] * stats.inv_sum[rows])[:, None]
-            for cols in self.columns(len(head.weight)):
-                e, _ = self.exp_tile(mm_f32(x, head.weight[cols].T), sweep, cols, head, dtype)
-                dw[cols] += mm_f32(e.T, scaled.to(dtype))
-            push = (head.scale * coefs[rows] * stats.miss[rows] * sweep.target_slope)[:, None]
-            dw.index_add_(0, targets[rows], x.float() * push)
+        head = rows.head
+        for block in blocks(len(rows.hidden)):
+            part = Rows(rows.hidden[block], rows.targets[block], head)
+            x, sweep = part.hidden, self.start(part)
+            sweep.shift = stats.shift[block].clone()
+            scaled = x.float() * (-head.scale * coefs[block] * stats.inv_sum[block])[:, None]
+            scaled = scaled.to(self.work_dtype(x))
+            fill = -sweep.target_slope * stats.miss[block] / stats.inv_sum[block]
+            for cols in columns(len(head.weight)):
+                z = mm_f32(x, head.weight[cols].T)
+                e = self.room_for_e(z, scaled.dtype)
+                self.exp_tile_(z, e, sweep, cols.start, head, fill)
+                dw[cols] += mm_f32(e.T, scaled)
 
     def kept_bytes(self, num_rows: int, head: Head) -> int:
         """E in its working type."""
-        return num_rows * len(head.weight) * (2 if self.work_dtype(head.weight) == torch.bfloat16 else 4)
+        return num_rows * len(head.weight) * self.work_dtype(head.weight).itemsize
 
     def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Row-by-row sums in float64."""

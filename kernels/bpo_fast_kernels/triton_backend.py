@@ -1,0 +1,287 @@
+"""The GPU backends: Plan B (library GEMMs and Triton passes) and Plan A (a Triton GEMM with the exp-store epilogue).
+
+On CPU tensors they run only in the Triton interpreter (TRITON_INTERPRET=1 before triton is imported).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bpo_fast_kernels.rows import Head, Rows, RowStats, Scored
+from bpo_fast_kernels.torch_backend import SHIFT_SLACK, TILE_COLS, Sweep, TorchBackend
+from bpo_fast_kernels.triton_config import INTERPRETED, GemmConfig, gemm_config
+from bpo_fast_kernels.triton_gemm import exp_gemm_kernel, raise_shift_kernel, row_sums_kernel, set_targets_kernel
+from bpo_fast_kernels.triton_passes import (
+    exp_tile_kernel,
+    finish_kernel,
+    sequence_sum_kernel,
+    settle_kernel,
+    shrink_kernel,
+    target_logit_kernel,
+    unit_dx_kernel,
+)
+
+BLOCK = 1024
+# Row sums past this send a row block to the second attempt: E stays within bfloat16 and E @ W within float32.
+OVERFLOW = 1e30
+
+
+class TritonBackend(TorchBackend):
+    """Plan B: the frame of `TorchBackend`, with every pass one launch, no host sync and no atomics."""
+
+    name = "triton"
+
+    def start(self, rows: Rows) -> Sweep:
+        """Target logits by one program a row."""
+        num_rows, width = rows.hidden.shape
+        hidden, weight, head = contiguous_rows(rows.hidden), contiguous_rows(rows.head.weight), rows.head
+        logits, slopes, sums = torch.zeros(3, num_rows, device=hidden.device).unbind()
+        if num_rows:
+            target_logit_kernel[(num_rows,)](
+                hidden,
+                weight,
+                rows.targets,
+                logits,
+                slopes,
+                width,
+                hidden.stride(0),
+                weight.stride(0),
+                head.scale,
+                head.softcap or 0.0,
+                HAS_CAP=head.softcap is not None,
+                BLOCK=BLOCK,
+            )
+        return Sweep(rows.targets, logits, slopes, logits.clone(), sums)
+
+    def room_for_e(self, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Over the logits: a program reads its whole row before it writes any of it."""
+        return z.view(dtype)[:, : z.shape[1]]
+
+    def exp_tile_(
+        self, z: torch.Tensor, e: torch.Tensor, sweep: Sweep, first: int, head: Head, fill: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One program a row."""
+        num_rows, width = z.shape
+        new_shift, factor = torch.empty(2, num_rows, device=z.device).unbind()
+        if num_rows:
+            exp_tile_kernel[(num_rows,)](
+                z,
+                e,
+                sweep.targets,
+                sweep.shift,
+                new_shift,
+                sweep.miss_sum,
+                factor,
+                sweep.shift if fill is None else fill,
+                first,
+                width,
+                z.stride(0),
+                e.stride(0),
+                head.scale,
+                head.softcap or 0.0,
+                SHIFT_SLACK,
+                HAS_CAP=head.softcap is not None,
+                HAS_FILL=fill is not None,
+                COLS=min(TILE_COLS, triton.next_power_of_2(width)),
+                num_warps=8,
+            )
+        sweep.shift = new_shift
+        return factor
+
+    def shrink_(self, sums: torch.Tensor, factor: torch.Tensor) -> None:
+        """Rows whose factor is 1 cost one load."""
+        if len(sums):
+            shrink_kernel[(len(sums),)](sums, factor, sums.shape[1], sums.stride(0), BLOCK=BLOCK)
+
+    def settle_(self, kept: torch.Tensor, shifts: list[torch.Tensor], sweep: Sweep) -> None:
+        """One program a row, which leaves after a few loads unless a shift moved."""
+        if len(kept):
+            args = (kept, torch.stack(shifts), sweep.shift, sweep.targets, sweep.miss_sum, sweep.target_slope)
+            settle_kernel[(len(kept),)](*args, len(kept), len(shifts), TILE_COLS, kept.stride(0), BLOCK=BLOCK)
+
+    def finish(self, sweep: Sweep) -> RowStats:
+        """One launch for the four statistics."""
+        num_rows = len(sweep.shift)
+        logps, inv_sum, miss = torch.empty(3, num_rows, device=sweep.shift.device).unbind()
+        if num_rows:
+            grid = (triton.cdiv(num_rows, BLOCK),)
+            args = (sweep.target_logits, sweep.shift, sweep.miss_sum, logps, inv_sum, miss, num_rows)
+            finish_kernel[grid](*args, BLOCK=BLOCK)
+        return RowStats(logps, sweep.shift, inv_sum, miss)
+
+    def unit_dx(self, rows: Rows, sweep: Sweep, stats: RowStats, pull: torch.Tensor) -> torch.Tensor:
+        """One launch."""
+        dx, weight = torch.empty_like(pull), contiguous_rows(rows.head.weight)
+        if len(dx):
+            args = (pull, weight, rows.targets, stats.inv_sum, stats.miss, sweep.target_slope, dx, dx.shape[1])
+            strides = (pull.stride(0), weight.stride(0), dx.stride(0))
+            unit_dx_kernel[(len(dx),)](*args, *strides, rows.head.scale, BLOCK=BLOCK)
+        return dx
+
+    def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """One program a sequence."""
+        out = torch.empty(len(cu_seqlens) - 1, device=token_values.device)
+        if len(out):
+            sequence_sum_kernel[(len(out),)](token_values.contiguous(), cu_seqlens.contiguous(), out, BLOCK=BLOCK)
+        return out
+
+
+def contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix with neighbors in a row side by side."""
+    matrix = matrix.detach()
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Policy rows in whole blocks, then behavior rows, as Plan A's kernels see them; [slots] each."""
+
+    x: torch.Tensor
+    targets: torch.Tensor
+    logits: torch.Tensor
+    slopes: torch.Tensor
+    shift: torch.Tensor
+    sums: torch.Tensor
+    flags: torch.Tensor
+    partial: torch.Tensor
+    first_behavior: int
+    num_slots: int
+
+
+class TritonGemmBackend(TritonBackend):
+    """Plan A: policy and behavior rows in one launch; `forward` uses no memory for logits at all."""
+
+    name = "triton-gemm"
+
+    def score(self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None) -> Scored:
+        """One GEMM; dX comes from its E by a library GEMM."""
+        num_rows, vocab = len(rows.hidden), len(rows.head.weight)
+        if num_rows == 0:
+            return super().score(rows, dx=dx, keep=keep, behavior=behavior)
+        if dx and not keep:
+            return self.score_by_chunks(rows, behavior)
+        config = self.config(rows, behavior)
+        slots = self.lay_out(rows, behavior, config)
+        e = None
+        if keep:
+            e = torch.empty(num_rows, vocab, dtype=self.work_dtype(rows.hidden), device=rows.hidden.device)
+        self.sweep(slots, rows, behavior, e, config)
+        stats = self.finish(Sweep(slots.targets, slots.logits, slots.slopes, slots.shift, slots.sums))
+        if e is not None:
+            set_targets_kernel[(num_rows,)](e, slots.targets, slots.sums, slots.slopes, e.stride(0))
+        first = slots.first_behavior
+        cut = RowStats(*(value[:num_rows] for value in vars(stats).values()))
+        return Scored(cut, None, e, None if behavior is None else stats.token_logps[first : first + num_rows])
+
+    def score_by_chunks(self, rows: Rows, behavior: Rows | None) -> Scored:
+        """Log-probs and dX of all rows, with E of one chunk of rows at a time."""
+        step = max(1, self.chunk_bytes // self.kept_bytes(1, rows.head))
+        parts, unit = [], []
+        for start in range(0, len(rows.hidden), step):
+            cut = slice(start, start + step)
+            chunk = Rows(rows.hidden[cut], rows.targets[cut], rows.head)
+            other = None if behavior is None else Rows(behavior.hidden[cut], chunk.targets, behavior.head)
+            scored = self.score(chunk, dx=True, keep=True, behavior=other)
+            unit.append(self.kept_dx(scored, torch.ones_like(scored.stats.inv_sum), rows.head))
+            parts.append((scored.stats, scored.behavior_logps))
+        stats = [torch.cat(values) for values in zip(*(vars(part).values() for part, _ in parts), strict=True)]
+        logps = None if behavior is None else torch.cat([logps for _, logps in parts])
+        return Scored(RowStats(*stats), torch.cat(unit), None, logps)
+
+    def config(self, rows: Rows, behavior: Rows | None) -> GemmConfig:
+        """Descriptors where the device has them, rows start on 16 bytes and there is one head."""
+        if not rows.hidden.is_cuda:
+            return INTERPRETED
+        major, minor = torch.cuda.get_device_capability(rows.hidden.device)
+        second = behavior is not None and behavior.head.weight is not rows.head.weight
+        aligned = all(m.stride(1) == 1 and m.stride(0) % 8 == 0 for m in (rows.hidden, rows.head.weight))
+        return gemm_config(10 * major + minor, tma=aligned and not second)
+
+    def lay_out(self, rows: Rows, behavior: Rows | None, config: GemmConfig) -> _Slots:
+        """Slots of both kinds of rows; spare slots have shift inf, so that they sum to 0."""
+        num_rows, block = len(rows.hidden), config.block_m
+        first = triton.cdiv(num_rows, block) * block
+        device, x, num_slots = rows.hidden.device, contiguous_rows(rows.hidden), num_rows
+        if behavior is not None:
+            num_slots = first + num_rows
+            x = torch.zeros(num_slots, x.shape[1], dtype=x.dtype, device=device)
+            x[:num_rows], x[first:] = rows.hidden.detach(), behavior.hidden
+        whole = triton.cdiv(num_slots, block) * block
+        logits, slopes, sums = torch.zeros(3, whole, device=device).unbind()
+        shift = torch.full((whole,), torch.inf, device=device)
+        targets = torch.full((whole,), -1, dtype=torch.int64, device=device)
+        for start, part in ((0, rows), (first, behavior)):
+            if part is not None:
+                here, begun = slice(start, start + num_rows), self.start(part)
+                targets[here], slopes[here] = part.targets, begun.target_slope
+                logits[here] = shift[here] = begun.target_logits
+        tiles = triton.cdiv(len(rows.head.weight), config.block_n)
+        flags = torch.zeros(whole // block, dtype=torch.int32, device=device)
+        partial = torch.empty(tiles, whole, device=device)
+        return _Slots(x, targets, logits, slopes, shift, sums, flags, partial, first, num_slots)
+
+    def sweep(
+        self, slots: _Slots, rows: Rows, behavior: Rows | None, e: torch.Tensor | None, config: GemmConfig
+    ) -> None:
+        """E and row sums, then once more, with the largest logit as shift, for row blocks that overflowed."""
+        tiles, whole = slots.partial.shape
+        blocks, stride = (whole // config.block_m,), slots.partial.stride(0)
+        self.launch(slots, rows, behavior, e, config, top=False, flagged=False)
+        row_sums_kernel[blocks](slots.partial, slots.sums, slots.flags, tiles, stride, OVERFLOW, BLOCK_M=config.block_m)
+        self.launch(slots, rows, behavior, e, config, top=True, flagged=True)
+        args = (slots.partial, slots.sums, slots.logits, slots.shift, slots.flags, tiles, stride, OVERFLOW)
+        raise_shift_kernel[blocks](*args, BLOCK_M=config.block_m)
+        self.launch(slots, rows, behavior, e, config, top=False, flagged=True)
+        row_sums_kernel[blocks](slots.partial, slots.sums, slots.flags, tiles, stride, OVERFLOW, BLOCK_M=config.block_m)
+
+    def launch(
+        self,
+        slots: _Slots,
+        rows: Rows,
+        behavior: Rows | None,
+        e: torch.Tensor | None,
+        config: GemmConfig,
+        *,
+        top: bool,
+        flagged: bool,
+    ) -> None:
+        """One launch of the exp-store GEMM or of its row-maximum form."""
+        head, weight = rows.head, contiguous_rows(rows.head.weight)
+        vocab, width = weight.shape
+        other = weight if behavior is None else contiguous_rows(behavior.head.weight)
+        x, w = slots.x, weight
+        if config.tma:
+            x = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
+            w = TensorDescriptor.from_tensor(w, [config.block_n, config.block_k])
+        grid = (slots.flags.shape[0] * slots.partial.shape[0],)
+        exp_gemm_kernel[grid](
+            x,
+            w,
+            other,
+            slots.targets,
+            slots.shift,
+            slots.flags,
+            slots.partial if e is None else e,
+            slots.partial,
+            len(rows.hidden),
+            slots.num_slots,
+            vocab,
+            width,
+            slots.x.stride(0),
+            weight.stride(0),
+            0 if e is None else e.stride(0),
+            slots.partial.stride(0),
+            head.scale,
+            head.softcap or 0.0,
+            TOP=top,
+            FLAGGED=flagged,
+            STORE_E=e is not None and not top,
+            SECOND_HEAD=other.data_ptr() != weight.data_ptr(),
+            HAS_CAP=head.softcap is not None,
+            UPCAST=not slots.x.is_cuda,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **config.constexprs(),
+        )

@@ -1,0 +1,49 @@
+"""Fixed launch configurations by compute capability: a written rule, no autotuning.
+
+Shared memory a block may take: 166,912 bytes (8.0), 101,376 (8.6, 8.9), 232,448 (9.0, 10.0). With 8
+warps a tile of 128 x 256 x 64 keeps its accumulator in registers on Hopper without spills.
+"""
+
+from dataclasses import dataclass
+
+SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile, pipeline and load path of the exp-store GEMM."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    tma: bool
+
+    def constexprs(self) -> dict[str, int | bool]:
+        """The kernel's compile-time tile arguments."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+            "TMA": self.tma,
+        }
+
+
+def gemm_config(capability: int, tma: bool = True) -> GemmConfig:
+    """The configuration for a compute capability such as 90; `tma` says whether descriptors could be used.
+
+    `group_m` row blocks of the same vocabulary tile run together: 16 blocks of 128 rows read W once a 2,048 rows.
+    """
+    if capability >= 90 and tma:
+        return GemmConfig(128, 256, 64, 16, num_warps=8, num_stages=3, tma=True)
+    if capability >= 90:
+        return GemmConfig(128, 128, 64, 16, num_warps=8, num_stages=3, tma=False)
+    if capability == 80:
+        return GemmConfig(128, 256, 32, 16, num_warps=8, num_stages=3, tma=False)
+    return GemmConfig(128, 128, 32, 16, num_warps=4, num_stages=3, tma=False)
+
+
+INTERPRETED = GemmConfig(16, 32, 16, 4, num_warps=4, num_stages=1, tma=False)

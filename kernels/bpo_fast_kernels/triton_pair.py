@@ -1,0 +1,71 @@
+"""The pair loss as one Triton launch: losses, margins and the gradient's coefficients. See pair_loss.py."""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 128
+LOSS_IDS = {"dpo": 0, "ipo": 1, "slic": 2}
+
+
+@triton.jit
+def _softplus(u):
+    """log(1 + exp(u)) without overflow."""
+    return tl.maximum(u, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(u)))
+
+
+@triton.jit
+def pair_loss_kernel(
+    policy,
+    ref,
+    lengths,
+    loss,
+    margins,
+    slopes,
+    num_pairs,
+    beta,
+    smoothing,
+    LOSS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """loss [P], margins [P] and d loss_p / d policy [2P]; LOSS is 0 dpo, 1 ipo, 2 slic."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = pair < num_pairs
+    chosen = tl.load(policy + pair, mask=mask, other=0.0) - tl.load(ref + pair, mask=mask, other=0.0)
+    other = pair + num_pairs
+    rejected = tl.load(policy + other, mask=mask, other=0.0) - tl.load(ref + other, mask=mask, other=0.0)
+    inv_chosen = tl.full([BLOCK], 1.0, tl.float32)
+    inv_rejected = tl.full([BLOCK], 1.0, tl.float32)
+    if LOSS == 1:
+        inv_chosen = 1.0 / tl.maximum(tl.load(lengths + pair, mask=mask, other=1), 1).to(tl.float32)
+        inv_rejected = 1.0 / tl.maximum(tl.load(lengths + other, mask=mask, other=1), 1).to(tl.float32)
+    h = chosen * inv_chosen - rejected * inv_rejected
+    u = beta * h
+    if LOSS == 0:
+        value = (1.0 - smoothing) * _softplus(-u) + smoothing * _softplus(u)
+        slope = beta * (smoothing * tl.sigmoid(u) - (1.0 - smoothing) * tl.sigmoid(-u))
+    elif LOSS == 1:
+        gap = h - 0.5 / beta
+        value = gap * gap
+        slope = 2.0 * gap
+    else:
+        value = tl.maximum(1.0 - u, 0.0)
+        slope = tl.where(u < 1.0, -beta, 0.0)
+    tl.store(loss + pair, value, mask=mask)
+    tl.store(margins + pair, h, mask=mask)
+    tl.store(slopes + pair, slope * inv_chosen, mask=mask)
+    tl.store(slopes + other, -slope * inv_rejected, mask=mask)
+
+
+def loss_and_slope_triton(
+    policy: torch.Tensor, ref: torch.Tensor, lengths: torch.Tensor | None, loss: str, beta: float, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss [P], margins [P], d loss_p / d policy [2P])."""
+    num_pairs = len(policy) // 2
+    value, margins, slopes = policy.new_empty(num_pairs), policy.new_empty(num_pairs), torch.empty_like(policy)
+    grid = (triton.cdiv(num_pairs, BLOCK),)
+    if num_pairs:
+        used = policy if lengths is None else lengths
+        args = (policy, ref, used, value, margins, slopes, num_pairs, beta, smoothing)
+        pair_loss_kernel[grid](*args, LOSS=LOSS_IDS[loss], BLOCK=BLOCK)
+    return value, margins, slopes
