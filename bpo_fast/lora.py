@@ -50,7 +50,7 @@ class LoraEnsemble(nn.Module):
     ):
         super().__init__()
         self.num_members, self.r, self.alpha, self.dropout = num_members, r, alpha, dropout
-        self.linears = _find_linears(model, targets)
+        self.linears = find_linears(model, targets)
         self.names = tuple(self.linears)
         self._model = [model]  # in a list: the base must not become a submodule
         self._active: dict[str, tuple[Tensor, Tensor]] | None = None
@@ -200,7 +200,8 @@ class LoraEnsemble(nn.Module):
         return add_delta
 
 
-def _find_linears(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Module]:
+def find_linears(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """The linear layers of the trunk by name, all or those called `targets`; ValueError for a target not there."""
     head = model.get_output_embeddings()
     linears = {
         name: module
