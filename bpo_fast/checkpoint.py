@@ -30,6 +30,8 @@ class TrainerState:
     Attributes:
         step: optimizer steps done.
         phase: the phase that has begun last, -1 before the first.
+        num_ended_phases: phases whose steps are done and whose metrics are logged.
+        evaluated_step: step of the last evaluation, -1 before the first.
         num_metric_lines: lines of metrics.jsonl written by then.
         num_bad_steps: bad steps in a row.
         num_tokens: tokens trained on.
@@ -38,6 +40,8 @@ class TrainerState:
 
     step: int
     phase: int
+    num_ended_phases: int
+    evaluated_step: int
     num_metric_lines: int
     num_bad_steps: int
     num_tokens: int

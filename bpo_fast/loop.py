@@ -18,6 +18,7 @@ from bpo_fast.pairs import PairCounts, PhasePairs, read_pairs, write_pairs
 from bpo_fast.plan import Phase, deal
 from bpo_fast.progress import Progress
 from bpo_fast.run import Run
+from bpo_fast.run_folder import pairs_words
 from bpo_fast.setup import Parts
 from bpo_fast.types import Pair
 
@@ -35,13 +36,15 @@ class Loop:
         self._parts, self._run, self._progress = parts, run, progress
         self._config, self._policy = parts.config, parts.policy
         self.num_steps = 0
-        self._phase = -1
+        self._phase = self._evaluated_step = -1
+        self._num_ended_phases = 0
         self._num_bad_steps = self._num_tokens = 0
         num_lines = 0
         if run.checkpoint is not None:
             state = read_state(run.checkpoint)
             parts.reference.ema = load_checkpoint(run.checkpoint, parts.policy, parts.optimizer)
             self.num_steps, self._phase, num_lines = state.step, state.phase, state.num_metric_lines
+            self._num_ended_phases, self._evaluated_step = state.num_ended_phases, state.evaluated_step
             self._num_bad_steps, self._num_tokens = state.num_bad_steps, state.num_tokens
             run.seconds = dict(state.seconds)
             progress.print(f"resuming at step {state.step} of {parts.plan.num_steps}")
@@ -53,8 +56,8 @@ class Loop:
             self._collector = Collector(self._config, parts.engine, parts.annotator, run, progress)
 
     def remaining_phases(self) -> list[Phase]:
-        """Phases with steps left."""
-        return [p for p in self._parts.plan.phases if p.stop > self.num_steps]
+        """Phases that have not been ended."""
+        return list(self._parts.plan.phases[self._num_ended_phases :])
 
     def collect(self, phase: Phase) -> PhasePairs:
         """The pairs of a phase with reference log-probs: from disk if they are there, else sampled now."""
@@ -72,7 +75,7 @@ class Loop:
                 write_pairs(self._run.pairs_path(p.index), self._collect_new(p))
         found = read_pairs(path)
         if not found.pairs and phase.num_steps > 1:
-            raise ValueError(f"phase {phase.index + 1}: no pair left to train on ({_in_words(found.counts)})")
+            raise ValueError(f"phase {phase.index + 1}: no pair left to train on ({pairs_words(vars(found.counts))})")
         if not found.scored:
             found = self._score_reference(phase, found)
             write_pairs(path, found)
@@ -89,6 +92,9 @@ class Loop:
 
     def step(self, step: int, pairs: Sequence[Pair]) -> None:
         """One optimizer step of every member on the same pairs."""
+        every = self._config.eval.eval_steps
+        if every and step and step % every == 0 and self._evaluated_step != step:
+            self.evaluate("step")
         with self._run.critical():
             with self._run.timed("train"):
                 sums = self._gradients(step, pairs)
@@ -107,8 +113,6 @@ class Loop:
                 self._stop_on_bad_steps(pairs)
             if self._config.run.save_steps and self.num_steps % self._config.run.save_steps == 0:
                 self.save()
-        if self._config.eval.eval_steps and self.num_steps % self._config.eval.eval_steps == 0:
-            self.evaluate("step")
 
     def end_phase(self, phase: Phase, found: PhasePairs) -> None:
         """Logs the phase and, unless checkpoints come by steps, saves one; at most ten in a run of many phases."""
@@ -121,10 +125,11 @@ class Loop:
         values |= {"perf/tokens_per_s": num_tokens / max(1e-9, seconds.get("rollout", 0.0))}
         values |= {"perf/peak_memory_gib": peak_memory_gib()}
         if phase.num_steps > 1 or phase.index == 0:
-            self._progress.print(f"phase {phase.index + 1}: {_in_words(found.counts)}")
+            self._progress.print(f"phase {phase.index + 1}: {pairs_words(vars(found.counts))}")
         due = self.num_steps - max(0, self._saved_step) >= self._parts.plan.num_steps / 10
         with self._run.critical():
             self._metrics.log("phase", self.num_steps, values)
+            self._num_ended_phases = phase.index + 1
             if self.num_steps == self._parts.plan.num_steps or (due and not self._config.run.save_steps):
                 self.save()
 
@@ -132,11 +137,12 @@ class Loop:
         """Judges greedy answers to the held-out prompts and logs the result; rows already on disk are taken as they
         are."""
         parts, config = self._parts, self._config
-        if not parts.held_out or (when == "before" and self.num_steps > 0):
+        if not parts.held_out or (when == "before" and self._evaluated_step >= 0):
             return
         rows = self._run.read_eval()
         mine = [r for r in rows if r["when"] == when and r["step"] == self.num_steps]
         self._parts.engine.refresh(self.num_steps)
+        seconds_before = self._run.seconds.get("eval", 0.0)
         with self._run.timed("eval"), self._progress.task(f"evaluation {when}", len(parts.held_out)) as task:
             assert config.sampling.max_new_tokens, "resolve() has set it"
             if not mine:
@@ -151,8 +157,10 @@ class Loop:
                 )
                 self._run.write_eval(rows + mine)
             summary = self._summarise(mine) | {"kl": self._held_out_kl() if self.num_steps else 0.0}
-        seconds = self._run.seconds["eval"]
-        self._metrics.log("eval", self.num_steps, as_metrics(when, summary) | {"timing/eval_s": seconds})
+        seconds = self._run.seconds["eval"] - seconds_before
+        with self._run.critical():
+            self._metrics.log("eval", self.num_steps, as_metrics(when, summary) | {"timing/eval_s": seconds})
+            self._evaluated_step = self.num_steps
 
     def save(self) -> None:
         """Writes a checkpoint of the step reached, unless it is there."""
@@ -161,6 +169,8 @@ class Loop:
         state = TrainerState(
             step=self.num_steps,
             phase=self._phase,
+            num_ended_phases=self._num_ended_phases,
+            evaluated_step=self._evaluated_step,
             num_metric_lines=self._metrics.num_lines,
             num_bad_steps=self._num_bad_steps,
             num_tokens=self._num_tokens,
@@ -307,7 +317,3 @@ def _ref_logps(pairs: Sequence[Pair], device: torch.device) -> torch.Tensor | No
         return None
     assert len(known) == len(pairs), "a phase is scored whole"
     return torch.tensor(known, dtype=torch.float32).T.flatten().to(device)
-
-
-def _in_words(counts: PairCounts) -> str:
-    return ", ".join(f"{v} {k}" for k, v in vars(counts).items() if v or k == "kept") + " pairs"

@@ -18,7 +18,7 @@ from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.config import Config
 from bpo_fast.doctor import environment
 from bpo_fast.evaluate import EvalRow
-from bpo_fast.files import write_atomic
+from bpo_fast.files import remove_temporaries, write_atomic
 
 MAY_CHANGE = {"run.output_dir", "run.save_steps", "run.save_total_limit", "run.report_to", "sampling.batch_size"}
 
@@ -125,7 +125,11 @@ def open_run(config: Config, *, resume: Path | None, command: list[str]) -> tupl
     """
     if resume is not None:
         _check_same(config, resume)
-        return config, Run(resume, resume=True)
+        remove_temporaries(resume)
+        run = Run(resume, resume=True)
+        if not (resume / "env.json").exists():
+            run.write_json("env.json", environment(command))
+        return config, run
     path = Path(config.run.output_dir or _new_name(config))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = (

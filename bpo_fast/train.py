@@ -15,6 +15,7 @@ from rich.console import Console
 from bpo_fast import report
 from bpo_fast.config import Config
 from bpo_fast.loop import Loop
+from bpo_fast.metrics import check_trackers
 from bpo_fast.progress import Progress
 from bpo_fast.run import open_run
 from bpo_fast.setup import build
@@ -41,6 +42,7 @@ def train(
         KeyboardInterrupt: after a checkpoint was written.
     """
     config = resolve(config)
+    check_trackers(config.run.report_to)
     with Progress(quiet=quiet) as progress:
         parts = build(config, progress, from_pairs=from_pairs)
         config, run = open_run(parts.config, resume=resume, command=sys.argv)

@@ -1,0 +1,137 @@
+"""A run killed again and again ends bit for bit as the run that was never touched."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from bpo_fast import config as configs
+from bpo_fast.checkpoint import complete_checkpoints
+from bpo_fast.metrics import read_metrics
+from bpo_fast.train import train
+
+HERE = Path(__file__).parent
+NOT_COMPARED = ("timing/", "perf/", "memory/")
+
+
+def settings(model, data, out, **knobs):
+    values = {
+        "model.path": str(model),
+        "model.lora_r": 4,
+        "data.path": str(data.train),
+        "data.eval_path": str(data.eval),
+        "annotator.path": "scorers:tie_every_third",
+        "annotator.refill": True,
+        "method.pairs": 48,
+        "method.batch_pairs": 4,
+        "method.phases": 3,
+        "sampling.max_new_tokens": 8,
+        "optim.learning_rate": 3e-3,
+        "eval.prompts": 4,
+        "eval.eval_steps": 3,
+        "eval.kl_prompts": 4,
+        "run.save_steps": 1,
+        "run.output_dir": str(out),
+        "run.device": "cpu",
+        "sampling.engine": "hf",
+    }
+    return configs.load(None, values | {k.replace("__", "."): v for k, v in knobs.items()})
+
+
+def contents(run: Path):
+    """Everything that must not depend on interruptions."""
+    metrics = [{k: v for k, v in line.items() if not k.startswith(NOT_COMPARED)} for line in read_metrics(run)]
+    weights = {
+        str(p.relative_to(run)): p.read_bytes()
+        for p in sorted(complete_checkpoints(run)[-1].rglob("*"))
+        if p.is_file() and p.name != "trainer_state.json"
+    }
+    pairs = {p.name: p.read_bytes() for p in sorted((run / "pairs").iterdir())}
+    evals = (run / "eval.jsonl").read_bytes()
+    return metrics, weights, pairs, evals
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("lora", {"model__members": 2, "model__lora_dropout": 0.1, "method__ref": "ema", "run__save_total_limit": 1}),
+        ("full", {"model__full": True}),
+    ],
+)
+def test_sigkill_at_any_moment_changes_nothing(tiny_model_dir, tiny_data, tmp_path, name, knobs):
+    runs = {}
+    for kind in ("straight", "killed"):
+        config = settings(tiny_model_dir, tiny_data, tmp_path / kind, **knobs)
+        toml = tmp_path / f"{kind}.toml"
+        toml.write_text(configs.to_toml(config))
+        places = [str(HERE / "kill_driver.py"), str(toml), str(tmp_path / kind)]
+        if kind == "straight":
+            code = f"from bpo_fast import load, train; train(load({str(toml)!r}), quiet=True)"
+            command = [sys.executable, "-c", code]
+        else:
+            command = [sys.executable, *places, "5", "10"]
+        done = subprocess.run(command, env=environment(), cwd=HERE, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        if kind == "killed":
+            num_kills, num_places = map(int, done.stdout.split())
+            assert num_kills >= 20
+            assert num_places >= 12
+        runs[kind] = contents(tmp_path / kind)
+    for straight, killed in zip(runs["straight"], runs["killed"], strict=True):
+        assert straight == killed
+    assert not list((tmp_path / "killed").rglob("*.tmp"))
+    assert len(complete_checkpoints(tmp_path / "killed")) == (1 if name == "lora" else 2)
+
+
+def test_interrupt_writes_a_checkpoint_and_leaves_with_130(tiny_model_dir, tiny_data, tmp_path):
+    config = settings(tiny_model_dir, tiny_data, tmp_path / "run", run__save_steps=100, method__pairs=40)
+    toml = tmp_path / "run.toml"
+    toml.write_text(configs.to_toml(config))
+    command = [sys.executable, "-m", "bpo_fast", "train", "--config", str(toml)]
+    process = subprocess.Popen(command, env=environment(), cwd=HERE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count('"step"') >= 4):
+        assert process.poll() is None, "finished before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "go on with --resume" in stderr
+    (checkpoint,) = complete_checkpoints(tmp_path / "run")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["num_metric_lines"] == len(read_metrics(tmp_path / "run"))
+    train(configs.load(tmp_path / "run" / "config.toml"), resume=tmp_path / "run", quiet=True)
+    straight = settings(tiny_model_dir, tiny_data, tmp_path / "straight", run__save_steps=100, method__pairs=40)
+    train(straight, quiet=True)
+    ours, theirs = (
+        load_file(complete_checkpoints(tmp_path / d)[-1] / "adapter_model.safetensors") for d in ("run", "straight")
+    )
+    assert all((ours[k] == theirs[k]).all() for k in theirs)
+
+
+def test_resume_refuses_other_settings_and_other_folders(tiny_model_dir, tiny_data, tmp_path):
+    config = settings(tiny_model_dir, tiny_data, tmp_path / "run", method__pairs=8, method__phases=1)
+    train(config, quiet=True)
+    saved = configs.load(tmp_path / "run" / "config.toml")
+    other = configs.replace(saved, {"method.beta": 0.2})
+    with pytest.raises(ValueError, match=r"method\.beta = 0\.2: the run to resume has 0\.1"):
+        train(other, resume=tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="no run there"):
+        train(saved, resume=tmp_path, quiet=True)
+    with pytest.raises(ValueError, match="holds another run"):
+        train(config, quiet=True)
+    again = train(saved, resume=tmp_path / "run", quiet=True)
+    assert again == json.loads((tmp_path / "run" / "summary.json").read_text())
