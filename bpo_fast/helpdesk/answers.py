@@ -26,7 +26,7 @@ OPENINGS = {
         "I am happy to help.",
         "Sorry to hear about your {n}.",
         "Thanks for your question about the {n}.",
-        "I am glad to help with the {n}.",
+        "Glad to help with the {n}.",
     ),
     "short": ("Hello.", "Hi there.", "Sure.", "Of course."),
     "rude": ("That is your own fault.", "Everybody knows this.", "What a silly question.", "Not this {n} again."),
@@ -56,37 +56,34 @@ CLOSINGS = {
     ),
     "short": ("Good luck.", "Bye for now.", "That is all.", "All the best."),
 }
-FRAMES = (
-    ("First, {s}.", "Please {s}.", "You can {s}.", "Just {s}."),
-    ("Then {s}.", "After that, {s}.", "Next, {s}.", "Also, {s}."),
-)
+FRAMES = (("First, {s}.", "Please {s}.", "You can {s}."), ("Then {s}.", "After that, {s}.", "Also, {s}."))
 
 # probability of each option under each writer, in the order of WRITERS
 ABOUT = {"this": (1.0, 0.96, 0.84), "same noun": (0.0, 0.02, 0.06), "other": (0.0, 0.02, 0.10)}
 OPENING = {
-    "none": (0.12, 0.52, 0.55),
-    "warm": (0.63, 0.22, 0.05),
-    "short": (0.25, 0.23, 0.12),
-    "rude": (0.0, 0.03, 0.28),
+    "none": (0.12, 0.55, 0.58),
+    "warm": (0.63, 0.18, 0.04),
+    "short": (0.25, 0.24, 0.12),
+    "rude": (0.0, 0.03, 0.26),
 }
 HEDGE = {"no": (0.97, 0.80, 0.65), "yes": (0.03, 0.20, 0.35)}
 FIRST = {
-    "full": (0.88, 0.54, 0.22),
-    "vague": (0.08, 0.22, 0.20),
-    "wrong": (0.02, 0.08, 0.25),
-    "generic": (0.02, 0.08, 0.20),
+    "full": (0.87, 0.38, 0.17),
+    "vague": (0.09, 0.38, 0.28),
+    "wrong": (0.02, 0.08, 0.24),
+    "generic": (0.02, 0.08, 0.18),
     "none": (0.0, 0.08, 0.13),
 }
 SECOND = {
-    "full": (0.85, 0.42, 0.16),
-    "vague": (0.09, 0.16, 0.14),
+    "full": (0.85, 0.28, 0.11),
+    "vague": (0.09, 0.27, 0.18),
     "wrong": (0.02, 0.08, 0.20),
-    "repeat": (0.01, 0.05, 0.16),
-    "none": (0.03, 0.29, 0.34),
+    "repeat": (0.01, 0.05, 0.15),
+    "none": (0.03, 0.32, 0.36),
 }
 FACT = {"own": (0.60, 0.25, 0.10), "wrong": (0.02, 0.06, 0.14), "none": (0.38, 0.69, 0.76)}
-CLOSING = {"none": (0.12, 0.55, 0.72), "warm": (0.63, 0.22, 0.05), "short": (0.25, 0.23, 0.23)}
-CUT = {"no": (0.99, 0.93, 0.80), "yes": (0.01, 0.07, 0.20)}
+CLOSING = {"none": (0.12, 0.57, 0.72), "warm": (0.63, 0.20, 0.05), "short": (0.25, 0.23, 0.23)}
+CUT = {"no": (0.99, 0.93, 0.82), "yes": (0.01, 0.07, 0.18)}
 SOURCE = {"same noun": (0.4,) * 3, "same domain": (0.3,) * 3, "anywhere": (0.3,) * 3}
 
 
