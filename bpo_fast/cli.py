@@ -1,8 +1,12 @@
 """The command line: parse, load the configuration, call one function; torch is imported when a command runs."""
 
+import dataclasses
 import errno
 import functools
+import inspect
+import json
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +15,7 @@ import typer
 
 from bpo_fast import config as configs
 from bpo_fast.config import KNOBS, Config
+from bpo_fast.stage_config import RewardConfig, SftConfig
 
 app = typer.Typer(
     help="Train language models online from preferences, against the behavior policy that sampled the pairs (BPO).",
@@ -54,7 +59,12 @@ def _fail(message: str, code: int) -> None:
 
 
 def _flag(name: str, knob: str, **extra: Any) -> Any:
-    return typer.Option(name, help=KNOBS[knob][0].metadata["doc"], show_default=False, **extra)
+    return typer.Option(name, help=_help(KNOBS[knob][0]), show_default=False, **extra)
+
+
+def _help(field: dataclasses.Field) -> str:
+    choices = field.metadata["choices"]
+    return field.metadata["doc"] + (f" [{'|'.join(choices)}]" if choices else "")
 
 
 @app.command()
@@ -137,8 +147,7 @@ def knobs() -> None:
     """List every setting of `train` with its default and meaning, for --set and --config."""
     defaults = configs.to_flat(Config())
     for name, (field, _) in KNOBS.items():
-        choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-        print(f"{name} = {defaults[name]}\n    {field.metadata['doc']}{choices}")
+        print(f"{name} = {defaults[name]}\n    {_help(field)}")
 
 
 @app.command()
@@ -177,6 +186,81 @@ def export(
     _quiet_libraries()
     run_export(checkpoint, out, device=device)
     print(out)
+
+
+@app.command()
+@reports_errors
+def sample(
+    model: Annotated[str, typer.Option("--model", help="model folder or Hub id")],
+    data: Annotated[str, typer.Option("--data", help="prompts: file, folder or Hub id, `name[:n]` for the first n")],
+    out: Annotated[Path, typer.Option("--out", help="JSONL to write, a completion a row")],
+    task: Annotated[str, _flag("--task", "task")] = "helpfulness",
+    n: Annotated[int, typer.Option("--n", help="completions a prompt", min=1)] = 1,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy", min=0)] = 1.0,
+    max_new_tokens: Annotated[str | None, _flag("--max-new-tokens", "sampling.max_new_tokens")] = None,
+    max_prompt_tokens: Annotated[str | None, _flag("--max-prompt-tokens", "data.max_prompt_length")] = None,
+    engine: Annotated[str | None, _flag("--engine", "sampling.engine")] = None,
+    device: Annotated[str | None, _flag("--device", "run.device")] = None,
+    seed: Annotated[str | None, _flag("--seed", "run.seed")] = None,
+) -> None:
+    """Sample completions of a model to prompts."""
+    flags = {
+        "task": task,
+        "model.path": model,
+        "data.path": data,
+        "sampling.max_new_tokens": max_new_tokens,
+        "data.max_prompt_length": max_prompt_tokens,
+        "sampling.engine": engine,
+        "run.device": device,
+        "run.seed": seed,
+    }
+    settings = _settings(flags, None, [], None)
+    _quiet_libraries()
+    from bpo_fast.sample import sample as run_sample
+
+    run_sample(settings, out, n=n, temperature=temperature)
+    print(out)
+
+
+def _train_sft(config: SftConfig) -> dict[str, Any]:
+    from bpo_fast.sft import train_sft
+
+    return train_sft(config)
+
+
+def _train_reward(config: RewardConfig) -> dict[str, Any]:
+    from bpo_fast.reward import train_reward
+
+    return train_reward(config)
+
+
+def _stage_command(name: str, config_class: type, run: Callable[[Any], dict[str, Any]], doc: str) -> None:
+    """Adds a command with a flag for every field of a settings class."""
+    hints = typing.get_type_hints(config_class)
+
+    def command(**values: Any) -> None:
+        settings = config_class(**values)
+        _quiet_libraries()
+        result = run(settings)
+        print(settings.out)
+        print(json.dumps({k: v for k, v in result.items() if k not in ("config", "history")}, indent=2))
+
+    options = [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=f.default,
+            annotation=Annotated[hints[f.name], typer.Option(f"--{f.name.replace('_', '-')}", help=_help(f))],
+        )
+        for f in dataclasses.fields(config_class)
+    ]
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    command.__doc__ = doc
+    app.command(name)(reports_errors(command))
+
+
+_stage_command("sft", SftConfig, _train_sft, "Train a policy on prompt and label rows, from a model or from scratch.")
+_stage_command("reward", RewardConfig, _train_reward, "Train a Bradley-Terry reward model on preference rows.")
 
 
 def _settings(flags: dict[str, Any], path: Path | None, assignments: list[str], resume: Path | None) -> Config:

@@ -63,12 +63,16 @@ class DataConfig:
 class SamplingConfig:
     """How the behavior LLM is sampled. The defaults are pure ancestral sampling."""
 
-    engine: str = knob("auto", "auto: vllm where it is installed and can run, else hf", choices=("auto", "hf", "vllm"))
+    engine: str = knob("auto", "auto is vllm where it is installed and can run, else hf", choices=("auto", "hf", "vllm"))
     max_new_tokens: int | None = knob(None, "completion tokens", ge=1)
     temperature: float = knob(1.0, "softmax temperature of the sampler", gt=0)
     top_p: float = knob(1.0, "nucleus mass; 1 is off", gt=0, le=1)
     top_k: int = knob(0, "0 is off", ge=0)
     batch_size: int = knob(128, "sequences decoded together by the hf engine", ge=1)
+    kv_cache_gib: float | None = knob(None, "KV cache of vLLM; none: what a full batch needs, if it is free", gt=0)
+    merge_lora: bool | None = knob(
+        None, "vLLM: merge the members into a second copy of their layers, or read them in place; none: merge on a CPU"
+    )
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class MethodConfig:
     label_smoothing: float = knob(0.0, "dpo only", ge=0, le=0.5)
     ref: str = knob(
         "behavior",
-        "behavior: the policy at the start of the phase; initial; ema; golden",
+        "whose log-probs the loss is against; behavior is the policy at the start of the phase",
         choices=("behavior", "initial", "ema", "golden"),
     )
     sampler: str = knob("policy", "who samples: the current policy, or the initial one", choices=("policy", "initial"))

@@ -84,11 +84,12 @@ def resolve(config: Config) -> Config:
     embedded = config.model.path is None
     if embedded and config.task != "helpfulness":
         raise ValueError(f"task = {config.task!r}: only helpfulness has an embedded policy; name one with --model")
-    if embedded and config.data.path is None:
-        config = _embed(config)
-    base = {"pairs": task.pairs, "batch_pairs": task.batch_pairs, "lr": 5e-5, "r": 256, "eval": 512}
+    base = {"pairs": task.pairs, "batch_pairs": task.batch_pairs, "r": 256, "eval": 512}
+    base |= {"lr": 1e-6 if config.model.full else 5e-5}
     if embedded:
-        base |= {"pairs": 768, "batch_pairs": 16, "lr": 1e-3, "r": 16, "eval": 128}
+        config = _embed(config)
+        base |= {"pairs": 768, "batch_pairs": 16, "r": 16, "eval": 128}
+        base |= {"lr": 1e-4 if config.model.full else 1e-3}
     r = config.model.lora_r or base["r"]
     config = dataclasses.replace(
         config,
@@ -117,19 +118,19 @@ def resolve(config: Config) -> Config:
 
 
 def _embed(config: Config) -> Config:
+    """The embedded policy, and with it the rest of its world as far as the user names nothing else."""
+    judge = f"rm={ASSETS / 'judge'}"
+    data, judges = config.data, (judge,)
+    if data.path is None:
+        eval_path = data.eval_path or str(ASSETS / "eval.jsonl")
+        data = dataclasses.replace(data, path=str(ASSETS / "prompts.jsonl"), eval_path=eval_path)
+        judges = ("rubric=bpo_fast.helpdesk:judge", judge)  # the rubric knows the embedded questions only
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=str(ASSETS / "policy")),
-        data=dataclasses.replace(
-            config.data,
-            path=str(ASSETS / "prompts.jsonl"),
-            eval_path=config.data.eval_path or str(ASSETS / "eval.jsonl"),
-        ),
+        data=data,
         annotator=dataclasses.replace(config.annotator, path=config.annotator.path or str(ASSETS / "annotator")),
-        eval=dataclasses.replace(
-            config.eval,
-            judges=config.eval.judges or ("rubric=bpo_fast.helpdesk:judge", f"rm={ASSETS / 'judge'}"),
-        ),
+        eval=dataclasses.replace(config.eval, judges=config.eval.judges or judges),
     )
 
 

@@ -1,0 +1,55 @@
+"""`bpo-fast sample`: completions of a model to the prompts of a data set."""
+
+import json
+from pathlib import Path
+
+from bpo_fast import prompts as data
+from bpo_fast.config import Config
+from bpo_fast.engine import SamplingParams
+from bpo_fast.files import write_atomic
+from bpo_fast.progress import Progress
+from bpo_fast.setup import load_learner, pick_device
+from bpo_fast.tasks import get_task, resolve
+
+
+def sample(config: Config, out: Path, *, n: int, temperature: float) -> None:
+    """Writes one row a completion: {"prompt", "completion", "label", "truncated", "num_tokens"}.
+
+    Args:
+        config: model, data, lengths, engine, seed.
+        out: JSONL to write, all or nothing.
+        n: completions a prompt.
+        temperature: 0 is greedy.
+
+    Raises:
+        ValueError: bad model or data, by name.
+    """
+    config = resolve(config)
+    assert config.data.max_prompt_length, "resolve() has set it"
+    assert config.sampling.max_new_tokens, "resolve() has set it"
+    max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
+    source = str(config.data.path)
+    with Progress() as progress:
+        rows = data.read_rows(source, config.data.split)
+        policy, engine = load_learner(config, pick_device(config.run.device), max_length, progress.print)
+        prompts = data.load_prompts(
+            rows, config.data, get_task(config.task), policy.tokenizer, source=source, seed=None
+        ).prompts
+        params = SamplingParams(max_new_tokens=config.sampling.max_new_tokens, n=n, temperature=temperature)
+        with progress.task("sampling", n * len(prompts)) as task:
+            completions = engine.generate(
+                prompts, params, run_seed=config.run.seed, policy_version=0, on_done=task.advance
+            )
+        engine.close()
+    lines = [
+        {
+            "prompt": prompt.text,
+            "completion": completion.text.strip(),
+            "label": prompt.label,
+            "truncated": completion.truncated,
+            "num_tokens": len(completion.ids),
+        }
+        for prompt, group in zip(prompts, completions, strict=True)
+        for completion in group
+    ]
+    write_atomic(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
