@@ -63,7 +63,7 @@ class DataConfig:
 class SamplingConfig:
     """How the behavior LLM is sampled. The defaults are pure ancestral sampling."""
 
-    engine: str = knob("auto", "auto is vllm where it is installed and can run, else hf", choices=("auto", "hf", "vllm"))
+    engine: str = knob("auto", "auto is vllm where it can run, else hf", choices=("auto", "hf", "vllm"))
     max_new_tokens: int | None = knob(None, "completion tokens", ge=1)
     temperature: float = knob(1.0, "softmax temperature of the sampler", gt=0)
     top_p: float = knob(1.0, "nucleus mass; 1 is off", gt=0, le=1)
