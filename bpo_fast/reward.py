@@ -12,12 +12,12 @@ import torch
 import transformers
 
 from bpo_fast.annotate.reward_model import RewardScorer
-from bpo_fast.config import DataConfig, knob
+from bpo_fast.config import DataConfig
 from bpo_fast.files import new_folder
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import _label, _to_text, read_rows
+from bpo_fast.stage_config import RewardConfig
 from bpo_fast.stages import (
-    StageConfig,
     check_new,
     check_vocabulary,
     fit,
@@ -35,22 +35,6 @@ from bpo_fast.tokenizer import with_leading_space
 REWARD_FILE = "reward.json"
 NUM_BINS = 10
 Z95 = 1.959964
-
-
-@dataclass(frozen=True)
-class RewardConfig(StageConfig):
-    """Settings of `train_reward`; ValueError with the dotted name for a value out of range."""
-
-    chosen_column: str = knob("chosen", "preferred completion; with samples: the reference text (label, ...)")
-    rejected_column: str = knob("rejected", "the other completion; unused with samples")
-    samples: str | None = knob(
-        None, "rows {prompt, completion} of a policy: chosen is then the label of data, rejected the sample"
-    )
-    swapped: float = knob(0.0, "extra training pairs a row: its answer against the answer to another prompt", ge=0)
-
-    def __post_init__(self) -> None:
-        self.check("reward")
-        get_task(self.task)
 
 
 def train_reward(config: RewardConfig, *, progress: Progress | None = None) -> dict[str, Any]:

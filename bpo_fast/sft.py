@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import transformers
 
-from bpo_fast.config import DataConfig, knob
+from bpo_fast.config import DataConfig
 from bpo_fast.files import new_folder
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import _encode, _to_text, read_rows
+from bpo_fast.stage_config import SftConfig
 from bpo_fast.stages import (
-    StageConfig,
     check_new,
     check_vocabulary,
     fit,
@@ -35,28 +35,6 @@ from bpo_fast.tasks import get_task
 from bpo_fast.tokenizer import with_leading_space
 
 SFT_FILE = "sft.json"
-
-
-@dataclass(frozen=True)
-class SftConfig(StageConfig):
-    """Settings of `train_sft`; ValueError with the dotted name for a value out of range."""
-
-    label_column: str | None = knob(None, "completion text; none: label, completion, response or summary")
-    chat_template: bool | None = knob(None, "apply the tokenizer's; none: to conversational rows, if it has one")
-    members: int = knob(1, "models trained, each from its own seed: seed, seed + 1, ...", ge=1)
-    lora_r: int = knob(0, "rank of LoRA adapters on a frozen model; 0: train all weights", ge=0)
-    lora_alpha: float | None = knob(None, "LoRA alpha; none: 2 r", gt=0)
-
-    def __post_init__(self) -> None:
-        self.check("sft")
-        get_task(self.task)
-        if self.lora_r and self.model is None:
-            raise ValueError(f"sft.lora_r = {self.lora_r}: adapters need a model to sit on; set sft.model")
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate after warm-up; 2e-4 for adapters if none was set."""
-        return self.learning_rate or (2e-4 if self.lora_r else super().peak_learning_rate)
 
 
 def train_sft(config: SftConfig, *, progress: Progress | None = None) -> dict[str, Any]:

@@ -1,90 +1,23 @@
-"""What the stages before the loop share: settings, tokenizer and model, batches, fitting, saving."""
+"""What the stages before the loop share: tokenizer and model, batches, fitting, saving."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
-from bpo_fast.config import knob
 from bpo_fast.progress import Progress
-from bpo_fast.tokenizer import MIN_VOCAB, train_bpe
+from bpo_fast.stage_config import StageConfig
+from bpo_fast.tokenizer import train_bpe
 
-ARCHS = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
+CONFIGS = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
 POOL_BATCHES = 50
 PLATEAU_NATS = 0.005
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """Settings that SFT and reward-model training share; every field is a flag of the same name."""
-
-    data: str = knob("", "training rows: file, folder or Hub id, `name[:n]` for the first n rows")
-    out: str = knob("", "folder to write; it must not exist yet, or be empty")
-    eval_data: str | None = knob(None, "held-out rows; none: eval_fraction of the prompts of data")
-    eval_fraction: float = knob(0.05, "share of the prompts of data held out when eval_data is none", ge=0, le=0.9)
-    task: str = knob("helpfulness", "closes bare questions: helpfulness, tldr, harmlessness")
-    prompt_column: str | None = knob(None, "none: prompt, question, post, messages, whichever is there")
-    model: str | None = knob(None, "model folder or Hub id to start from; none: from scratch")
-    tokenizer: str | None = knob(None, "tokenizer folder or Hub id; none: the model's, or trained on the data")
-    arch: str = knob("llama", "architecture from scratch", choices=tuple(ARCHS))
-    hidden: int = knob(256, "hidden size from scratch", ge=8)
-    layers: int = knob(4, "decoder layers from scratch", ge=1)
-    heads: int = knob(4, "attention heads from scratch; divides hidden", ge=1)
-    kv_heads: int = knob(4, "key and value heads from scratch; divides heads", ge=1)
-    intermediate: int = knob(0, "MLP width from scratch; 0: 8/3 hidden rounded up to 32", ge=0)
-    vocab: int = knob(4096, "upper limit of a trained vocabulary", ge=MIN_VOCAB)
-    max_prompt_length: int = knob(512, "prompt tokens; longer prompts lose their beginning", ge=1)
-    max_completion_length: int = knob(
-        256, "completion tokens with EOS; longer completions lose their end and EOS", ge=1
-    )
-    epochs: float = knob(3.0, "passes over the training rows", gt=0)
-    batch_tokens: int = knob(4096, "padded tokens of one optimizer step", ge=1)
-    learning_rate: float | None = knob(None, "peak; none: 2e-3 from scratch, 2e-5 from a model", gt=0)
-    schedule: str = knob("cosine", "decay to 0, or none", choices=("cosine", "linear", "constant"))
-    warmup_ratio: float = knob(0.05, "share of the steps with linear warm-up", ge=0, le=0.9)
-    adam_beta2: float = knob(0.95, "second-moment decay", ge=0, le=0.99999)
-    weight_decay: float = knob(0.1, "decoupled weight decay of the matrices", ge=0)
-    max_grad_norm: float = knob(1.0, "clip by global norm", gt=0)
-    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass")
-    save_dtype: str = knob("float32", "weights on disk", choices=("float32", "float16", "bfloat16"))
-    seed: int = knob(42, "seed of start weights, held-out split and order of the rows", ge=0)
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate after warm-up."""
-        return self.learning_rate or (2e-3 if self.model is None else 2e-5)
-
-    def check(self, stage: str) -> None:
-        """Checks every field against its range; ValueError with `stage.field = value` otherwise."""
-        for name in ("data", "out"):
-            if not getattr(self, name):
-                raise ValueError(f"{stage}.{name}: a value is required")
-        for field in dataclasses.fields(self):
-            _check_field(stage, field, getattr(self, field.name))
-        if self.model is None and self.hidden % (2 * self.heads):
-            raise ValueError(f"{stage}.heads = {self.heads}: must divide hidden = {self.hidden} into an even size")
-        if self.model is None and self.heads % self.kv_heads:
-            raise ValueError(f"{stage}.kv_heads = {self.kv_heads}: must divide heads = {self.heads}")
-
-
-def _check_field(stage: str, field: dataclasses.Field, value: Any) -> None:
-    rules = field.metadata
-    if value is None or not rules:
-        return
-    if rules["choices"] and value not in rules["choices"]:
-        raise ValueError(f"{stage}.{field.name} = {value!r}: not one of {', '.join(rules['choices'])}")
-    for rule, sign, holds in (("gt", ">", float.__gt__), ("ge", ">=", float.__ge__), ("le", "<=", float.__le__)):
-        # NaN holds to no bound.
-        if rules[rule] is not None and not holds(float(value), float(rules[rule])):
-            raise ValueError(f"{stage}.{field.name} = {value}: must be {sign} {rules[rule]}")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -112,7 +45,7 @@ def open_tokenizer(stage: str, config: StageConfig, corpus: Callable[[], Iterato
 
 def scratch_config(config: StageConfig, tokenizer: Any, max_positions: int, **extra: Any) -> Any:
     """Hugging Face config of a fresh model for this tokenizer; `extra` goes in as it is."""
-    return ARCHS[config.arch](
+    return CONFIGS[config.arch](
         vocab_size=len(tokenizer),
         hidden_size=config.hidden,
         intermediate_size=config.intermediate or math.ceil(config.hidden * 8 / 3 / 32) * 32,
@@ -136,7 +69,7 @@ def named_load_errors(what: str, kind: str = "model") -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ValueError(
             f"{what}: cannot be loaded as a {kind}: {lines[0] if lines else type(error).__name__}"

@@ -335,13 +335,18 @@ def test_a_folder_that_is_no_reward_model_is_named(tmp_path):
         tmp_path / "small"
     )
     (tmp_path / "empty").mkdir()
-    for name in ("policy", "two", "small"):
+    LlamaForSequenceClassification(LlamaConfig(**options, num_labels=1)).save_pretrained(tmp_path / "torn")
+    weights = tmp_path / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    for name in ("policy", "two", "small", "torn"):
         tokenizer.save_pretrained(tmp_path / name)
     for name, message in [
         ("policy", "policy: LlamaForCausalLM is not a sequence-classification model"),
         ("two", "two: num_labels = 2: a reward model has one"),
         ("small", "small: 99 embeddings for a tokenizer of 258 tokens"),
         ("empty", "empty: cannot be loaded as a model"),
+        ("torn", "torn: cannot be loaded as a model"),
+        ("nowhere", "nowhere: cannot be loaded as a model"),
     ]:
         with pytest.raises(ValueError, match=message):
             RewardModel(str(tmp_path / name), device="cpu")
