@@ -17,6 +17,11 @@ from bpo_fast import config as configs
 from bpo_fast.config import KNOBS, Config
 from bpo_fast.stage_config import RewardConfig, SftConfig
 
+USER_ERRNOS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
+
 app = typer.Typer(
     help="Train language models online from preferences, against the behavior policy that sampled the pairs (BPO).",
     no_args_is_help=True,
@@ -44,7 +49,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             _fail(str(error), 1)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            if error.errno not in USER_ERRNOS:
                 raise
             _fail(f"{error.filename or 'run folder'}: {error.strerror}", 2)
         except KeyboardInterrupt:

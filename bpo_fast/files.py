@@ -1,6 +1,7 @@
 """Files that are either whole or not there: temporary name, fsync, rename."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,11 @@ def write_atomic(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder that becomes `path` when the block ends well, and vanishes when it does not."""
+    """Gives a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OSError: naming `path`, whatever class the library that wrote into the folder gave it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -38,6 +43,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
+    except Exception as error:
+        number = _os_error(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync(path.parent)
@@ -50,6 +60,14 @@ def remove_temporaries(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _os_error(error: Exception) -> int | None:
+    """The errno in an exception; safetensors and tokenizers put it in the text of exceptions of their own."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
 
 
 def _sync(path: Path) -> None:

@@ -131,17 +131,23 @@ def open_run(config: Config, *, resume: Path | None, command: list[str]) -> tupl
             run.write_json("env.json", environment(command))
         return config, run
     path = Path(config.run.output_dir or _new_name(config))
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        what = (
-            "holds another run; go on with --resume, or choose" if (path / "config.toml").exists() else "is not empty;"
-        )
-        raise ValueError(f"run.output_dir = {path}: {what} another --out")
+    check_free(path)
     config = configs.replace(config, {"run.output_dir": str(path)})
     path.mkdir(parents=True, exist_ok=True)
     write_atomic(path / "config.toml", configs.to_toml(config))
     run = Run(path, resume=False)
     run.write_json("env.json", environment(command))
     return config, run
+
+
+def check_free(path: Path) -> None:
+    """Raises ValueError if a new run cannot be in `path`."""
+    if path.is_dir() and (path / "config.toml").exists():
+        raise ValueError(f"run.output_dir = {path}: holds another run; go on with --resume, or choose another --out")
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"run.output_dir = {path}: is not empty; choose another --out")
+    if any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
+        raise ValueError(f"run.output_dir = {path}: is not a folder; choose another --out")
 
 
 def saved_config(path: Path) -> Config:

@@ -121,9 +121,8 @@ class _Reader:
         return rows[0] if rows else {}
 
     def jsonl(self, name: str, why: str) -> list[dict[str, Any]]:
-        lines = self.text(name, why).splitlines(keepends=True)
-        # What a killed process was writing has no newline yet.
-        return self._rows(name, [line for line in lines if line.endswith("\n")])
+        # Not splitlines(): JSON text may hold U+2028. What a killed process was writing has no newline yet.
+        return self._rows(name, self.text(name, why).split("\n")[:-1])
 
     def _rows(self, name: str, texts: list[str]) -> list[dict[str, Any]]:
         rows, num_bad = [], 0

@@ -17,7 +17,7 @@ from bpo_fast.config import Config
 from bpo_fast.loop import Loop
 from bpo_fast.metrics import check_trackers
 from bpo_fast.progress import Progress
-from bpo_fast.run import open_run
+from bpo_fast.run import check_free, open_run
 from bpo_fast.setup import build
 from bpo_fast.tasks import resolve
 
@@ -43,6 +43,8 @@ def train(
     """
     config = resolve(config)
     check_trackers(config.run.report_to)
+    if resume is None and config.run.output_dir:
+        check_free(Path(config.run.output_dir))
     with Progress(quiet=quiet) as progress:
         parts = build(config, progress, from_pairs=from_pairs)
         config, run = open_run(parts.config, resume=resume, command=sys.argv)
