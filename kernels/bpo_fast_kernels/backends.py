@@ -12,6 +12,7 @@ from bpo_fast_kernels.native_backend import NativeBackend
 from bpo_fast_kernels.rows import Backend
 from bpo_fast_kernels.torch_backend import TorchBackend
 
+# The backends that need triton are imported on first use: the import is slow, and triton does not exist everywhere.
 BACKENDS = ("auto", "native", "torch", "triton", "triton-gemm")
 log = logging.getLogger("bpo_fast_kernels")
 
@@ -28,10 +29,16 @@ def _native_cpu() -> Backend:
 
 @functools.cache
 def _triton(name: str) -> Backend:
-    """Imported on first use: triton takes a while to import and does not exist everywhere."""
     from bpo_fast_kernels.triton_backend import TritonBackend, TritonGemmBackend
 
     return TritonBackend() if name == "triton" else TritonGemmBackend()
+
+
+@functools.cache
+def _native_cuda(capability: tuple[int, int]) -> Backend:
+    from bpo_fast_kernels.native_cuda_backend import NativeCudaBackend
+
+    return NativeCudaBackend(capability)
 
 
 @functools.cache
@@ -61,8 +68,7 @@ def pick_backend(name: str, device: torch.device) -> Backend:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         require(not on_cpu or interpreted, "backend", repr(name), "on CPU tensors it needs TRITON_INTERPRET=1")
         return _triton(name)
-    require(on_cpu, "backend", repr(name), f"expected CPU tensors, got {device}")
     try:
-        return _native_cpu()
+        return _native_cpu() if on_cpu else _native_cuda(torch.cuda.get_device_capability(device))
     except NativeUnavailable as reason:
         raise ValueError(f"backend = 'native': {reason}") from reason

@@ -11,8 +11,8 @@ import torch
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import check_cu_seqlens, check_loss, check_pair_vector, check_rows, check_scaling, require
 from bpo_fast_kernels.linear_logps import STORE_BYTES, linear_logps, linear_logps_reference, spread
-from bpo_fast_kernels.pair_loss import LossSpec, PairLoss, loss_and_slope, pair_loss, pair_loss_reference
-from bpo_fast_kernels.rows import Backend, Head, Rows
+from bpo_fast_kernels.pair_loss import PairLoss, pair_loss, pair_loss_reference
+from bpo_fast_kernels.rows import Backend, Head, LossSpec, Rows
 
 
 def linear_pair_loss_reference(
@@ -171,7 +171,7 @@ def _run_chunk_(sums: _Sums, hidden: torch.Tensor, call: _Call, spans: tuple[sli
     scored = call.engine.score(chunk, dx=dx_now, keep=True)
     logps = call.engine.sequence_sums(scored.stats.token_logps, cu)
     ref = logps if call.ref_logps is None else call.ref_logps[both]
-    loss, margins, slope = loss_and_slope(logps, ref, call.lengths[both], call.spec)
+    loss, margins, slope = call.engine.pair_loss(logps, ref, call.lengths[both], call.spec)
     sums.loss[pairs], sums.margins[pairs], sums.logps[both] = loss, margins, logps
     coefs = spread(slope / call.divisor, cu, len(chunk.targets))
     if sums.dx is not None:

@@ -3,8 +3,8 @@
 import torch
 
 from bpo_fast_kernels.build import cxx_command, load_library
-from bpo_fast_kernels.rows import Head, Rows, RowStats, Scored
-from bpo_fast_kernels.torch_backend import sum_sequences
+from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored
+from bpo_fast_kernels.torch_backend import pair_slopes, sum_sequences
 
 
 class NativeBackend:
@@ -55,6 +55,12 @@ class NativeBackend:
     def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Row-by-row sums in float64."""
         return sum_sequences(token_values, cu_seqlens)
+
+    def pair_loss(
+        self, policy_logps: torch.Tensor, ref_logps: torch.Tensor, lengths: torch.Tensor | None, spec: LossSpec
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A handful of vector operations on P numbers: nothing for native code to win."""
+        return pair_slopes(policy_logps, ref_logps, lengths, spec)
 
     def _factor(self, stats: RowStats, coefs: torch.Tensor, head: Head) -> torch.Tensor:
         return (stats.inv_sum * coefs).mul_(-head.scale)

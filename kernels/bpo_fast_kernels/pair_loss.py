@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import check_loss, check_pair_vector, require
+from bpo_fast_kernels.rows import Backend, LossSpec
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,6 @@ class PairLoss:
     margins: torch.Tensor
     policy_logps: torch.Tensor
     ref_logps: torch.Tensor
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """A loss by name with its two numbers."""
-
-    loss: str
-    beta: float
-    label_smoothing: float
 
 
 def pair_loss_reference(
@@ -99,41 +92,23 @@ def pair_loss(
     require(lengths is not None or loss != "ipo", "lengths", None, "expected [2P], required by loss 'ipo'")
     if lengths is not None:
         check_pair_vector("lengths", lengths, policy_logps)
-    spec = LossSpec(loss, beta, label_smoothing)
-    value, margins = _PairLoss.apply(policy_logps, ref_logps, lengths, spec)
+    call = _Call(ref_logps, lengths, LossSpec(loss, beta, label_smoothing), pick_backend(backend, policy_logps.device))
+    value, margins = _PairLoss.apply(policy_logps, call)
     return PairLoss(value, margins, policy_logps.detach(), ref_logps.detach())
 
 
-def loss_and_slope(
-    policy_logps: torch.Tensor, ref_logps: torch.Tensor, lengths: torch.Tensor | None, spec: LossSpec
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss [P], margins [P], d loss_p / d policy_logps [2P])."""
-    ratios = policy_logps.float() - ref_logps.float()
-    inv = None
-    if spec.loss == "ipo":
-        assert lengths is not None
-        inv = lengths.clamp(min=1).float().reciprocal()
-        ratios = ratios * inv
-    chosen, rejected = ratios.chunk(2)
-    h = chosen - rejected
-    u, eps = spec.beta * h, spec.label_smoothing
-    if spec.loss == "dpo":
-        loss = -(1 - eps) * F.logsigmoid(u) - eps * F.logsigmoid(-u)
-        slope = spec.beta * (eps * torch.sigmoid(u) - (1 - eps) * torch.sigmoid(-u))
-    elif spec.loss == "slic":
-        loss = torch.relu(1 - u)
-        slope = torch.where(u < 1, -spec.beta, 0.0)
-    else:
-        gap = h - 1 / (2 * spec.beta)
-        loss, slope = gap * gap, 2 * gap
-    both = torch.cat([slope, -slope])
-    return loss, h, both if inv is None else both * inv
+@dataclass(frozen=True)
+class _Call:
+    ref_logps: torch.Tensor
+    lengths: torch.Tensor | None
+    spec: LossSpec
+    engine: Backend
 
 
 class _PairLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, policy_logps, ref_logps, lengths, spec: LossSpec):
-        loss, margins, slope = loss_and_slope(policy_logps, ref_logps, lengths, spec)
+    def forward(ctx, policy_logps: torch.Tensor, call: _Call):
+        loss, margins, slope = call.engine.pair_loss(policy_logps, call.ref_logps, call.lengths, call.spec)
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(margins)
         return loss, margins
@@ -141,4 +116,4 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: torch.Tensor, _):
         (slope,) = ctx.saved_tensors
-        return grad_loss.repeat(2) * slope, None, None, None
+        return grad_loss.repeat(2) * slope, None

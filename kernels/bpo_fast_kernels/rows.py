@@ -78,6 +78,15 @@ class Scored:
     behavior_logps: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss by name with its two numbers."""
+
+    loss: str
+    beta: float
+    label_smoothing: float
+
+
 class Backend(Protocol):
     """The passes over a head that every backend offers. FLOP in units of THV.
 
@@ -115,4 +124,10 @@ class Backend(Protocol):
 
     def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """[T] -> [N] float32, in a fixed order."""
+        ...
+
+    def pair_loss(
+        self, policy_logps: torch.Tensor, ref_logps: torch.Tensor, lengths: torch.Tensor | None, spec: LossSpec
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(loss [P], margins [P], d loss_p / d policy_logps [2P]); `lengths` are there for ipo."""
         ...

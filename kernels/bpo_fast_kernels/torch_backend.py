@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from bpo_fast_kernels.rows import Head, Rows, RowStats, Scored
+from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored
 
 TILE_ROWS = 4096
 TILE_COLS = 4096
@@ -51,6 +52,32 @@ def sum_sequences(token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch
     owner = torch.repeat_interleave(numbers, lengths, output_size=len(token_values))
     sums = token_values.new_zeros(len(lengths), dtype=torch.float64)
     return sums.index_add_(0, owner, token_values.double()).float()
+
+
+def pair_slopes(
+    policy_logps: torch.Tensor, ref_logps: torch.Tensor, lengths: torch.Tensor | None, spec: LossSpec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss [P], margins [P], d loss_p / d policy_logps [2P]) by the formulas of pair_loss.py."""
+    ratios = policy_logps.float() - ref_logps.float()
+    inv = None
+    if spec.loss == "ipo":
+        assert lengths is not None
+        inv = lengths.clamp(min=1).float().reciprocal()
+        ratios = ratios * inv
+    chosen, rejected = ratios.chunk(2)
+    h = chosen - rejected
+    u, eps = spec.beta * h, spec.label_smoothing
+    if spec.loss == "dpo":
+        loss = -(1 - eps) * F.logsigmoid(u) - eps * F.logsigmoid(-u)
+        slope = spec.beta * (eps * torch.sigmoid(u) - (1 - eps) * torch.sigmoid(-u))
+    elif spec.loss == "slic":
+        loss = torch.relu(1 - u)
+        slope = torch.where(u < 1, -spec.beta, 0.0)
+    else:
+        gap = h - 1 / (2 * spec.beta)
+        loss, slope = gap * gap, 2 * gap
+    both = torch.cat([slope, -slope])
+    return loss, h, both if inv is None else both * inv
 
 
 def capped(z: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -208,3 +235,9 @@ class TorchBackend:
     def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Row-by-row sums in float64."""
         return sum_sequences(token_values, cu_seqlens)
+
+    def pair_loss(
+        self, policy_logps: torch.Tensor, ref_logps: torch.Tensor, lengths: torch.Tensor | None, spec: LossSpec
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A handful of vector operations."""
+        return pair_slopes(policy_logps, ref_logps, lengths, spec)

@@ -3,16 +3,20 @@
 On CPU tensors they run only in the Triton interpreter (TRITON_INTERPRET=1 before triton is imported).
 """
 
+# Triton's launch syntax is beyond a type checker.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from dataclasses import dataclass
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bpo_fast_kernels.rows import Head, Rows, RowStats, Scored
+from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored
 from bpo_fast_kernels.torch_backend import SHIFT_SLACK, TILE_COLS, Sweep, TorchBackend
 from bpo_fast_kernels.triton_config import INTERPRETED, GemmConfig, gemm_config
 from bpo_fast_kernels.triton_gemm import exp_gemm_kernel, raise_shift_kernel, row_sums_kernel, set_targets_kernel
+from bpo_fast_kernels.triton_pair import pair_slopes_triton
 from bpo_fast_kernels.triton_passes import (
     exp_tile_kernel,
     finish_kernel,
@@ -127,6 +131,12 @@ class TritonBackend(TorchBackend):
             sequence_sum_kernel[(len(out),)](token_values.contiguous(), cu_seqlens.contiguous(), out, BLOCK=BLOCK)
         return out
 
+    def pair_loss(
+        self, policy_logps: torch.Tensor, ref_logps: torch.Tensor, lengths: torch.Tensor | None, spec: LossSpec
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One launch."""
+        return pair_slopes_triton(policy_logps, ref_logps, lengths, spec)
+
 
 def contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix with neighbors in a row side by side."""
@@ -197,7 +207,8 @@ class TritonGemmBackend(TritonBackend):
         major, minor = torch.cuda.get_device_capability(rows.hidden.device)
         second = behavior is not None and behavior.head.weight is not rows.head.weight
         aligned = all(m.stride(1) == 1 and m.stride(0) % 8 == 0 for m in (rows.hidden, rows.head.weight))
-        return gemm_config(10 * major + minor, tma=aligned and not second)
+        capped = rows.head.softcap is not None
+        return gemm_config(10 * major + minor, tma=aligned and not second, softcap=capped)
 
     def lay_out(self, rows: Rows, behavior: Rows | None, config: GemmConfig) -> _Slots:
         """Slots of both kinds of rows; spare slots have shift inf, so that they sum to 0."""

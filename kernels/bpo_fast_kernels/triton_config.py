@@ -32,18 +32,21 @@ class GemmConfig:
         }
 
 
-def gemm_config(capability: int, tma: bool = True) -> GemmConfig:
-    """The configuration for a compute capability such as 90; `tma` says whether descriptors could be used.
+def gemm_config(capability: int, *, tma: bool, softcap: bool) -> GemmConfig:
+    """The configuration for a compute capability such as 90.
+
+    Args:
+        tma: whether rows start on 16 bytes and there is one head, so that descriptors could be used.
+        softcap: whether the epilogue holds the cap's slope beside the logits: a full tile would spill 50 to 170 words.
 
     `group_m` row blocks of the same vocabulary tile run together: 16 blocks of 128 rows read W once a 2,048 rows.
     """
-    if capability >= 90 and tma:
-        return GemmConfig(128, 256, 64, 16, num_warps=8, num_stages=3, tma=True)
-    if capability >= 90:
-        return GemmConfig(128, 128, 64, 16, num_warps=8, num_stages=3, tma=False)
+    if 90 <= capability < 120:
+        block_n = 256 if tma and not softcap else 128
+        return GemmConfig(128, block_n, 64, 16, num_warps=8, num_stages=3, tma=tma)
     if capability == 80:
-        return GemmConfig(128, 256, 32, 16, num_warps=8, num_stages=3, tma=False)
-    return GemmConfig(128, 128, 32, 16, num_warps=4, num_stages=3, tma=False)
+        return GemmConfig(128, 128 if softcap else 256, 32, 16, num_warps=8, num_stages=3, tma=False)
+    return GemmConfig(128, 128, 32, 16, num_warps=8 if softcap else 4, num_stages=3, tma=False)
 
 
 INTERPRETED = GemmConfig(16, 32, 16, 4, num_warps=4, num_stages=1, tma=False)

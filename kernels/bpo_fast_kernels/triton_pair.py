@@ -1,8 +1,13 @@
 """The pair loss as one Triton launch: losses, margins and the gradient's coefficients. See pair_loss.py."""
 
+# Triton's launch syntax is beyond a type checker.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 import torch
 import triton
 import triton.language as tl
+
+from bpo_fast_kernels.rows import LossSpec
 
 BLOCK = 128
 LOSS_IDS = {"dpo": 0, "ipo": 1, "slic": 2}
@@ -57,15 +62,15 @@ def pair_loss_kernel(
     tl.store(slopes + other, -slope * inv_rejected, mask=mask)
 
 
-def loss_and_slope_triton(
-    policy: torch.Tensor, ref: torch.Tensor, lengths: torch.Tensor | None, loss: str, beta: float, smoothing: float
+def pair_slopes_triton(
+    policy_logps: torch.Tensor, ref_logps: torch.Tensor, lengths: torch.Tensor | None, spec: LossSpec
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss [P], margins [P], d loss_p / d policy [2P])."""
+    """(loss [P], margins [P], d loss_p / d policy_logps [2P]) in one launch."""
+    policy, ref = policy_logps.float().contiguous(), ref_logps.float().contiguous()
     num_pairs = len(policy) // 2
-    value, margins, slopes = policy.new_empty(num_pairs), policy.new_empty(num_pairs), torch.empty_like(policy)
-    grid = (triton.cdiv(num_pairs, BLOCK),)
+    loss, margins, slopes = policy.new_empty(num_pairs), policy.new_empty(num_pairs), torch.empty_like(policy)
     if num_pairs:
-        used = policy if lengths is None else lengths
-        args = (policy, ref, used, value, margins, slopes, num_pairs, beta, smoothing)
-        pair_loss_kernel[grid](*args, LOSS=LOSS_IDS[loss], BLOCK=BLOCK)
-    return value, margins, slopes
+        used = policy if lengths is None else lengths.contiguous()
+        args = (policy, ref, used, loss, margins, slopes, num_pairs, spec.beta, spec.label_smoothing)
+        pair_loss_kernel[(triton.cdiv(num_pairs, BLOCK),)](*args, LOSS=LOSS_IDS[spec.loss], BLOCK=BLOCK)
+    return loss, margins, slopes

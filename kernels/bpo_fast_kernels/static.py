@@ -1,0 +1,168 @@
+"""Compiles every Triton kernel ahead of time and holds the machine code to budgets.json. Needs no GPU.
+
+`python -m bpo_fast_kernels.static 90` prints one architecture's figures as JSON; `--write` renews its budget.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bpo_fast_kernels import triton_gemm, triton_pair, triton_passes
+from bpo_fast_kernels.triton_config import SHARED_BYTES, GemmConfig, gemm_config
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+ARCHS = (80, 89, 90, 100)
+# Arguments that hold no address and no stride: nothing is known of their divisibility at run time.
+PLAIN = {"scale", "softcap", "slack", "limit", "beta", "smoothing", "vocab", "first", "num_tiles"}
+PLAIN |= {"num_rows", "num_slots", "num_pairs", "tile_cols"}
+FLOATS = {"scale", "softcap", "slack", "limit", "beta", "smoothing"}
+POINTERS = {
+    "targets": "*i64",
+    "cu_seqlens": "*i32",
+    "lengths": "*i32",
+    "flags": "*i32",
+    "x": "*bf16",
+    "w": "*bf16",
+    "w_behavior": "*bf16",
+    "e": "*bf16",
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel with its compile-time values, as a launcher would ask for it."""
+
+    name: str
+    kernel: Any
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    descriptors: dict[str, tuple[int, int]] | None = None
+
+
+def builds(arch: int) -> Iterator[Build]:
+    """Every kernel in the forms that the backends launch for bfloat16."""
+    forms = {"TOP": False, "FLAGGED": False, "STORE_E": True, "SECOND_HEAD": False, "HAS_CAP": False}
+    main = gemm_config(arch, tma=True, softcap=False)
+    yield _gemm("exp_gemm", main, forms)
+    yield _gemm("exp_gemm_cap", gemm_config(arch, tma=True, softcap=True), forms | {"HAS_CAP": True})
+    yield _gemm("exp_gemm_forward", main, forms | {"STORE_E": False})
+    yield _gemm("exp_gemm_again", main, forms | {"FLAGGED": True})
+    yield _gemm("exp_gemm_top", main, forms | {"STORE_E": False, "TOP": True, "FLAGGED": True})
+    second = gemm_config(arch, tma=False, softcap=False)
+    yield _gemm("exp_gemm_second_head", second, forms | {"SECOND_HEAD": True})
+    for name in ("row_sums", "raise_shift"):
+        yield Build(name, getattr(triton_gemm, f"{name}_kernel"), {"BLOCK_M": main.block_m})
+    yield Build("set_targets", triton_gemm.set_targets_kernel, {})
+    wide = {"HAS_CAP": False, "HAS_FILL": False, "COLS": 4096}
+    yield Build("exp_tile", triton_passes.exp_tile_kernel, wide, num_warps=8)
+    yield Build("exp_tile_cap_fill", triton_passes.exp_tile_kernel, dict.fromkeys(wide, True) | {"COLS": 4096}, 8)
+    for cap in (False, True):
+        name = "target_logit_cap" if cap else "target_logit"
+        yield Build(name, triton_passes.target_logit_kernel, {"HAS_CAP": cap, "BLOCK": 1024})
+    for name in ("shrink", "settle", "finish", "unit_dx", "sequence_sum"):
+        yield Build(name, getattr(triton_passes, f"{name}_kernel"), {"BLOCK": 1024})
+    for loss, number in triton_pair.LOSS_IDS.items():
+        yield Build(f"pair_loss_{loss}", triton_pair.pair_loss_kernel, {"LOSS": number, "BLOCK": triton_pair.BLOCK})
+
+
+def _gemm(name: str, config: GemmConfig, forms: dict[str, bool]) -> Build:
+    tiles = {"x": (config.block_m, config.block_k), "w": (config.block_n, config.block_k)}
+    constexprs = forms | config.constexprs() | {"UPCAST": False}
+    kernel, descriptors = triton_gemm.exp_gemm_kernel, tiles if config.tma else None
+    return Build(name, kernel, constexprs, config.num_warps, config.num_stages, descriptors)
+
+
+def source(build: Build) -> ASTSource:
+    """Argument types and divisibility as at run time: another kernel would be checked without them."""
+    signature, attrs = {}, {}
+    for i, name in enumerate(build.kernel.arg_names):
+        if name in build.constexprs:
+            signature[name] = "constexpr"
+        elif build.descriptors and name in build.descriptors:
+            rows, cols = build.descriptors[name]
+            signature[name] = f"tensordesc<bf16[{rows}, {cols}]>"
+        elif name in FLOATS:
+            signature[name] = "fp32"
+        elif name in PLAIN or name.startswith(("stride", "width")):
+            signature[name] = "i32"
+        else:
+            signature[name] = POINTERS.get(name, "*fp32")
+        if name not in PLAIN and signature[name][0] in "*i":
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(build.kernel, signature, build.constexprs, attrs)
+
+
+def tool(name: str, *args: str) -> str:
+    """Output of a program of the CUDA tools that triton brings along."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *args], capture_output=True, text=True, check=True).stdout
+
+
+def measure(build: Build, arch: int) -> dict[str, Any]:
+    """Registers, stack, spills, shared memory, tensor-core and copy instructions of a compiled kernel."""
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    compiled = triton.compile(source(build), target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
+    found = set(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTMALDG|LDGSTS)[.\w]*", code))
+    if "tcgen05.mma" in compiled.asm["ptx"]:
+        found.add("tcgen05.mma")
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "shared": compiled.metadata.shared,
+        "instructions": sorted(found),
+    }
+
+
+def over_budget(name: str, got: dict[str, Any], budget: dict[str, Any], arch: int) -> list[str]:
+    """What a kernel exceeds or lacks, in words."""
+    faults = [
+        f"{name}: {key} {got[key]} > {budget[key]}"
+        for key in ("registers", "stack", "spills", "shared")
+        if got[key] > budget[key]
+    ]
+    if got["shared"] > SHARED_BYTES[arch]:
+        faults.append(f"{name}: {got['shared']} bytes of shared memory do not fit sm_{arch}")
+    missing = [one for one in budget["instructions"] if one not in got["instructions"]]
+    return faults + [f"{name}: no {one}" for one in missing]
+
+
+def measure_all(arch: int) -> dict[str, dict[str, Any]]:
+    """Figures of every kernel on one architecture, by name."""
+    return {build.name: measure(build, arch) for build in builds(arch)}
+
+
+def main() -> None:
+    """Print figures and faults; exit 1 where a kernel is over its budget."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arch", type=int, choices=ARCHS)
+    parser.add_argument("--write", action="store_true", help="make the figures the new budget")
+    options = parser.parse_args()
+    got, key = measure_all(options.arch), str(options.arch)
+    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
+    if options.write:
+        # Releases of the assembler move a few registers; everything else is exact.
+        budgets[key] = {name: row | {"registers": min(255, row["registers"] + 8)} for name, row in got.items()}
+        BUDGETS.write_text(json.dumps(dict(sorted(budgets.items())), indent=1) + "\n")
+    faults = [fault for name in got for fault in over_budget(name, got[name], budgets[key][name], options.arch)]
+    print(json.dumps({"arch": options.arch, "kernels": got, "faults": faults}))
+    raise SystemExit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
