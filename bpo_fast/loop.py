@@ -72,10 +72,11 @@ class Loop:
             # the initial policy is the current one at the very start only: it samples for all phases then
             ahead = self._config.method.sampler == "initial" and self._parts.replayed is None
             for p in self._parts.plan.phases if ahead else (phase,):
-                write_pairs(self._run.pairs_path(p.index), self._collect_new(p))
+                new = self._collect_new(p)
+                if not new.pairs and p.num_steps > 1:
+                    raise ValueError(f"phase {p.index + 1}: no pair left to train on ({pairs_words(vars(new.counts))})")
+                write_pairs(self._run.pairs_path(p.index), new)
         found = read_pairs(path)
-        if not found.pairs and phase.num_steps > 1:
-            raise ValueError(f"phase {phase.index + 1}: no pair left to train on ({pairs_words(vars(found.counts))})")
         if not found.scored:
             found = self._score_reference(phase, found)
             write_pairs(path, found)

@@ -33,9 +33,12 @@ class Reference:
         self._golden: Policy | None = None
         if method.ref == "golden":
             form = dataclasses.replace(model, path=method.golden, full=True, members=1, adapters=())
-            self._golden = load_policy(
-                form, device=policy.device, seed=0, temperature=policy.temperature, max_length=max_length
-            )
+            try:
+                self._golden = load_policy(
+                    form, device=policy.device, seed=0, temperature=policy.temperature, max_length=max_length
+                )
+            except ValueError as error:
+                raise ValueError(f"method.golden: {error}") from None
             same = self._golden.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
             if not same:
                 raise ValueError(f"method.golden = {method.golden}: its tokenizer is not the policy's")

@@ -225,6 +225,21 @@ def test_logps_are_those_of_the_tempered_model(temperature, toy, tokenizer):
     assert sample(engine_of(toy, tokenizer), prompts)[0][0].logps is None
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_nothing_is_sampled_from_a_broken_model(bad, temperature, toy, tokenizer):
+    bias = toy.transformer.ln_f.bias
+    kept = bias.detach().clone()
+    with torch.no_grad():
+        bias[0] = bad
+    try:
+        with pytest.raises(RuntimeError, match="the policy's logits are NaN or infinite"):
+            sample(engine_of(toy, tokenizer), [Prompt(0, "", (3, 7))], temperature=temperature)
+    finally:
+        with torch.no_grad():
+            bias.copy_(kept)
+
+
 def test_progress_counts_every_completion_once(model, tokenizer, prompts):
     done = []
     engine_of(model, tokenizer, batch_size=4).generate(

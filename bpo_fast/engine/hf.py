@@ -108,6 +108,8 @@ class HfEngine:
             )
         finally:
             self._model.generation_config = own
+        if not chooser.finite:
+            raise RuntimeError("the policy's logits are NaN or infinite: nothing can be sampled from it")
         tokens = out[:, width:].tolist()
         logps = torch.stack(chooser.logps, 1).tolist() if params.logps else [None] * len(tokens)
         return [self._cut(row, row_logps) for row, row_logps in zip(tokens, logps, strict=True)]
@@ -123,6 +125,7 @@ class _Chooser(LogitsProcessor):
     def __init__(self, seeds: list[int], params: SamplingParams, device: torch.device):
         self._params = params
         self._step = 0
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.logps: list[torch.Tensor] = []
         streams = [
             torch.rand(params.max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
@@ -132,6 +135,7 @@ class _Chooser(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.float()
+        self.finite &= scores.amax(-1).isfinite().all()
         if self._uniforms is None:
             token = scores.argmax(-1, keepdim=True)
         else:
@@ -156,4 +160,4 @@ class _Chooser(LogitsProcessor):
         total = cumulative[:, -1:]
         # strictly below the total, so that right=True always lands on a token of positive mass
         target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-        return torch.searchsorted(cumulative, target, right=True)
+        return torch.searchsorted(cumulative, target, right=True).clamp_max(scores.shape[-1] - 1)  # NaN is past the end
