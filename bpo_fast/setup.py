@@ -1,6 +1,6 @@
 """Builds what the loop works with from a resolved configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from bpo_fast import prompts as data
 from bpo_fast.annotate import Checked, load_annotator
 from bpo_fast.config import Config
-from bpo_fast.engine import Engine
+from bpo_fast.engine import Engine, versions
 from bpo_fast.engine.hf import HfEngine
 from bpo_fast.optim import Optimizer
 from bpo_fast.pairs import replay_pairs
@@ -63,7 +63,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     assert config.sampling.max_new_tokens, "resolve() has set it"
     assert config.data.max_prompt_length, "resolve() has set it"
     max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
-    policy, engine = load_learner(config, device, max_length)
+    policy, engine = load_learner(config, device, max_length, progress.print)
     budget = config.method.pairs
     assert budget, "resolve() has set it"
     if from_pairs is None:
@@ -83,7 +83,11 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     judges = config.eval.judges or ((config.annotator.path,) if config.annotator.path else ())
     held_out = _held_out(config, policy, usable, progress) if judges else ()
     return Parts(
-        config=replace(config, method=replace(config.method, pairs=num_pairs)),
+        config=replace(
+            config,
+            method=replace(config.method, pairs=num_pairs),
+            sampling=replace(config.sampling, engine=engine.name),  # a resumed run draws with the same one
+        ),
         plan=plan,
         policy=policy,
         engine=engine,
@@ -113,8 +117,31 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_learner(config: Config, device: torch.device, max_length: int) -> tuple[Policy, Engine]:
-    """The policy and the engine that samples from it."""
+def load_learner(
+    config: Config, device: torch.device, max_length: int, say: Callable[[str], None]
+) -> tuple[Policy, Engine]:
+    """The policy and the engine that samples from it.
+
+    Args:
+        config: resolved settings; engine auto is vllm wherever a tested version is installed and runs the model.
+        device: of both.
+        max_length: longest prompt plus completion in tokens.
+        say: told in one line which engine it is.
+    """
+    wanted = config.sampling.engine
+    reason = versions.trouble() if wanted == "auto" else None
+    if wanted != "hf" and reason is None:
+        versions.require()
+        # importing vLLM takes seconds and changes the process: only where it is used
+        from bpo_fast.engine.vllm import load_learner as load_on_vllm
+
+        try:
+            return load_on_vllm(config, device, max_length, say)
+        except versions.UnsupportedModelError as error:
+            if wanted == "vllm":
+                raise
+            reason = str(error)
+    say(f"sampling: transformers{f' ({reason})' if reason else ''}")
     policy = load_policy(
         config.model,
         device=device,

@@ -37,6 +37,8 @@ OTHER = {
     "sampling.top_p": (0.9, "0.9"),
     "sampling.top_k": (50, "50"),
     "sampling.batch_size": (4, "4"),
+    "sampling.kv_cache_gib": (1.5, "1.5"),
+    "sampling.merge_lora": (False, "false"),
     "annotator.path": ("judge:score", "judge:score"),
     "annotator.batch_tokens": (512, "512"),
     "annotator.refill": (True, "true"),

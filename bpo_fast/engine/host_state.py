@@ -1,0 +1,167 @@
+"""Process-wide state that a guest library must leave as it found it.
+
+vLLM seeds every generator, swaps `torch.set_num_threads`, sets environment variables, changes the matmul precision and
+freezes the garbage collector's objects when it starts.
+"""
+
+import gc
+import logging
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+_HANDLED = (signal.SIGINT, signal.SIGTERM)
+# functions of torch that vLLM replaces, by the module that holds them
+_PATCHED = ((torch, "set_num_threads"), (torch.accelerator, "synchronize"), (torch.accelerator, "empty_cache"))
+
+
+@contextmanager
+def preserved(environ: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Whatever runs inside, the process is afterwards as it was.
+
+    Covers random generators (python, numpy, torch, CUDA), threads, default dtype, matmul precision, environment, signal
+    handlers, warning filters, the root logger, the except hook, frozen objects of gc and the CUDA device and stream.
+    Warnings and log lines below errors are dropped inside.
+
+    Args:
+        environ: variables set inside.
+    """
+    before = _capture()
+    functions = [(owner, name, getattr(owner, name)) for owner, name in _PATCHED]
+    frozen = gc.get_freeze_count()
+    os.environ.update(environ or {})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)
+            yield
+    finally:
+        for owner, name, function in functions:
+            setattr(owner, name, function)
+        if gc.get_freeze_count() > frozen == 0:
+            gc.unfreeze()
+        _restore(before)
+
+
+@contextmanager
+def preserved_random() -> Iterator[None]:
+    """The generators of torch are afterwards as they were; cheap enough for every call of a sampler."""
+    cpu, cuda = torch.get_rng_state(), _cuda_rng()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """What native code writes to standard error is shown only if an exception leaves the block."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            if failed:
+                file.seek(0)
+                os.write(2, file.read())
+
+
+class Interrupts:
+    """SIGINT and SIGTERM wait until `deliver`, so that none lands in the middle of a step of a guest library.
+
+    A second signal before that means that the step hangs: it interrupts at once. A context manager.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _HANDLED}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._number is not None:
+            signal.raise_signal(self._number)
+
+    def deliver(self) -> None:
+        """Hands a signal that has come to the handler it was meant for, which may raise or only take note."""
+        if self._number is None:
+            return
+        number, self._number = self._number, None
+        signal.signal(number, self._before[number])
+        signal.raise_signal(number)
+        signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._number is not None:
+            raise KeyboardInterrupt
+        self._number = number
+
+
+def _capture() -> dict[str, Any]:
+    cuda = torch.cuda.is_initialized()
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": _cuda_rng(),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "precision": torch.get_float32_matmul_precision(),
+        "environ": dict(os.environ),
+        "signals": {number: signal.getsignal(number) for number in _HANDLED},
+        "logging": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable),
+        "excepthook": sys.excepthook,
+        "stream": (torch.cuda.current_device(), torch.cuda.current_stream()) if cuda else None,
+    }
+
+
+def _restore(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    torch.set_num_threads(state["threads"])
+    torch.set_default_dtype(state["dtype"])
+    torch.set_float32_matmul_precision(state["precision"])
+    os.environ.clear()
+    os.environ.update(state["environ"])
+    for number, handler in state["signals"].items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+    level, logging.root.handlers[:], disabled = state["logging"]
+    logging.root.setLevel(level)
+    logging.disable(disabled)
+    sys.excepthook = state["excepthook"]
+    if state["stream"] is not None:
+        device, stream = state["stream"]
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(stream)
+
+
+def _cuda_rng() -> list[torch.Tensor] | None:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None

@@ -1,0 +1,119 @@
+"""How vLLM loads the policy: plain weights that stay where they are, and layers that read the trainer's LoRA members.
+
+On a CPU vLLM repacks linear weights for its kernels once they are loaded, which would detach them from the trainer's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.config import LoadConfig
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from bpo_fast.engine.shared_weights import NotShareableError, locate_linear
+
+LOAD_FORMAT = "bpo_fast"
+
+
+@dataclass(frozen=True)
+class LiveLora:
+    """The members of a LoRA ensemble that vLLM's layers read in place.
+
+    Attributes:
+        names: transformers names of the linear layers.
+        num_members: M.
+        r: rank of one member.
+        scale: what multiplies the sum of the members' B A x, alpha / (r M).
+    """
+
+    names: tuple[str, ...]
+    num_members: int
+    r: int
+    scale: float
+
+
+class PlainLinear(UnquantizedLinearMethod):
+    """A linear layer on weights that are never repacked, plus the average of the members where it has any."""
+
+    def __init__(self, scale: float = 0.0) -> None:
+        self._scale = scale
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing: the trainer shares the weight."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias + scale * sum_m B_m A_m x, for the rows that have members."""
+        out = F.linear(x, layer.weight, bias)
+        for rows, a, b in getattr(layer, "lora_parts", ()):
+            num_members, r, _ = a.shape
+            inner = F.linear(x, a.flatten(0, 1).to(x.dtype)).unflatten(-1, (num_members, r))
+            for m in range(num_members):
+                out[..., rows].add_(F.linear(inner[..., m, :], b[m].to(x.dtype)), alpha=self._scale)
+        return out
+
+
+class PlainEmbedding(UnquantizedEmbeddingMethod):
+    """Embedding and head on weights that are never repacked."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing: the trainer shares the weight."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias."""
+        return F.linear(x, layer.weight, bias)
+
+
+class PolicyLoader(DefaultModelLoader):
+    """Loads safetensors, keeps the weights plain and makes room for the members of a live LoRA ensemble."""
+
+    live_lora: LiveLora | None = None  # of the engine that is being built
+
+    def __init__(self, load_config: LoadConfig):
+        plain = LoadConfig(load_format="safetensors", download_dir=load_config.download_dir)
+        plain.device, plain.use_tqdm_on_load = load_config.device, False
+        super().__init__(plain)
+
+    def load_weights(self, model: nn.Module, model_config) -> None:
+        """Loads, then swaps the methods that would repack."""
+        super().load_weights(model, model_config)
+        for layer in model.modules():
+            method = getattr(layer, "quant_method", None)
+            if type(method) is UnquantizedLinearMethod:
+                layer.quant_method = PlainLinear()
+            elif type(method) is UnquantizedEmbeddingMethod:
+                layer.quant_method = PlainEmbedding()
+        if self.live_lora is not None:
+            add_live_lora_(model, self.live_lora)
+
+
+def add_live_lora_(model: nn.Module, lora: LiveLora) -> None:
+    """Gives vLLM's layers storages for A [M, r, in] and B [M, out, r], float32, zero until the trainer fills them.
+
+    Raises:
+        NotShareableError: a layer that vLLM does not have or has in a form of its own.
+    """
+    for name in lora.names:
+        layer, rows = locate_linear(model, name)
+        if not isinstance(getattr(layer, "quant_method", None), PlainLinear):
+            raise NotShareableError(f"{name}: no plain linear layer in vLLM")
+        num_out, num_in = layer.weight[rows].shape
+        device = layer.weight.device
+        a = torch.zeros(lora.num_members, lora.r, num_in, dtype=torch.float32, device=device)
+        b = torch.zeros(lora.num_members, num_out, lora.r, dtype=torch.float32, device=device)
+        layer.lora_parts = (*getattr(layer, "lora_parts", ()), (rows, a, b))
+        layer.quant_method = PlainLinear(lora.scale)
+
+
+def live_lora_storage(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """(A, B) of the transformers layer `name` as vLLM reads them."""
+    layer, rows = locate_linear(model, name)
+    return next((a, b) for part, a, b in layer.lora_parts if part == rows)
+
+
+def register() -> None:
+    """Makes the loader known to vLLM."""
+    register_model_loader(LOAD_FORMAT)(PolicyLoader)

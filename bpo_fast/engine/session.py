@@ -1,0 +1,317 @@
+"""One vLLM inside this process: how it is opened on a policy, how the weights are held, how it is closed."""
+
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bpo_fast.config import Config, ModelConfig
+from bpo_fast.engine import versions
+from bpo_fast.engine.host_state import preserved, quiet_stderr
+from bpo_fast.engine.shared_weights import NotShareableError, Views, adopt_, find_views, strays
+from bpo_fast.lora import find_linears
+from bpo_fast.policy import Policy
+
+ENVIRON = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+}
+MAX_NUM_SEQS = 256
+# prompts of a few dozen tokens are worth sharing between their samples; 32 is the smallest block the CPU kernels like
+BLOCK_SIZE = {"cpu": 32, "cuda": 16}
+KV_SHARE = 0.4  # of the memory that is free when vLLM opens, at most
+
+_open: "weakref.ref[Session] | None" = None
+
+with preserved(ENVIRON):
+    import vllm
+    from vllm.model_executor.models import ModelRegistry
+
+    from bpo_fast.engine import loader
+
+
+@dataclass
+class Session:
+    """vLLM on a policy.
+
+    Attributes:
+        llm: the engine.
+        module: its live model.
+        views: where each parameter of the trainer lies in `module`; empty if there is no such place.
+        shared: names of the trainer's parameters that are those views.
+        copied: names of the parameters whose values a refresh copies.
+        why_copied: in words, where sharing was not possible.
+        live_lora: vLLM's layers read the members' own tensors.
+        kv_bytes: budget of the KV cache.
+        logps_temperature: temperature of the log-probs that vLLM returns.
+    """
+
+    llm: Any
+    module: nn.Module
+    views: Views
+    shared: tuple[str, ...]
+    copied: tuple[str, ...]
+    why_copied: str | None
+    live_lora: bool
+    kv_bytes: int
+    block_size: int
+    logps_temperature: float
+    own_group: bool
+    policy: Policy | None = field(default=None)
+
+    def attach(self, policy: Policy) -> None:
+        """Takes the policy whose weights these are; the members of a live ensemble move into vLLM's storages."""
+        self.policy = policy
+        if self.live_lora:
+            assert policy.lora is not None, "only an ensemble is live"
+            for name, a, b in zip(policy.lora.names, policy.lora.a, policy.lora.b, strict=True):
+                for parameter, storage in zip((a, b), loader.live_lora_storage(self.module, name), strict=True):
+                    parameter.data = storage.copy_(parameter.data)
+
+    def strays(self) -> list[str]:
+        """Names of the trainer's tensors that no longer lie in the storage that vLLM reads."""
+        assert self.policy is not None, "attach() comes first"
+        lost = strays(self.policy.model, self.views, self.shared)
+        if self.live_lora and self.policy.lora is not None:
+            for name, *pair in zip(self.policy.lora.names, self.policy.lora.a, self.policy.lora.b, strict=True):
+                storages = loader.live_lora_storage(self.module, name)
+                if any(p.data_ptr() != s.data_ptr() for p, s in zip(pair, storages, strict=True)):
+                    lost.append(f"the members of {name}")
+        return lost
+
+    @torch.no_grad()
+    def copy_weights(self) -> int:
+        """Brings the copied weights up to date; returns the bytes that took."""
+        assert self.policy is not None, "attach() comes first"
+        if not self.copied:
+            return 0
+        with self.policy.merged():
+            parameters = {n: p for n, p in self.policy.model.named_parameters() if n in set(self.copied)}
+            if self.views:
+                torch._foreach_copy_([self.views[n] for n in parameters], [p.data for p in parameters.values()])
+            else:
+                self.module.load_weights((n, p.data) for n, p in parameters.items())
+        return sum(p.numel() * p.element_size() for p in parameters.values())
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets the KV of older weights; vLLM does not do it when weights change."""
+        done = self.llm.reset_prefix_cache()
+        assert done, "no request is running"
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """The KV cache has memory inside; outside, on a GPU, training has it."""
+        if not self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
+            yield
+            return
+        if self.llm.llm_engine.is_sleeping():
+            torch.cuda.empty_cache()
+            self.llm.wake_up()
+        try:
+            yield
+        finally:
+            torch.cuda.synchronize()
+            self.llm.sleep(level=1)
+
+    def in_words(self) -> str:
+        """One line for the log."""
+        version = versions.installed()
+        if self.why_copied:
+            held = f"weights copied at every refresh ({self.why_copied})"
+        elif self.live_lora:
+            held = "base and members shared, nothing is copied"
+        elif self.copied:
+            held = "base shared, members merged into a second copy of its linear layers"
+        else:
+            held = "weights shared, nothing is copied"
+        return f"sampling: vLLM {version} in this process, {held}; KV cache {self.kv_bytes / 2**30:.2f} GiB"
+
+    def close(self) -> None:
+        """Shuts vLLM down and leaves a process group that was there before it."""
+        global _open
+        if _open is None or _open() is not self:
+            return
+        _open = None
+        destroy = torch.distributed.destroy_process_group
+        try:
+            if not self.own_group:
+                torch.distributed.destroy_process_group = lambda group=None: group and destroy(group)
+            with preserved(ENVIRON):
+                if not torch.accelerator.is_available():  # vLLM calls them, having replaced them when it opened
+                    torch.accelerator.synchronize = torch.accelerator.empty_cache = lambda: None
+                self.llm.llm_engine.engine_core.shutdown()
+        finally:
+            torch.distributed.destroy_process_group = destroy
+
+
+def open_session(config: Config, model: PreTrainedModel, device: torch.device, max_length: int) -> Session:
+    """Opens vLLM on the policy and puts the trainer's model on the device, into vLLM's storages where that can be.
+
+    Args:
+        config: resolved settings.
+        model: the trainer's model, on the host.
+        device: of both.
+        max_length: longest prompt plus completion in tokens.
+
+    Raises:
+        ValueError: vLLM does not run this model here, or its KV cache does not fit.
+        RuntimeError: this process has an engine already.
+    """
+    global _open
+    versions.require()
+    if _open is not None and _open() is not None:
+        raise RuntimeError("this process has a vLLM engine already; close it before another is opened")
+    reason = unsupported(model, device)
+    if reason:
+        raise versions.UnsupportedModelError(
+            f"sampling.engine = vllm: {config.model.path}: {reason}; choose sampling.engine = hf"
+        )
+    lora_names = () if config.model.full else tuple(find_linears(model, config.model.lora_targets))
+    live = bool(lora_names) and not merges_lora(config, device)
+    kv_bytes = kv_budget(config, model, device, max_length)
+    own_group = not torch.distributed.is_initialized()
+    loader.register()
+    loader.PolicyLoader.live_lora = _live_lora(config.model, lora_names) if live else None
+    try:
+        llm = _start(config, model, device, max_length, kv_bytes)
+    except NotShareableError as error:
+        raise ValueError(f"sampling.merge_lora = false: {error}") from None
+    module = llm.apply_model(lambda m: m)[0]
+    merged = set() if live else {f"{name}.weight" for name in lora_names}
+    names = [n for n, _ in model.named_parameters()]
+    shared, why = tuple(n for n in names if n not in merged), None
+    try:
+        views = find_views(module, dict(model.named_parameters()))
+        adopt_(model, views, shared)
+    except NotShareableError as error:
+        views, shared, merged, why = {}, (), set(names), str(error)
+    model.to(device)
+    session = Session(
+        llm=llm,
+        module=module,
+        views=views,
+        shared=shared,
+        copied=tuple(n for n in names if n in merged),
+        why_copied=why,
+        live_lora=live,
+        kv_bytes=kv_bytes,
+        block_size=llm.llm_engine.vllm_config.cache_config.block_size,
+        logps_temperature=config.sampling.temperature,
+        own_group=own_group,
+    )
+    _open = weakref.ref(session)
+    return session
+
+
+def unsupported(model: PreTrainedModel, device: torch.device) -> str | None:
+    """Why vLLM cannot sample from this model here, in words, or None."""
+    config = model.config.get_text_config()
+    [architecture] = model.config.architectures or [type(model).__name__]
+    if architecture not in ModelRegistry.get_supported_archs():
+        return f"vLLM {versions.installed()} does not know {architecture}"
+    if getattr(model.config, "quantization_config", None):
+        return "a quantised model cannot share its weights"
+    if device.type == "cpu":
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        size, known = _head_size(config), CPUAttentionBackend.get_supported_head_sizes()
+        if size not in known:
+            return f"vLLM's CPU attention has no heads of size {size}, only {', '.join(map(str, known))}"
+    return None
+
+
+def merges_lora(config: Config, device: torch.device) -> bool:
+    """Whether the average of the members is merged into a copy of the linear layers, or read from the members."""
+    if config.sampling.merge_lora is not None:
+        return config.sampling.merge_lora
+    return device.type == "cpu"
+
+
+def kv_budget(config: Config, model: PreTrainedModel, device: torch.device, max_length: int) -> int:
+    """Bytes of the KV cache: as configured, else what a full batch of the longest sequences needs, if that fits.
+
+    Raises:
+        ValueError: less than one sequence needs, or more than is free; says how much would do.
+    """
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    block = BLOCK_SIZE[device.type]
+    a_token = 2 * text.num_hidden_layers * heads * _head_size(text) * model.dtype.itemsize
+    a_sequence = -(-max_length // block) * block * a_token
+    least = a_sequence + 2 * block * a_token  # vLLM keeps a block of its own
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
+    gib = config.sampling.kv_cache_gib
+    if gib is None:
+        budget = min(MAX_NUM_SEQS * a_sequence + 2 * block * a_token, int(KV_SHARE * free))
+    else:
+        budget = int(gib * 2**30)
+    if budget < least:
+        raise ValueError(
+            f"sampling.kv_cache_gib = {budget / 2**30:.3g}: one sequence of {max_length} tokens needs"
+            f" {least / 2**30:.3g}"
+        )
+    if budget > free:
+        raise ValueError(f"sampling.kv_cache_gib = {gib}: only {free / 2**30:.3g} GiB are free; {least / 2**30:.3g} do")
+    return budget
+
+
+def _start(config: Config, model: PreTrainedModel, device: torch.device, max_length: int, kv_bytes: int) -> Any:
+    on_gpu = device.type == "cuda"
+    options: dict[str, Any] = {"worker_cls": "bpo_fast.engine.worker.KvPoolWorker"} if on_gpu else {}
+    plain = config.sampling.temperature == 1.0
+    local = {"HF_HUB_OFFLINE": "1"} if Path(str(config.model.path)).exists() else {}
+    quiet = nullcontext() if "VLLM_LOGGING_LEVEL" in os.environ else quiet_stderr()
+    with preserved(ENVIRON | local), quiet:
+        if on_gpu:
+            torch.cuda.set_device(device)
+        try:
+            return vllm.LLM(
+                model=str(config.model.path),
+                dtype=str(model.dtype).removeprefix("torch."),
+                trust_remote_code=config.model.trust_remote_code,
+                load_format=loader.LOAD_FORMAT,
+                use_tqdm_on_load=False,
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # not the model's own repetition penalties and the like
+                max_model_len=max_length,
+                max_num_seqs=MAX_NUM_SEQS,
+                block_size=BLOCK_SIZE[device.type],
+                kv_cache_memory_bytes=kv_bytes,
+                gpu_memory_utilization=0.1,  # only checked against what is free; the line above decides
+                enable_prefix_caching=True,
+                enable_sleep_mode=on_gpu,
+                enforce_eager=not on_gpu,
+                logprobs_mode="raw_logprobs" if plain else "processed_logprobs",
+                seed=0,
+                **options,
+            )
+        except NotShareableError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"sampling.engine = vllm: {' '.join(str(error).split())}") from None
+
+
+def _live_lora(config: ModelConfig, names: tuple[str, ...]) -> loader.LiveLora:
+    assert config.lora_r, "resolve() has set it"
+    assert config.lora_alpha, "resolve() has set it"
+    scale = config.lora_alpha / (config.lora_r * config.members)
+    return loader.LiveLora(names, config.members, config.lora_r, scale)
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _free_host_bytes() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        rows = dict(line.split(":") for line in file)
+    return int(rows["MemAvailable"].split()[0]) * 1024
