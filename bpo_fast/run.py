@@ -153,7 +153,7 @@ def check_free(path: Path) -> None:
 def saved_config(path: Path) -> Config:
     """The settings of the run in a folder; ValueError if there is none."""
     if not (path / "config.toml").is_file():
-        raise ValueError(f"--resume {path}: no run there (no config.toml)")
+        raise ValueError(f"{path}: no run there (no config.toml)")
     return configs.load(path / "config.toml")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bpo_fast import prompts as data
-from bpo_fast.annotate import Checked, load_annotator
+from bpo_fast.annotate import Checked, judge_name, load_annotator
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, versions
 from bpo_fast.engine.hf import HfEngine
@@ -63,6 +63,11 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     assert config.sampling.max_new_tokens, "resolve() has set it"
     assert config.data.max_prompt_length, "resolve() has set it"
     max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
+    if 2 * max_length > config.optim.microbatch_tokens:
+        raise ValueError(
+            f"optim.microbatch_tokens = {config.optim.microbatch_tokens}: one pair at the limits of length needs"
+            f" {2 * max_length}"
+        )
     policy, engine = load_learner(config, device, max_length, progress.print)
     budget = config.method.pairs
     assert budget, "resolve() has set it"
@@ -81,6 +86,8 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     members = policy.num_members if policy.lora else None
     optimizer = Optimizer(policy.parameters(), config.optim, num_steps=plan.num_steps, num_members=members)
     judges = config.eval.judges or ((config.annotator.path,) if config.annotator.path else ())
+    if len({judge_name(j) for j in judges}) < len(judges):
+        raise ValueError(f"eval.judges = {', '.join(judges)}: two have one name; give names, as in --judge NAME=JUDGE")
     held_out = _held_out(config, policy, usable, progress) if judges else ()
     return Parts(
         config=replace(

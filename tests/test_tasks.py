@@ -83,10 +83,6 @@ def test_held_out_rows_of_the_hub_are_those_of_the_data_set():
     [
         ({"task": "helpfullness"}, "task = 'helpfullness': no such task; did you mean helpfulness?"),
         ({"task": "zzz"}, "task = 'zzz': no such task; known: helpfulness, tldr, harmlessness"),
-        (
-            {"data.max_prompt_length": 10, "sampling.max_new_tokens": 6, "optim.microbatch_tokens": 31},
-            "optim.microbatch_tokens = 31: one pair at the limits of length needs 32",
-        ),
         ({"method.phases": "often"}, "method.phases = 'often': a number of phases or on-policy"),
         ({"model.full": True, "model.members": 2}, "model.members = 2: an ensemble needs LoRA"),
         ({"model.full": True, "model.adapters": ["a"]}, "model.adapters = a: full fine-tuning"),
