@@ -45,6 +45,13 @@ def add_mm_f32(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.T
     return total.addmm_(a.float(), b.float())
 
 
+def live_rows(coefs: torch.Tensor) -> torch.Tensor | None:
+    """Rows with a coefficient, None for all; a GPU would have to be waited for, so it gets all."""
+    if coefs.is_cuda or bool(coefs.all()):
+        return None
+    return coefs.nonzero().squeeze(1)
+
+
 def sum_sequences(token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """[T] -> [N]: sums in float64, rounded once; sequential on the CPU."""
     lengths = cu_seqlens.diff().long()
@@ -201,16 +208,22 @@ class TorchBackend:
         kept.scatter_(1, sweep.targets[:, None], -(sweep.miss_sum * sweep.target_slope)[:, None].to(kept.dtype))
 
     def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head) -> torch.Tensor:
-        """2THV."""
+        """2THV; on the CPU, rows with coefficient 0 are left out."""
         row = (-head.scale * coefs * scored.stats.inv_sum)[:, None]
-        return mm_f32(scored.e, head.weight.to(scored.e.dtype)) * row
+        weight, live = head.weight.to(scored.e.dtype), live_rows(coefs)
+        if live is None:
+            return mm_f32(scored.e, weight) * row
+        dx = torch.zeros(len(coefs), weight.shape[1], device=coefs.device)
+        return dx.index_copy_(0, live, mm_f32(scored.e[live], weight) * row[live])
 
     def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows) -> None:
-        """2THV."""
+        """2THV; on the CPU, rows with coefficient 0 are left out."""
         factor = (-rows.head.scale * coefs * scored.stats.inv_sum)[:, None]
-        scaled = (rows.hidden.float() * factor).to(scored.e.dtype)
+        scaled, e, live = (rows.hidden.float() * factor).to(scored.e.dtype), scored.e, live_rows(coefs)
+        if live is not None:
+            scaled, e = scaled[live], e[live]
         for cols in columns(len(rows.head.weight)):
-            dw[cols] += mm_f32(scored.e[:, cols].T, scaled)
+            dw[cols] += mm_f32(e[:, cols].T, scaled)
 
     def recompute_dw_(self, dw: torch.Tensor, stats: RowStats, coefs: torch.Tensor, rows: Rows) -> None:
         """4THV: logits again by tile, E from the shift that the forward pass settled on."""
