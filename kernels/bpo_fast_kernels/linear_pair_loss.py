@@ -85,10 +85,11 @@ def linear_pair_loss(
     pairs = cu_seqlens.numel() // 2
     divisor = max(pairs, 1) if num_pairs is None else num_pairs
     require(divisor >= 1, "num_pairs", divisor, "expected at least 1")
-    cu_device = cu_seqlens.to(hidden.device)
-    lengths = cu_device.diff() if lengths is None else lengths
-    if ref_logps is not None:
-        check_pair_vector("ref_logps", ref_logps, lengths)
+    row_counts = cu_seqlens.to(hidden.device).diff()
+    for name, vector in (("lengths", lengths), ("ref_logps", ref_logps)):
+        if vector is not None:
+            check_pair_vector(name, vector, row_counts)
+    lengths = row_counts if lengths is None else lengths
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     spec = LossSpec(loss, beta, label_smoothing)
     if grad and mode in ("auto", "fused") and (weight.requires_grad or loss == "slic"):

@@ -1,0 +1,123 @@
+import re
+
+import pytest
+import torch
+from bpo_fast_kernels import linear_logps, linear_pair_loss, linear_token_logps, pair_loss
+from cases import offsets, random_case
+
+
+def good():
+    case = random_case(10, 4, 7)
+    return {
+        "hidden": case.hidden,
+        "weight": case.weight,
+        "targets": case.targets,
+        "cu_seqlens": offsets([3, 2, 4, 1]),
+        "ref_logps": torch.zeros(4),
+    }
+
+
+BAD_ROWS = [
+    ({"hidden": torch.zeros(2, 5, 4)}, "hidden.shape = [2, 5, 4]"),
+    ({"hidden": torch.zeros(10, 4, dtype=torch.float64)}, "hidden.dtype = torch.float64"),
+    ({"weight": torch.zeros(7, 4, dtype=torch.bfloat16)}, "weight.dtype = torch.bfloat16"),
+    ({"weight": torch.zeros(7, 5)}, "weight.shape = [7, 5]"),
+    ({"weight": torch.zeros(0, 4)}, "weight.shape = [0, 4]"),
+    ({"weight": torch.zeros(7)}, "weight.shape = [7]"),
+    ({"weight": torch.zeros(7, 4, device="meta")}, "weight.device = meta"),
+    ({"targets": torch.zeros(10, dtype=torch.int32)}, "targets.dtype = torch.int32"),
+    ({"targets": torch.zeros(9, dtype=torch.int64)}, "targets.shape = [9]"),
+    ({"targets": torch.zeros(10, dtype=torch.int64, device="meta")}, "targets.device = meta"),
+    ({"targets": torch.full((10,), 7)}, "targets = 7"),
+    ({"targets": torch.full((10,), -1)}, "targets = -1"),
+]
+BAD_SEQUENCES = [
+    ({"cu_seqlens": torch.tensor([0, 3, 5, 9, 10])}, "cu_seqlens.dtype = torch.int64"),
+    ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens.shape = [0]"),
+    ({"cu_seqlens": torch.zeros(2, 2, dtype=torch.int32)}, "cu_seqlens.shape = [2, 2]"),
+    ({"cu_seqlens": offsets([3, 2, 4])}, "cu_seqlens"),
+    ({"cu_seqlens": torch.tensor([1, 3, 5, 9, 10]).int()}, "cu_seqlens[0] = 1"),
+    ({"cu_seqlens": offsets([3, 2, 4, 2])}, "cu_seqlens[-1] = 11"),
+    ({"cu_seqlens": torch.tensor([0, 5, 3, 9, 10]).int()}, "cu_seqlens = [0, 5, 3, 9, 10]"),
+]
+BAD_OPTIONS = [
+    ({"temperature": 0.0}, "temperature = 0.0"),
+    ({"temperature": float("nan")}, "temperature = nan"),
+    ({"logit_softcap": -3.0}, "logit_softcap = -3.0"),
+    ({"mode": "fast"}, "mode = 'fast'"),
+    ({"backend": "cuda"}, "backend = 'cuda'"),
+    ({"backend": "triton"}, "backend = 'triton'"),
+]
+BAD_LOSSES = [
+    ({"loss": "kto"}, "loss = 'kto'"),
+    ({"beta": 0.0}, "beta = 0.0"),
+    ({"beta": float("inf")}, "beta = inf"),
+    ({"label_smoothing": 0.5}, "label_smoothing = 0.5"),
+    ({"label_smoothing": 0.1, "loss": "slic"}, "label_smoothing = 0.1"),
+    ({"ref_logps": torch.zeros(3)}, "ref_logps.shape = [3]"),
+    ({"ref_logps": torch.zeros(4, device="meta")}, "ref_logps.device = meta"),
+]
+
+
+def refuses(call, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_ROWS + BAD_OPTIONS)
+def test_linear_token_logps_names_what_is_wrong(change, message):
+    names = ("hidden", "weight", "targets")
+    args = good() | change
+    options = {key: value for key, value in change.items() if key not in names}
+    refuses(lambda: linear_token_logps(*(args[name] for name in names), **options), message)
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_ROWS + BAD_SEQUENCES + BAD_OPTIONS)
+def test_linear_logps_names_what_is_wrong(change, message):
+    names = ("hidden", "weight", "targets", "cu_seqlens")
+    args = good() | change
+    options = {key: value for key, value in change.items() if key not in names}
+    refuses(lambda: linear_logps(*(args[name] for name in names), **options), message)
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_ROWS + BAD_SEQUENCES + BAD_OPTIONS + BAD_LOSSES)
+def test_linear_pair_loss_names_what_is_wrong(change, message):
+    names = ("hidden", "weight", "targets", "cu_seqlens", "ref_logps")
+    args = good() | change
+    options = {key: value for key, value in change.items() if key not in names}
+    refuses(lambda: linear_pair_loss(*(args[name] for name in names), **options), message)
+
+
+def test_linear_pair_loss_wants_pairs():
+    args = good() | {"cu_seqlens": offsets([3, 2, 5])}
+    refuses(lambda: linear_pair_loss(*args.values()), "cu_seqlens.shape = [4]")
+    refuses(lambda: linear_pair_loss(*good().values(), num_pairs=0), "num_pairs = 0")
+    refuses(lambda: linear_pair_loss(*good().values(), lengths=torch.ones(3)), "lengths.shape = [3]")
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_LOSSES)
+def test_pair_loss_names_what_is_wrong(change, message):
+    options = {"ref_logps": torch.zeros(4)} | change
+    refuses(lambda: pair_loss(torch.zeros(4), **options), message)
+
+
+def test_pair_loss_wants_an_even_vector_and_lengths_for_ipo():
+    refuses(lambda: pair_loss(torch.zeros(3), torch.zeros(3)), "policy_logps.shape = [3]")
+    refuses(lambda: pair_loss(torch.zeros(2, 2), torch.zeros(2, 2)), "policy_logps.shape = [2, 2]")
+    refuses(lambda: pair_loss(torch.zeros(4), torch.zeros(4), loss="ipo"), "lengths = None")
+    refuses(lambda: pair_loss(torch.zeros(4), torch.zeros(4), lengths=torch.ones(5)), "lengths.shape = [5]")
+
+
+def test_behavior_rows_are_checked_too():
+    args = [good()[name] for name in ("hidden", "weight", "targets", "cu_seqlens")]
+    refuses(lambda: linear_logps(*args, behavior_hidden=torch.zeros(9, 4)), "targets.shape = [10]")
+    refuses(lambda: linear_logps(*args, behavior_hidden=torch.zeros(10, 5)), "behavior_weight.shape = [7, 4]")
+    refuses(lambda: linear_logps(*args, behavior_weight=torch.zeros(7, 4)), "behavior_hidden = None")
+
+
+def test_fused_needs_the_loss_for_a_trained_head():
+    args = good()
+    args["weight"].requires_grad_()
+    names = ("hidden", "weight", "targets")
+    refuses(lambda: linear_token_logps(*(args[name] for name in names), mode="fused"), "mode = 'fused'")

@@ -1,0 +1,189 @@
+import pytest
+import torch
+from bpo_fast_kernels import linear_logps, linear_pair_loss
+from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference, pair_chunks
+from cases import offsets, peaked_case, random_case, relative
+
+BACKENDS = ("torch", "native")
+LENGTHS = [5, 0, 70, 1, 9, 33, 3, 1]  # pairs of 14, 33, 73 and 2 rows
+LOSSES = ["dpo", "ipo", "slic"]
+
+
+def reference(case, cu_seqlens, ref, **options):
+    hidden, weight = case.hidden.double().requires_grad_(), case.weight.double().requires_grad_()
+    scalar, loss, margins = linear_pair_loss_reference(
+        hidden, weight, case.targets, cu_seqlens, ref if ref is None else ref.double(), **options
+    )
+    scalar.backward()
+    return scalar.detach(), loss.detach(), margins.detach(), hidden.grad, weight.grad
+
+
+def near_ref(case, cu_seqlens):
+    """Reference log-probs a few nats away from the policy's."""
+    return linear_logps(case.hidden, case.weight, case.targets, cu_seqlens) + 6 * torch.randn(len(cu_seqlens) - 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("budget", [None, 1], ids=["one_chunk", "a_pair_a_chunk"])
+def test_loss_and_gradients_match_float64(backend, loss, frozen, budget):
+    case, cu_seqlens = random_case(122, 24, 203, spread=2.0), offsets(LENGTHS)
+    ref = near_ref(case, cu_seqlens)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(not frozen)
+    scalar, parts = linear_pair_loss(
+        hidden, weight, case.targets, cu_seqlens, ref, loss=loss, budget_bytes=budget, backend=backend
+    )
+    want = reference(case, cu_seqlens, ref, loss=loss)
+    assert torch.allclose(scalar.detach().double(), want[0], rtol=1e-4)
+    assert torch.allclose(parts.loss.double(), want[1], rtol=1e-3, atol=1e-4)
+    assert torch.allclose(parts.margins.double(), want[2], rtol=1e-4, atol=1e-4)
+    (3 * scalar).backward()
+    assert relative(hidden.grad, 3 * want[3]) < 1e-4
+    assert frozen or relative(weight.grad, 3 * want[4]) < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_promise_for_bfloat16(backend, frozen):
+    case, cu_seqlens = peaked_case(122, 64, 1003, dtype=torch.bfloat16), offsets(LENGTHS)
+    ref = near_ref(case, cu_seqlens)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(not frozen)
+    scalar, parts = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, ref, backend=backend)
+    want = reference(case, cu_seqlens, ref)
+    assert float((parts.margins - want[2]).abs().max()) < 2e-3
+    scalar.backward()
+    assert relative(hidden.grad, want[3]) < 4e-3
+    assert frozen or relative(weight.grad, want[4]) < 4e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_margin_is_exactly_zero_against_log_probs_computed_before(backend, loss, frozen):
+    case, cu_seqlens = random_case(122, 40, 301), offsets(LENGTHS)
+    with torch.no_grad():
+        ref = linear_logps(case.hidden, case.weight, case.targets, cu_seqlens, backend=backend)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(not frozen)
+    _, parts = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, ref, loss=loss, backend=backend)
+    assert torch.equal(parts.policy_logps, ref)
+    assert parts.margins.tolist() == [0.0] * 4
+
+
+def test_native_margin_is_exactly_zero_for_any_cut_of_the_batch():
+    case, cu_seqlens = random_case(122, 40, 301), offsets(LENGTHS)
+    ref = torch.cat(
+        [
+            linear_logps(case.hidden[a:b], case.weight, case.targets[a:b], offsets([b - a]), backend="native")
+            for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
+        ]
+    )
+    for frozen in (True, False):
+        weight = case.weight.clone().requires_grad_(not frozen)
+        hidden = case.hidden.clone().requires_grad_()
+        _, parts = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, ref, budget_bytes=1, backend="native")
+        assert parts.margins.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_reference_the_policy_is_its_own(backend, frozen, loss):
+    case, cu_seqlens = random_case(122, 40, 301), offsets(LENGTHS)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(not frozen)
+    scalar, parts = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, None, loss=loss, backend=backend)
+    want = reference(case, cu_seqlens, None, loss=loss)
+    assert parts.margins.tolist() == [0.0] * 4
+    scalar.backward()
+    assert relative(hidden.grad, want[3]) < 1e-5
+    assert frozen or relative(weight.grad, want[4]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
+def test_modes_agree(backend, mode):
+    case, cu_seqlens = random_case(122, 40, 301, spread=3.0), offsets(LENGTHS)
+    ref = near_ref(case, cu_seqlens)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    scalar, _ = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, ref, mode=mode, backend=backend)
+    scalar.backward()
+    want = reference(case, cu_seqlens, ref)
+    assert relative(hidden.grad, want[3]) < 1e-4
+    assert relative(weight.grad, want[4]) < 1e-4
+
+
+def test_forward_mode_has_no_gradient():
+    case, cu_seqlens = random_case(122, 40, 301), offsets(LENGTHS)
+    scalar, _ = linear_pair_loss(
+        case.hidden.requires_grad_(), case.weight, case.targets, cu_seqlens, None, mode="forward"
+    )
+    assert not scalar.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_three_runs_give_the_same_bits(backend):
+    case, cu_seqlens = random_case(122, 40, 301), offsets(LENGTHS)
+    ref, runs = near_ref(case, cu_seqlens), []
+    for _ in range(3):
+        hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        scalar, _ = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, ref, budget_bytes=1, backend=backend)
+        scalar.backward()
+        runs.append((scalar.detach(), hidden.grad, weight.grad))
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+def test_the_divisor_is_that_of_the_whole_step():
+    case, cu_seqlens = random_case(122, 16, 50), offsets(LENGTHS)
+    for frozen in (True, False):
+        grads = []
+        for num_pairs in (None, 16):
+            hidden = case.hidden.clone().requires_grad_()
+            weight = case.weight.clone().requires_grad_(not frozen)
+            scalar, parts = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, None, num_pairs=num_pairs)
+            assert torch.allclose(scalar, parts.loss.sum() / (num_pairs or 4))
+            scalar.backward()
+            grads.append(hidden.grad)
+        assert torch.allclose(grads[0], 4 * grads[1], rtol=1e-5, atol=1e-9)
+
+
+def test_ipo_takes_lengths_of_its_own():
+    case, cu_seqlens = random_case(122, 16, 50), offsets(LENGTHS)
+    ref = near_ref(case, cu_seqlens)
+    for frozen in (True, False):
+        weight = case.weight.clone().requires_grad_(not frozen)
+        hidden = case.hidden.clone().requires_grad_()
+        _, parts = linear_pair_loss(
+            hidden, weight, case.targets, cu_seqlens, ref, loss="ipo", lengths=torch.ones(8, dtype=torch.int32)
+        )
+        gap = parts.policy_logps - ref
+        assert torch.allclose(parts.margins, gap[:4] - gap[4:], atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_no_pairs(frozen):
+    weight = torch.randn(9, 4).requires_grad_(not frozen)
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    scalar, parts = linear_pair_loss(hidden, weight, torch.zeros(0, dtype=torch.int64), offsets([]), None)
+    scalar.backward()
+    assert float(scalar.detach()) == 0.0
+    assert parts.loss.shape == (0,)
+
+
+def test_chunks_hold_whole_pairs():
+    bounds = offsets(LENGTHS).tolist()  # pairs of 14, 33, 73 and 2 rows
+    assert pair_chunks(bounds, 1000) == [(0, 4)]
+    assert pair_chunks(bounds, 75) == [(0, 2), (2, 4)]
+    assert pair_chunks(bounds, 1) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert pair_chunks([0], 5) == []
+
+
+def test_gradcheck_of_the_reference():
+    case, cu_seqlens = random_case(12, 3, 5), offsets([2, 0, 5, 1, 3, 1])
+    hidden, weight = case.hidden.double().requires_grad_(), case.weight.double().requires_grad_()
+    ref = torch.randn(6, dtype=torch.float64)
+    for loss in LOSSES:
+        assert torch.autograd.gradcheck(
+            lambda x, w, name=loss: linear_pair_loss_reference(x, w, case.targets, cu_seqlens, ref, loss=name)[0],
+            (hidden, weight),
+        )
