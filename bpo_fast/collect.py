@@ -9,7 +9,7 @@ from bpo_fast.annotate import Checked
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, SamplingParams
 from bpo_fast.evaluate import shape
-from bpo_fast.packing import PairBatch, pack, split
+from bpo_fast.packing import PairBatch, split
 from bpo_fast.pairs import PhasePairs, make_pairs
 from bpo_fast.plan import Phase, deal
 from bpo_fast.policy import Policy
@@ -78,8 +78,10 @@ class Collector:
 
 
 def microbatches(pairs: Sequence[Pair], policy: Policy, max_tokens: int) -> list[PairBatch]:
-    """A step's pairs as micro-batches; the reference pass and the step cut them alike, so their log-probs match."""
-    return [pack(part, pad_id=policy.pad_id, device=policy.device) for part in split(pairs, max_tokens)]
+    """A step's pairs as micro-batches for all members at once; the reference pass cuts them alike, so that log-probs of
+    equal weights are equal bit for bit."""
+    parts = split(pairs, max_tokens // policy.num_members, shared=policy.shares_prompts)
+    return [policy.pack(part) for part in parts]
 
 
 def with_reference(

@@ -24,11 +24,11 @@ def dry_run(config: Config, *, from_pairs: str | None = None, quiet: bool = Fals
         pairs = _longest_pairs(parts)
         start = time.perf_counter()
         batches = microbatches(pairs, parts.policy, config.optim.microbatch_tokens)
-        for m in range(parts.policy.num_members):
-            for batch in batches:
-                with parts.policy.member(m):
-                    loss, _ = parts.policy.loss(batch, None, config.method, num_pairs=len(pairs))
-                    loss.backward()
+        for batch in batches:
+            with parts.policy.members():
+                repeated = batch.repeat(parts.policy.num_members)
+                loss, _ = parts.policy.loss(repeated, None, config.method, num_pairs=len(pairs))
+                loss.backward()
         out = {"steps": plan.num_steps, "phases": len(plan.phases), "pairs": plan.num_prompts}
         out |= {"step_s": time.perf_counter() - start, "peak_memory_gib": peak_memory_gib()}
         progress.print(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from bpo_fast_kernels import PairLoss
 
 from bpo_fast import report
 from bpo_fast.checkpoint import TrainerState, load_checkpoint, read_state, save_checkpoint
@@ -256,31 +257,20 @@ class Loop:
         self._parts.optimizer.zero_grad()
         if not pairs:
             return {}
-        policy, method = self._policy, self._config.method
-        beta, num = method.beta, len(pairs) * policy.num_members
+        policy, method, num_members = self._policy, self._config.method, self._policy.num_members
+        num = len(pairs) * num_members
         sums: dict[str, Any] = {"tokens": 0}
         policy.model.train()
         for i, batch in enumerate(microbatches(pairs, policy, self._config.optim.microbatch_tokens)):
-            ref_logps = _ref_logps(batch.pairs, policy.device)
-            sums["tokens"] += batch.num_tokens * policy.num_members
-            for m in range(policy.num_members):
-                if self._config.model.lora_dropout:
-                    torch.manual_seed(request_seed(self._config.run.seed, step, i, m))
-                with policy.member(m):
-                    loss, parts = policy.loss(batch, ref_logps, method, num_pairs=len(pairs))
-                    loss.backward()
-                chosen, rejected = parts.policy_logps.chunk(2)
-                ref_chosen, ref_rejected = parts.ref_logps.chunk(2)
-                for name, value in {
-                    "loss": parts.loss.detach(),
-                    "rewards/chosen": beta * (chosen - ref_chosen),
-                    "rewards/rejected": beta * (rejected - ref_rejected),
-                    "rewards/margins": beta * parts.margins,
-                    "rewards/accuracies": (parts.margins > 0).float(),
-                    "logps/chosen": chosen,
-                    "logps/rejected": rejected,
-                }.items():
-                    sums[name] = sums.get(name, 0.0) + value.sum() / num
+            if self._config.model.lora_dropout:
+                torch.manual_seed(request_seed(self._config.run.seed, step, i, 0))
+            ref_logps = _ref_logps(batch.pairs, num_members, policy.device)
+            with policy.members():
+                loss, parts = policy.loss(batch.repeat(num_members), ref_logps, method, num_pairs=len(pairs))
+                loss.backward()
+            sums["tokens"] += batch.num_tokens * num_members
+            for name, value in _measured(parts, method.beta).items():
+                sums[name] = sums.get(name, 0.0) + value.sum() / num
         policy.model.eval()
         return sums
 
@@ -311,10 +301,25 @@ class Loop:
         )
 
 
-def _ref_logps(pairs: Sequence[Pair], device: torch.device) -> torch.Tensor | None:
-    """[2P] float32, chosen first; None where the reference is the policy itself."""
+def _measured(parts: PairLoss, beta: float) -> dict[str, torch.Tensor]:
+    """What a step reports of each pair."""
+    chosen, rejected = parts.policy_logps.chunk(2)
+    ref_chosen, ref_rejected = parts.ref_logps.chunk(2)
+    return {
+        "loss": parts.loss.detach(),
+        "rewards/chosen": beta * (chosen - ref_chosen),
+        "rewards/rejected": beta * (rejected - ref_rejected),
+        "rewards/margins": beta * parts.margins,
+        "rewards/accuracies": (parts.margins > 0).float(),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+    }
+
+
+def _ref_logps(pairs: Sequence[Pair], num_members: int, device: torch.device) -> torch.Tensor | None:
+    """[2 M P] float32, the chosen of all members first; None where the reference is the policy itself."""
     known = [p.ref_logps for p in pairs if p.ref_logps is not None]
     if not known:
         return None
     assert len(known) == len(pairs), "a phase is scored whole"
-    return torch.tensor(known, dtype=torch.float32).T.flatten().to(device)
+    return torch.tensor(known, dtype=torch.float32).T.repeat(1, num_members).flatten().to(device)

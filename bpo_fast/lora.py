@@ -78,6 +78,12 @@ class LoraEnsemble(nn.Module):
             yield
 
     @contextmanager
+    def members(self) -> Iterator[None]:
+        """Forwards inside run all members at once: dimension 0 of the input holds M equal blocks, one for each."""
+        with self._activated({n: (a, b) for n, a, b in zip(self.names, self.a, self.b, strict=True)}):
+            yield
+
+    @contextmanager
     def average(self, state: dict[str, Tensor] | None = None) -> Iterator[None]:
         """Forwards inside run the exact average of the members, or of those in a `state()`."""
         with self._activated(self._averaged(state)):
@@ -193,9 +199,13 @@ class LoraEnsemble(nn.Module):
             if self._active is None:
                 return None
             a, b = self._active[name]
-            scale = self.alpha / self.r * (self.r / a.shape[0])  # 1 / M for the average, whose rank is M r
             x = F.dropout(args[0], self.dropout, training=self._model[0].training) if self.dropout else args[0]
-            return output + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
+            a, b = a.to(x.dtype), b.to(x.dtype)
+            if a.dim() == 3:  # all members: [M, rows, in] against [M, r, in] and [M, out, r]
+                delta = x.reshape(self.num_members, -1, x.shape[-1]) @ a.transpose(1, 2) @ b.transpose(1, 2)
+                return output + delta.view_as(output) * self.scale
+            scale = self.alpha / a.shape[0]  # alpha / r of a member, alpha / (M r) of the average, whose rank is M r
+            return output + F.linear(F.linear(x, a), b) * scale
 
         return add_delta
 

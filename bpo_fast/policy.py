@@ -5,10 +5,11 @@ the members, `initial()` is where the run began, `merged()` is the behavior as d
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from bpo_fast_kernels import PairLoss, linear_logps, linear_pair_loss, pair_loss
@@ -16,9 +17,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from bpo_fast.attention import NAME as SHARED_PROMPTS
 from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.lora import LoraEnsemble
-from bpo_fast.packing import PairBatch
+from bpo_fast.packing import PairBatch, pack_apart, pack_shared
+from bpo_fast.types import Completion, Pair, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class Policy:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.lora: LoraEnsemble | None = None
+        self.shares_prompts = False
         if not config.full:
             assert config.lora_r, "resolve() has set it"
             assert config.lora_alpha, "resolve() has set it"
@@ -74,6 +78,7 @@ class Policy:
             for m, folder in enumerate(config.adapters):
                 self.lora.load_member(m, folder)
         # the base is on disk for LoRA, so its start is the adapters alone; a full copy waits in host memory
+        self.shares_prompts = not config.attn_implementation and _share_prompts(self)
         self._initial = (
             self.lora.state() if self.lora else {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
         )
@@ -91,6 +96,10 @@ class Policy:
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer trains; LoRA tensors carry the members in dimension 0."""
         return list(self.lora.parameters()) if self.lora else list(self.model.parameters())
+
+    def members(self) -> AbstractContextManager[None]:
+        """Forwards inside run all members at once, on `PairBatch.repeat(M)`; run the backward inside too."""
+        return self.lora.members() if self.lora and self.num_members > 1 else self.member(0)
 
     def member(self, m: int) -> AbstractContextManager[None]:
         """Forwards inside run member m. Run the backward inside too: checkpointing recomputes the forward."""
@@ -121,6 +130,12 @@ class Policy:
         if self.lora:
             return {n: self.lora.delta(n).contiguous() for n in self.lora.names}
         return {n: p.detach().clone() for n, p in self.model.named_parameters()}
+
+    def pack(self, pairs: Sequence[Pair]) -> PairBatch:
+        """One micro-batch in the form that the model's attention allows."""
+        if self.shares_prompts:
+            return pack_shared(pairs, device=self.device)
+        return pack_apart(pairs, pad_id=self.pad_id, device=self.device)
 
     @torch.no_grad()
     def logps(self, batch: PairBatch) -> Tensor:
@@ -163,10 +178,28 @@ class Policy:
         )
 
     def _hidden(self, batch: PairBatch) -> Tensor:
-        """[T, H] rows of the trunk's output that predict completion tokens."""
+        """[T, H] rows of the trunk's output that predict completion tokens; the final norm sees only them."""
         trunk = self.model.base_model
-        out = trunk(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        return out.last_hidden_state.flatten(0, 1).index_select(0, batch.rows)
+        norm = getattr(trunk, "norm", None)
+        if not self.shares_prompts or not isinstance(norm, nn.Module):
+            return self._forward(trunk, batch).last_hidden_state.flatten(0, 1).index_select(0, batch.rows)
+        pick = norm.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1).index_select(0, batch.rows),))
+        try:
+            return self._forward(trunk, batch).last_hidden_state
+        finally:
+            pick.remove()
+
+    def _forward(self, module: nn.Module, batch: PairBatch) -> Any:
+        if batch.layout is None:
+            return module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        # a mask of four dimensions is taken as it is, and the attention of shared prompts has its own
+        return module(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device),
+            use_cache=False,
+            shared_prompts=batch.layout,
+        )
 
     def _weight(self) -> Tensor:
         return self.model.get_output_embeddings().weight
@@ -176,8 +209,9 @@ class Policy:
 
     def _plain_logps(self, batch: PairBatch) -> Tensor:
         """[2P] through the model's own logits, for heads that the kernels do not know."""
-        out = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        logits = out.logits.flatten(0, 1).index_select(0, batch.rows).float() / self.temperature
+        logits = (
+            self._forward(self.model, batch).logits.flatten(0, 1).index_select(0, batch.rows).float() / self.temperature
+        )
         token_logps = logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
         segment = torch.arange(len(batch.lengths), device=logits.device).repeat_interleave(batch.lengths)
         return torch.zeros(len(batch.lengths), device=logits.device).index_add(0, segment, token_logps)
@@ -238,7 +272,7 @@ def load_policy(
 
 
 def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(causal LM on the host, in the type for `device`, in eval mode; its tokenizer); ValueError naming `model.path`."""
+    """(causal LM on the host, in eval mode and the type for `device`; its tokenizer); ValueError names `model.path`."""
     path = str(config.path)
     dtype = config.dtype
     if dtype == "auto":
@@ -282,6 +316,34 @@ def _probe_head(model: PreTrainedModel) -> Head:
         return Head(fused=True, softcap=softcap, scale=1.0 if unscaled else scale)
     log.warning("%s: a head with a bias or a form of its own; logits are taken whole", type(model).__name__)
     return Head(fused=False)
+
+
+def _share_prompts(policy: Policy) -> bool:
+    """Switches the model to shared-prompt attention if it then gives the same log-probs as sequences apart."""
+    generator = torch.Generator().manual_seed(0)
+    vocab = policy.model.get_input_embeddings().weight.shape[0]
+    pairs = []
+    for i, (prompt, chosen, rejected) in enumerate(((9, 5, 10), (4, 11, 3))):
+        ids = torch.randint(0, vocab, (prompt + chosen + rejected,), generator=generator).tolist()
+        cuts = (ids[prompt : prompt + chosen], ids[prompt + chosen :])
+        sides = [Completion(i, k, tuple(cut), "", False, 0, 0) for k, cut in enumerate(cuts)]
+        pairs.append(Pair(Prompt(i, "", tuple(ids[:prompt])), *sides, 1.0, 0.0))
+    apart = policy.logps(pack_apart(pairs, pad_id=policy.pad_id, device=policy.device))
+    before = policy.model.config._attn_implementation
+    policy.model.set_attn_implementation(SHARED_PROMPTS)
+    policy.shares_prompts = True
+    try:
+        shared = policy.logps(pack_shared(pairs, device=policy.device))
+        # bf16 keeps 8 bits: a sum over ten tokens may be off by about 0.1 nats
+        tolerance = 1e-3 if policy.model.dtype == torch.float32 else 0.3
+        same = shared.shape == apart.shape and torch.allclose(shared, apart, rtol=tolerance, atol=tolerance)
+        reason = "" if same else f"log-probs differ by {float((shared - apart).abs().max()):.3g}"
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+    if reason:
+        policy.model.set_attn_implementation(before)
+        log.warning("%s: prompts are not shared within pairs (%s)", type(policy.model).__name__, reason)
+    return not reason
 
 
 def _disable_dropout(model: PreTrainedModel) -> None:

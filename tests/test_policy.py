@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from bpo_fast.config import MethodConfig, ModelConfig
-from bpo_fast.packing import pack
+from bpo_fast.packing import pack_apart
 from bpo_fast.policy import Policy, load_policy
 from bpo_fast.types import Completion, Pair, Prompt
 
@@ -76,9 +76,14 @@ def test_logps_are_those_of_the_models_own_logits(name, fused, temperature):
     policy = Policy(model, Tokens(), FORM, seed=0, temperature=temperature)
     assert policy.head.fused == fused
     pairs = make_pairs()
-    batch = pack(pairs, pad_id=0, device=torch.device("cpu"))
+    assert policy.shares_prompts
+    batch = policy.pack(pairs)
     expected = naive_logps(model, pairs, temperature)
     torch.testing.assert_close(policy.logps(batch), expected, rtol=1e-4, atol=1e-4)
+    apart = pack_apart(pairs, pad_id=0, device=torch.device("cpu"))
+    policy.shares_prompts = False
+    torch.testing.assert_close(policy.logps(apart), expected, rtol=1e-4, atol=1e-4)
+    policy.shares_prompts = True
     zeros = torch.zeros(2 * len(pairs))
     loss, parts = policy.loss(batch, zeros, MethodConfig(), num_pairs=len(pairs))
     h = expected[:3] - expected[3:]
@@ -90,7 +95,7 @@ def test_logps_are_those_of_the_models_own_logits(name, fused, temperature):
 def test_dropout_of_the_model_is_off_in_training():
     model = make_model("gpt2")
     policy = Policy(model, Tokens(), FORM, seed=0)
-    batch = pack(make_pairs(), pad_id=0, device=torch.device("cpu"))
+    batch = policy.pack(make_pairs())
     before = policy.logps(batch)
     model.train()
     assert torch.equal(policy.logps(batch), before)
@@ -100,7 +105,7 @@ def test_dropout_of_the_model_is_off_in_training():
 def test_initial_is_where_the_run_began(tiny_model_dir, full):
     form = ModelConfig(path=str(tiny_model_dir), full=full, members=1, lora_r=4, lora_alpha=8.0)
     policy = load_policy(form, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
-    batch = pack(make_pairs(), pad_id=0, device=torch.device("cpu"))
+    batch = policy.pack(make_pairs())
     before = policy.logps(batch)
     with torch.no_grad():
         for parameter in policy.parameters():

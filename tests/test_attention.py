@@ -1,0 +1,160 @@
+"""Shared prompts against one sequence at a time, for every architecture, forward and backward."""
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from bpo_fast.config import MethodConfig, ModelConfig
+from bpo_fast.packing import pack_shared
+from bpo_fast.policy import Policy
+from bpo_fast.types import Completion, Pair, Prompt
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+HEAD = {"head_dim": 8}
+CONFIGS = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2-window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", HEAD),
+    "gemma2": ("Gemma2Config", {**HEAD, "sliding_window": 6, "attn_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3TextConfig", {**HEAD, "sliding_window": 6}),
+    "mistral": ("MistralConfig", {"sliding_window": 6}),
+    "phi3": ("Phi3Config", {"sliding_window": 6}),
+    "smollm3": ("SmolLM3Config", {}),
+}
+LENGTHS = ((9, 5, 11), (3, 1, 7), (14, 8, 2), (1, 1, 1))
+
+
+class Tokens:
+    pad_token_id, eos_token_id = 0, 1
+
+
+def make_model(name):
+    torch.manual_seed(0)
+    config_class, extra = CONFIGS[name]
+    config = getattr(transformers, config_class)(**SMALL, **extra)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def make_pairs():
+    generator = torch.Generator().manual_seed(3)
+    pairs = []
+    for i, (n, c, r) in enumerate(LENGTHS):
+        ids = torch.randint(2, 97, (n + c + r,), generator=generator).tolist()
+        sides = [Completion(i, k, tuple(x), "", False, 0, 0) for k, x in enumerate((ids[n : n + c], ids[n + c :]))]
+        pairs.append(Pair(Prompt(i, "", tuple(ids[:n])), *sides, 1.0, 0.0))
+    return pairs
+
+
+def alone(model, pairs):
+    """[2P] log-probs, a forward a sequence, chosen first; differentiable."""
+    out = []
+    for side in ("chosen", "rejected"):
+        for pair in pairs:
+            prompt, completion = pair.prompt.ids, getattr(pair, side).ids
+            rows = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+            out.append(rows.gather(1, torch.tensor(completion)[:, None]).sum())
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_log_probs_and_gradients_are_those_of_sequences_alone(name):
+    plain = make_model(name)
+    pairs = make_pairs()
+    expected = alone(plain, pairs)
+    h = expected[: len(pairs)] - expected[len(pairs) :]
+    torch.nn.functional.softplus(-0.1 * h).mean().backward()
+
+    model = make_model(name)
+    policy = Policy(model, Tokens(), ModelConfig(path=name, full=True), seed=0)
+    assert policy.shares_prompts
+    batch = policy.pack(pairs)
+    assert batch.input_ids.numel() == sum(map(sum, LENGTHS))
+    torch.testing.assert_close(policy.logps(batch), expected.detach(), rtol=1e-5, atol=1e-4)
+    loss, _ = policy.loss(batch, torch.zeros(2 * len(pairs)), MethodConfig(), num_pairs=len(pairs))
+    loss.backward()
+    for (key, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        scale = float(q.grad.abs().max())
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5 * max(scale, 1e-3), msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_without_a_layout_the_model_attends_as_before(name):
+    ids = torch.randint(2, 97, (2, 15), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0  # padded on the left, as in sampling
+    plain = make_model(name)
+    policy = Policy(make_model(name), Tokens(), ModelConfig(path=name, full=True), seed=0)
+    with torch.no_grad():
+        for kwargs in ({}, {"attention_mask": mask}):
+            expected, found = plain(ids, **kwargs).logits, policy.model(ids, **kwargs).logits
+            seen = mask.bool() if kwargs else torch.ones_like(mask, dtype=torch.bool)
+            torch.testing.assert_close(found[seen], expected[seen], rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_does_not_depend_on_the_split():
+    grads = []
+    for parts in ([4], [1, 3], [2, 2], [1, 1, 1, 1]):
+        policy = Policy(make_model("qwen2"), Tokens(), ModelConfig(path="qwen2", full=True), seed=0)
+        pairs = make_pairs()
+        for size in parts:
+            part, pairs = pairs[:size], pairs[size:]
+            loss, _ = policy.loss(policy.pack(part), torch.zeros(2 * size), MethodConfig(), num_pairs=4)
+            loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+    for other in grads[1:]:
+        assert float((other - grads[0]).norm() / grads[0].norm()) < 1e-5
+
+
+@pytest.mark.parametrize("num_members", [2, 5])
+def test_members_in_one_pass_are_members_one_by_one(num_members):
+    form = ModelConfig(path="llama", members=num_members, lora_r=4, lora_alpha=8.0)
+    pairs, ref = make_pairs(), torch.randn(8, generator=torch.Generator().manual_seed(1))
+    grads, losses = {}, {}
+    for way in ("together", "one by one"):
+        policy = Policy(make_model("llama"), Tokens(), form, seed=0)
+        with torch.no_grad():
+            for b in policy.lora.b:
+                b.normal_(0, 0.1, generator=torch.Generator().manual_seed(b.shape[1]))
+        batch = pack_shared(pairs, device=torch.device("cpu"))
+        if way == "together":
+            ref_logps = ref.view(2, -1).repeat(1, num_members).flatten()
+            with policy.members():
+                loss, parts = policy.loss(batch.repeat(num_members), ref_logps, MethodConfig(), num_pairs=4)
+                loss.backward()
+            losses[way] = parts.loss.detach()
+        else:
+            found = []
+            for m in range(num_members):
+                with policy.member(m):
+                    loss, parts = policy.loss(batch, ref, MethodConfig(), num_pairs=4)
+                    loss.backward()
+                found.append(parts.loss.detach())
+            losses[way] = torch.cat(found)
+        grads[way] = [p.grad for p in policy.parameters()]
+    torch.testing.assert_close(losses["together"], losses["one by one"], rtol=1e-5, atol=1e-5)
+    for together, single in zip(grads["together"], grads["one by one"], strict=True):
+        torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-5 * float(single.abs().max()))
+
+
+def test_a_model_that_cannot_share_prompts_says_so_and_takes_sequences_apart(caplog):
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4, eos_token_id=1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    policy = Policy(model, Tokens(), ModelConfig(path="bloom", full=True), seed=0)
+    assert not policy.shares_prompts
+    assert "prompts are not shared within pairs" in caplog.text
+    pairs = make_pairs()
+    torch.testing.assert_close(policy.logps(policy.pack(pairs)), alone(model, pairs).detach(), rtol=1e-4, atol=1e-4)
