@@ -286,8 +286,12 @@ def _sample_pairs(rows: Sequence[dict], config: RewardConfig) -> list[TextPair]:
     references = dict(_prompt_and_answer(row, i, config, column, config.data) for i, row in enumerate(rows))
     pairs = []
     for index, row in enumerate(read_rows(config.samples)):
-        prompt, sample = _prompt_and_answer(row, index, config, "completion", config.samples)
+        columns = DataConfig(prompt_column=config.prompt_column)
+        prompt, _, _ = _to_text(row, index, columns, get_task(config.task), None, config.samples)
+        sample = row.get("completion")  # may be empty: EOS can be the first token
+        if not isinstance(sample, str):
+            raise ValueError(f"{config.samples}: row {index + 1} has no completion")
         if prompt not in references:
             raise ValueError(f"{config.samples}: row {index + 1}: its prompt is not in {config.data}")
-        pairs.append(TextPair(prompt, references[prompt], sample))
+        pairs.append(TextPair(prompt, references[prompt], with_leading_space(prompt, sample)))
     return pairs

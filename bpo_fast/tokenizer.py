@@ -60,10 +60,10 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, arch: str = "llama") -> 
 
 
 def with_leading_space(prompt: str, completion: str) -> str:
-    """The completion as it follows the prompt: one space in front unless either side already has white space there.
+    """The completion as it follows the prompt: one space in front unless it is empty or either side has white space.
 
     A prompt made by a chat template ends in white space or in a special token; callers leave its completions alone.
     """
-    if prompt[-1:].isspace() or completion[:1].isspace():
+    if not completion or prompt[-1:].isspace() or completion[0].isspace():
         return completion
     return " " + completion

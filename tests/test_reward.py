@@ -211,7 +211,7 @@ def test_a_policy_lends_its_backbone(tmp_path, data):
 def test_reference_text_against_samples(tmp_path):
     rows = [{"prompt": f"Number {i}?", "label": "a careful answer"} for i in range(60)]
     samples = [
-        {"prompt": f"Number {i}? Assistant:", "completion": f" junk {i % 3}"} for i in range(60) for _ in range(2)
+        {"prompt": f"Number {i}? Assistant:", "completion": " junk" * (i % 3)} for i in range(60) for _ in range(2)
     ]
     config = settings(
         write_rows(tmp_path / "rows.jsonl", rows),
@@ -222,7 +222,7 @@ def test_reference_text_against_samples(tmp_path):
     assert (result["num_train"], result["num_held_out"]) == (90, 30)
     assert result["held_out"]["accuracy"] >= 0.95
     good, bad = RewardModel(str(tmp_path / "rm")).score_texts(
-        [("Number 7? Assistant:", "a careful answer"), ("Number 7? Assistant:", "junk 1")]
+        [("Number 7? Assistant:", "a careful answer"), ("Number 7? Assistant:", "")]
     )
     assert good > bad
 

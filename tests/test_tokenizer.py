@@ -66,7 +66,7 @@ def test_a_vocabulary_smaller_than_the_bytes_is_refused():
         ("Q? Assistant: ", "Yes.", "Yes."),
         ("Answer:\n", "Yes.", "Yes."),
         ("Q? Assistant:", "\nYes.", "\nYes."),
-        ("Q? Assistant:", "", " "),
+        ("Q? Assistant:", "", ""),
         ("", "Yes.", " Yes."),
     ],
 )
