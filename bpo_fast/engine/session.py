@@ -215,7 +215,7 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
 def unsupported(model: PreTrainedModel, device: torch.device) -> str | None:
     """Why vLLM cannot sample from this model here, in words, or None."""
     config = model.config.get_text_config()
-    [architecture] = model.config.architectures or [type(model).__name__]
+    architecture = _architecture(model)
     if architecture not in ModelRegistry.get_supported_archs():
         return f"vLLM {versions.installed()} does not know {architecture}"
     if getattr(model.config, "quantization_config", None):
@@ -271,6 +271,7 @@ def _start(config: Config, model: PreTrainedModel, device: torch.device, max_len
     local = {"HF_HUB_OFFLINE": "1"} if Path(str(config.model.path)).exists() else {}
     quiet = nullcontext() if "VLLM_LOGGING_LEVEL" in os.environ else quiet_stderr()
     with preserved(ENVIRON | local), quiet:
+        _import_architecture(model)
         if on_gpu:
             torch.cuda.set_device(device)
         try:
@@ -298,6 +299,16 @@ def _start(config: Config, model: PreTrainedModel, device: torch.device, max_len
             raise
         except ValueError as error:
             raise ValueError(f"sampling.engine = vllm: {' '.join(str(error).split())}") from None
+
+
+def _import_architecture(model: PreTrainedModel) -> None:
+    """Imports vLLM's class of the model here; vLLM would ask a subprocess what it can do, which takes ten seconds."""
+    architecture = _architecture(model)
+    ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+
+
+def _architecture(model: PreTrainedModel) -> str:
+    return (model.config.architectures or [type(model).__name__])[0]
 
 
 def _live_lora(config: ModelConfig, names: tuple[str, ...]) -> loader.LiveLora:

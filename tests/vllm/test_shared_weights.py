@@ -1,0 +1,104 @@
+"""One copy of the weights, for every architecture: in-place steps move the sampler, and greedy tokens are the same."""
+
+import pytest
+import torch
+from tiny_vllm import greedy_by_transformers, prompts, save_model, train_a_little
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from bpo_fast.engine import SamplingParams
+from bpo_fast.engine.shared_weights import NotShareableError, adopt_, find_views
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+NUM_NEW = 24
+MODELS = {
+    "llama, biases, untied": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    "llama, tied": (LlamaConfig, {"tie_word_embeddings": True}),
+    "qwen2, untied": (Qwen2Config, {"tie_word_embeddings": False}),
+    "qwen3, tied": (Qwen3Config, {"tie_word_embeddings": True}),
+    "gemma2": (Gemma2Config, {"sliding_window": 16, "query_pre_attn_scalar": 32}),
+    "gemma3": (Gemma3TextConfig, {"sliding_window": 16, "query_pre_attn_scalar": 32}),
+    "mistral, untied": (MistralConfig, {"sliding_window": None, "tie_word_embeddings": False}),
+}
+
+
+def greedy(engine, questions):
+    params = SamplingParams(max_new_tokens=NUM_NEW, temperature=0.0)
+    return [c[0].ids for c in engine.generate(questions, params, run_seed=0, policy_version=0)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_full_fine_tuning_moves_the_sampler_without_a_copy(name, tmp_path, tiny_tokenizer, learner):
+    config_class, options = MODELS[name]
+    vocabulary = len(tiny_tokenizer) + 3  # no multiple of 64: vLLM pads it
+    config = config_class(**SHAPE, vocab_size=vocabulary, **options)
+    policy, engine = learner(save_model(tmp_path, config, tiny_tokenizer), model__full=True)
+    session, questions = engine._session, prompts(6)
+    storages = {p.untyped_storage().data_ptr() for p in session.module.parameters()}
+    addresses = {n: p.data_ptr() for n, p in policy.model.named_parameters()}
+    assert all(p.untyped_storage().data_ptr() in storages for p in policy.model.parameters())
+    assert session.module.model.embed_tokens.weight.shape[0] > vocabulary
+    engine.refresh(0)
+    before = greedy(engine, questions)
+    assert before == greedy_by_transformers(policy, questions, NUM_NEW)
+    train_a_little(policy)
+    engine.refresh(4)
+    after = greedy(engine, questions)
+    assert after == greedy_by_transformers(policy, questions, NUM_NEW)
+    assert after != before
+    assert addresses == {n: p.data_ptr() for n, p in policy.model.named_parameters()}
+    assert engine.last_refresh.bytes_copied == 0
+
+
+def test_bfloat16_weights_are_shared_and_stay_within_the_limit(llama_dir, learner):
+    policy, engine = learner(llama_dir, model__full=True, model__dtype="bfloat16")
+    assert policy.model.dtype == torch.bfloat16
+    engine.refresh(0)
+    train_a_little(policy)
+    engine.refresh(4)
+    assert engine.last_refresh.probe.mean < engine.last_refresh.probe.limit <= 0.1
+    assert engine.last_refresh.bytes_copied == 0
+
+
+class Fused(torch.nn.Module):
+    """The outside of vLLM's fused layers, enough to find views in."""
+
+    def __init__(self):
+        super().__init__()
+        self.packed_modules_mapping = {"qkv": ["q", "k"]}
+        self.qkv = torch.nn.Linear(4, 6, bias=False)
+        self.qkv.output_sizes = [4, 2]
+
+
+def test_what_cannot_be_shared_is_named():
+    fused = Fused()
+    q, k = torch.zeros(4, 4), torch.zeros(2, 4)
+    views = find_views(fused, {"q.weight": q, "k.weight": k})
+    assert torch.equal(torch.cat(list(views.values())), fused.qkv.weight)
+    with pytest.raises(NotShareableError, match=r"v\.weight: not in vLLM's Fused"):
+        find_views(fused, {"v.weight": q})
+    with pytest.raises(NotShareableError, match=r"k\.weight: \(3, 4\) here, \(2, 4\) in vLLM"):
+        find_views(fused, {"q.weight": q, "k.weight": torch.zeros(3, 4)})
+    with pytest.raises(NotShareableError, match=r"q\.weight: torch\.bfloat16 here, torch\.float32 in vLLM"):
+        find_views(fused, {"q.weight": q.bfloat16()})
+    fused.norm = torch.nn.LayerNorm(4, bias=False)
+    with pytest.raises(NotShareableError, match=r"norm\.weight: only vLLM has it"):
+        find_views(fused, {"q.weight": q, "k.weight": k})
+    fused.qkv.output_sizes = [6]
+    with pytest.raises(NotShareableError, match="1 parts in vLLM, not 2"):
+        find_views(fused, {"q.weight": q})
+
+
+def test_other_values_are_not_adopted():
+    model = torch.nn.Linear(2, 2, bias=False)
+    kept = model.weight.data_ptr()
+    with pytest.raises(NotShareableError, match="vLLM holds other values"):
+        adopt_(model, {"weight": model.weight.detach() + 1}, ["weight"])
+    assert model.weight.data_ptr() == kept
