@@ -220,7 +220,7 @@ def _open_model(config: RewardConfig, train: list[TextPair]) -> RewardScorer:
     tokenizer = open_tokenizer("reward", config, corpus)
     _close_pairs_with_eos(tokenizer)
     limit = config.max_prompt_length + config.max_completion_length + tokenizer.num_special_tokens_to_add(pair=True)
-    device = resolve_device(config.device)
+    device = resolve_device("reward.device", config.device)
     if config.model is None:
         fresh = scratch_config(config, tokenizer, limit, num_labels=1)
         model = transformers.AutoModelForSequenceClassification.from_config(fresh)

@@ -55,7 +55,7 @@ def train_sft(config: SftConfig, *, progress: Progress | None = None) -> dict[st
     """
     progress = progress or Progress()
     started = time.monotonic()
-    device = resolve_device(config.device)
+    device = resolve_device("sft.device", config.device)
     with new_folder(check_new("sft.out", config.out)) as folder, progress:
         data = _load_data(config)
         members = []

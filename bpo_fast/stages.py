@@ -20,14 +20,14 @@ POOL_BATCHES = 50
 PLATEAU_NATS = 0.005
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one; ValueError for a device that is not here."""
+def resolve_device(what: str, name: str) -> torch.device:
+    """`auto` is the GPU if there is one; ValueError `what = name` for a device that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device = {name!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{what} = {name!r}: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 
 
@@ -80,7 +80,7 @@ def named_load_errors(what: str, kind: str = "model") -> Iterator[None]:
 
 def check_vocabulary(what: str, model: Any, tokenizer: Any) -> None:
     """ValueError if the tokenizer can produce ids that the model has no embedding for."""
-    num_embeddings = model.get_input_embeddings().num_embeddings
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_embeddings:
         raise ValueError(f"{what}: {num_embeddings} embeddings for a tokenizer of {len(tokenizer)} tokens")
 

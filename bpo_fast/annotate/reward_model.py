@@ -20,10 +20,10 @@ class RewardScorer:
     """r(x, y) of prompts and completions, in length-bucketed batches.
 
     A tokenizer with a chat template is given a user and an assistant turn, without the cue ` Assistant:` that closes a
-    plain prompt. Any other is given the pair (prompt text,
-    completion text with its leading space): both are encoded apart and its own post-processor joins them, which for
-    encoders is `[CLS] prompt [SEP] completion [SEP]`. What is over the model's length limit is cut from the left, so
-    the completion stays; a completion that is too long by itself keeps its beginning.
+    plain prompt. Any other is given the pair (prompt text, completion text with its leading space): both are encoded
+    apart and its own post-processor joins them, which for encoders is `[CLS] prompt [SEP] completion [SEP]`. What is
+    over the model's length limit is cut from the left, so the completion stays; a completion that is too long by itself
+    keeps its beginning.
 
     Padding is on the right and the head reads the last real token, so the score of an answer does not depend on the
     batch it is in, up to float rounding.
@@ -161,10 +161,10 @@ class RewardModel(RewardScorer):
         batch_tokens: int = 16384,
         trust_remote_code: bool = False,
     ):
-        place = resolve_device(device)
+        what = f"reward model {path}"
+        place = resolve_device(f"{what}: device", device)
         if dtype == "auto":
             dtype = "bfloat16" if place.type == "cuda" else "float32"
-        what = f"reward model {path}"
         with named_load_errors(what):
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         architecture = (config.architectures or ["none"])[0]
