@@ -206,12 +206,18 @@ class _LinearPairLoss(torch.autograd.Function):
         for a, b in pair_chunks(bounds, max_rows):
             spans = (slice(bounds[a], bounds[b]), slice(bounds[pairs + a], bounds[pairs + b]))
             _run_chunk_(sums, hidden, call, spans, slice(a, b))
-        ctx.dx, ctx.dw = sums.dx, None if sums.dw is None else sums.dw.to(weight.dtype)
+        ctx.grads = (sums.dx, None if sums.dw is None else sums.dw.to(weight.dtype))
         ctx.mark_non_differentiable(sums.loss, sums.margins, sums.logps)
         return sums.loss.sum() / call.divisor, sums.loss, sums.margins, sums.logps
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor, *_):
-        dx = None if ctx.dx is None else ctx.dx * grad.to(ctx.dx.dtype)
-        dw = None if ctx.dw is None else ctx.dw * grad.to(ctx.dw.dtype)
-        return dx, dw, None
+        if ctx.grads is None:
+            raise RuntimeError("linear_pair_loss: backward for the second time; its gradients were handed out")
+        # Handed out and scaled in place: a second [V, H] would be the largest tensor of the step.
+        grads, ctx.grads = ctx.grads, None
+        scaled = grad.is_cuda or float(grad) != 1.0
+        for one in grads:
+            if one is not None and scaled:
+                one.mul_(grad.to(one.dtype))
+        return *grads, None

@@ -187,3 +187,12 @@ def test_gradcheck_of_the_reference():
             lambda x, w, name=loss: linear_pair_loss_reference(x, w, case.targets, cu_seqlens, ref, loss=name)[0],
             (hidden, weight),
         )
+
+
+def test_gradients_are_handed_out_once():
+    case, cu_seqlens = random_case(122, 16, 50), offsets(LENGTHS)
+    weight = case.weight.requires_grad_()
+    scalar, _ = linear_pair_loss(case.hidden, weight, case.targets, cu_seqlens, None)
+    scalar.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        scalar.backward()

@@ -1,0 +1,178 @@
+"""The Triton kernels on the CPU, run by test_interpreter.py. Small: the interpreter does about 0.7 GFLOP/s."""
+
+import pytest
+import torch
+from bpo_fast_kernels import linear_logps, linear_pair_loss, linear_token_logps, pair_loss
+from bpo_fast_kernels.backends import pick_backend
+from bpo_fast_kernels.pair_loss import pair_loss_reference
+from cases import adversarial_cases, answer, offsets, random_case, relative
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+PLANS = ("triton", "triton-gemm")
+# Plan A's tile in the interpreter is 16 x 32 x 16.
+SHAPES = [(1, 1, 2), (16, 16, 32), (17, 33, 31), (35, 24, 97)]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Vocabulary tiles of 64, so that small cases have several, as in both modules that name the constant."""
+    from bpo_fast_kernels import torch_backend, triton_backend
+
+    monkeypatch.setattr(torch_backend, "TILE_COLS", 64)
+    monkeypatch.setattr(triton_backend, "TILE_COLS", 64)
+
+
+def run(case, backend, mode, frozen, **options):
+    hidden = case.hidden.clone().requires_grad_()
+    weight = case.weight.clone().requires_grad_(not frozen)
+    logps = linear_token_logps(hidden, weight, case.targets, backend=backend, mode=mode, **options)
+    coefs = torch.randn(len(logps))
+    (logps * coefs).sum().backward()
+    return logps.detach(), hidden.grad, weight.grad, coefs
+
+
+@pytest.mark.parametrize("backend", PLANS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
+def test_log_probs_and_gradients_match_float64(backend, shape, mode):
+    case = random_case(*shape, spread=3.0)
+    logps, dx, dw, coefs = run(case, backend, mode, mode == "fused")
+    want = answer(case, coefs)
+    assert float((logps - want.logps).abs().max()) < 1e-5
+    # Plan A keeps E in the working type, which is float32 on the CPU.
+    assert relative(dx, want.dx) < 1e-5
+    assert dw is None or relative(dw, want.dw) < 1e-5
+
+
+@pytest.mark.parametrize("backend", PLANS)
+@pytest.mark.parametrize("name", adversarial_cases())
+@pytest.mark.parametrize("mode", ["fused", "store"])
+def test_rows_at_the_limits(backend, name, mode):
+    case = adversarial_cases()[name]
+    logps, dx, dw, coefs = run(case, backend, mode, mode == "fused")
+    want = answer(case, coefs)
+    assert float((logps - want.logps).abs().max()) < 1e-4
+    assert relative(dx, want.dx) < 1e-5
+    assert dw is None or relative(dw, want.dw) < 1e-5
+
+
+@pytest.mark.parametrize("backend", PLANS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_promise_for_16_bit_inputs(backend, dtype):
+    case = random_case(20, 32, 130, spread=3.0, dtype=dtype)
+    logps, dx, dw, coefs = run(case, backend, "store", False)
+    want = answer(case, coefs)
+    assert float((logps - want.logps).abs().max()) < 1e-4
+    assert relative(dx, want.dx) < 4e-3
+    assert relative(dw, want.dw) < 4e-3
+
+
+@pytest.mark.parametrize("backend", PLANS)
+@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
+def test_temperature_and_softcap(backend, mode):
+    case, options = random_case(18, 16, 130, spread=6.0), {"temperature": 0.7, "logit_softcap": 4.0}
+    logps, dx, dw, coefs = run(case, backend, mode, mode == "fused", **options)
+    want = answer(case, coefs, **options)
+    assert float((logps - want.logps).abs().max()) < 1e-5
+    assert relative(dx, want.dx) < 1e-5
+    assert dw is None or relative(dw, want.dw) < 1e-5
+
+
+@pytest.mark.parametrize("backend", PLANS)
+@pytest.mark.parametrize("second_head", [False, True])
+def test_policy_and_behavior_share_a_launch(backend, second_head):
+    case, other = random_case(19, 16, 70), random_case(19, 16, 70)
+    weight = other.weight if second_head else None
+    hidden = case.hidden.clone().requires_grad_()
+    cu_seqlens = offsets([7, 0, 12])
+    options = {"behavior_hidden": other.hidden, "behavior_weight": weight, "backend": backend}
+    logps, behavior = linear_logps(hidden, case.weight, case.targets, cu_seqlens, **options)
+    want = linear_logps(
+        other.hidden, other.weight if second_head else case.weight, case.targets, cu_seqlens, backend="torch"
+    )
+    assert float((behavior - want).abs().max()) < 1e-4
+    logps.sum().backward()
+    assert relative(hidden.grad, answer(case, torch.ones(19)).dx) < 1e-5
+    same, again = linear_logps(
+        case.hidden, case.weight, case.targets, cu_seqlens, behavior_hidden=case.hidden.clone(), backend=backend
+    )
+    assert torch.equal(same, again)
+    assert torch.equal(same, logps.detach())
+
+
+@pytest.mark.parametrize("backend", PLANS)
+def test_chunks_of_plan_a_and_row_blocks_of_plan_b_join(backend, monkeypatch):
+    from bpo_fast_kernels import torch_backend
+
+    monkeypatch.setattr(torch_backend, "TILE_ROWS", 16)
+    case = random_case(40, 8, 70)
+    engine = pick_backend(backend, torch.device("cpu"))
+    monkeypatch.setattr(type(engine), "chunk_bytes", 16 * 70 * 4)
+    logps, dx, _, coefs = run(case, backend, "fused", True)
+    want = answer(case, coefs)
+    assert float((logps - want.logps).abs().max()) < 1e-5
+    assert relative(dx, want.dx) < 1e-5
+
+
+@pytest.mark.parametrize("backend", PLANS)
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "slic"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_training_step(backend, loss, frozen):
+    case, cu_seqlens = random_case(37, 16, 90, spread=2.0), offsets([5, 0, 12, 9, 3, 8])
+    ref = linear_logps(case.hidden, case.weight, case.targets, cu_seqlens, backend="torch") + torch.randn(6)
+    grads = []
+    for name in (backend, "torch"):
+        hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(not frozen)
+        scalar, parts = linear_pair_loss(
+            hidden, weight, case.targets, cu_seqlens, ref, loss=loss, budget_bytes=1, backend=name
+        )
+        scalar.backward()
+        grads.append((scalar.detach(), parts.margins, hidden.grad, weight.grad))
+    assert torch.allclose(grads[0][0], grads[1][0], rtol=1e-4)
+    assert torch.allclose(grads[0][1], grads[1][1], atol=1e-4)
+    assert relative(grads[0][2], grads[1][2].double()) < 1e-4
+    assert frozen or relative(grads[0][3], grads[1][3].double()) < 1e-4
+    _, parts = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, None, loss=loss, backend=backend)
+    assert parts.margins.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("backend", PLANS)
+def test_three_runs_give_the_same_bits_and_modes_agree(backend):
+    case, runs = random_case(30, 16, 130), []
+    for mode in ("store", "store", "store", "recompute"):
+        hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        logps = linear_token_logps(hidden, weight, case.targets, mode=mode, backend=backend)
+        logps.sum().backward()
+        runs.append((logps.detach(), hidden.grad, weight.grad))
+    for again in runs[1:3]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+    forward = linear_token_logps(case.hidden, case.weight, case.targets, backend=backend)
+    assert torch.equal(runs[3][0], forward)
+    assert torch.equal(runs[0][0], forward)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "slic"])
+@pytest.mark.parametrize("pairs", [0, 1, 127, 128, 129])
+def test_pair_loss(loss, pairs):
+    policy, ref = 30 * torch.randn(2 * pairs) - 90, 30 * torch.randn(2 * pairs) - 90
+    lengths = torch.randint(0, 50, (2 * pairs,), dtype=torch.int32)
+    smoothing = 0.1 if loss == "dpo" else 0.0
+    options = {"loss": loss, "label_smoothing": smoothing}
+    mine, naive = policy.clone().requires_grad_(), policy.double().requires_grad_()
+    got = pair_loss(mine, ref, backend="triton", lengths=lengths, **options)
+    want, margins = pair_loss_reference(naive, ref.double(), lengths=lengths.clamp(min=1), **options)
+    assert torch.allclose(got.loss.double(), want, rtol=3e-5, atol=1e-5)
+    assert torch.allclose(got.margins.double(), margins, rtol=1e-5, atol=1e-4)
+    got.loss.sum().backward()
+    want.sum().backward()
+    assert torch.allclose(mine.grad.double(), naive.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_no_rows():
+    for backend in PLANS:
+        hidden = torch.zeros(0, 8, requires_grad=True)
+        logps = linear_logps(
+            hidden, torch.randn(11, 8), torch.zeros(0, dtype=torch.int64), offsets([0, 0]), backend=backend
+        )
+        logps.sum().backward()
+        assert logps.tolist() == [0.0, 0.0]

@@ -1,0 +1,110 @@
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bpo_fast_kernels import backends, build, linear_token_logps
+from bpo_fast_kernels.native_backend import NativeBackend
+from cases import random_case
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache folder, and pickers that have not chosen yet."""
+    monkeypatch.setenv("BPO_FAST_CACHE", str(tmp_path / "cache"))
+    pickers = (backends._native_cpu, backends._auto_cpu, build.load_library)
+    for picker in pickers:
+        picker.cache_clear()
+    yield tmp_path / "cache"
+    for picker in pickers:
+        picker.cache_clear()
+
+
+def test_the_library_is_built_once_and_found_again(fresh):
+    NativeBackend()
+    (library,) = fresh.iterdir()
+    built = library.stat().st_mtime_ns
+    build.load_library.cache_clear()
+    NativeBackend()
+    assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [built]
+
+
+def test_other_flags_make_another_library(fresh, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(build, "_compile", lambda command, target: compiled.append(target.name))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    for flags in (("g++", "-O3"), ("g++", "-O2")):
+        build.load_library("ops_cpu.cpp", flags, ())
+    assert len(set(compiled)) == 2
+
+
+def test_without_a_compiler_auto_says_so_once_and_runs_on_pytorch(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.delenv("CXX", raising=False)
+    case = random_case(6, 4, 9)
+    with caplog.at_level(logging.WARNING, "bpo_fast_kernels"):
+        got = [linear_token_logps(case.hidden, case.weight, case.targets) for _ in range(2)]
+    assert torch.equal(got[0], linear_token_logps(case.hidden, case.weight, case.targets, backend="torch"))
+    assert torch.equal(got[0], got[1])
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "no C++ compiler found" in message
+    assert "\n" not in message
+
+
+def test_without_a_compiler_native_is_refused(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    case = random_case(6, 4, 9)
+    with pytest.raises(ValueError, match=r"^backend = 'native': CXX=/no/such/compiler is not a program$"):
+        linear_token_logps(case.hidden, case.weight, case.targets, backend="native")
+
+
+def test_a_failed_build_names_the_error_and_leaves_nothing(fresh):
+    with pytest.raises(build.NativeUnavailable, match=r"could not compile csrc: .*error") as caught:
+        build.load_library("ops_cpu.cpp", (build.find_cxx(), "-shared", "-fPIC", "-std=c++98"), ())
+    assert "\n" not in str(caught.value)
+    assert not list(fresh.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_named(fresh, monkeypatch):
+    fresh.write_text("a file where the folder should be")
+    with pytest.raises(build.NativeUnavailable, match="cannot write to the cache folder"):
+        NativeBackend()
+
+
+@pytest.mark.parametrize(
+    "flags", [["-mavx2", "-mfma", "-mno-avx512f"], ["-mno-avx", "-mno-avx512f"]], ids=["avx2", "sse2"]
+)
+def test_narrower_vectors_give_the_same_answers(tmp_path, flags):
+    """The tests of the native backend again in a process whose library is built for an older processor."""
+    if os.uname().machine != "x86_64":
+        pytest.skip("flags of x86-64")
+    wrapper = tmp_path / "older-g++"
+    wrapper.write_text(f'#!/bin/sh\nexec {build.find_cxx()} "$@" -march=x86-64-v2 {" ".join(flags)}\n')
+    wrapper.chmod(0o755)
+    env = os.environ | {"CXX": str(wrapper), "BPO_FAST_CACHE": str(tmp_path / "cache")}
+    tests = Path(__file__).with_name("test_linear_logps.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "native", str(tests)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_cuda_sources_compile(tmp_path, arch):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    root = Path(torch.__file__).parent / "include"
+    command = [part for part in build.nvcc_command(arch) if part != "-shared"]
+    for source in sorted(build.source_dir().glob("*.cu")):
+        target = tmp_path / f"{source.stem}.cubin"
+        done = subprocess.run(
+            [*command, "-cubin", "-Xptxas=-v", f"-I{root}", str(source), "-o", str(target)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert target.stat().st_size > 0
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr

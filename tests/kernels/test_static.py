@@ -1,0 +1,68 @@
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bpo_fast_kernels.static import ARCHS, BUDGETS, over_budget
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What the compiler made for every architecture, two at a time, each in a process of its own.
+
+    The interpreter and the compiler cannot share a process.
+    """
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+
+    def compile_for(arch: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "bpo_fast_kernels.static", str(arch)]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ARCHS, pool.map(compile_for, ARCHS), strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compiled_kernels_keep_their_budget(arch, compiled):
+    done = compiled[arch]
+    assert done.stdout, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert report["faults"] == []
+    assert done.returncode == 0
+    assert set(report["kernels"]) == set(json.loads(BUDGETS.read_text())[str(arch)])
+
+
+@pytest.mark.parametrize(
+    ("arch", "mma", "load"),
+    [
+        (80, "HMMA.16816.F32.BF16", "LDGSTS"),
+        (89, "HMMA.16816.F32.BF16", "LDGSTS"),
+        (90, "HGMMA.64x256x16.F32.BF16", "UTMALDG"),
+        (100, "tcgen05.mma", "UTMALDG"),
+    ],
+)
+def test_budgets_demand_no_spills_and_the_right_instructions(arch, mma, load):
+    budget = json.loads(BUDGETS.read_text())[str(arch)]
+    assert all(row["spills"] == row["stack"] == 0 for row in budget.values())
+    main = budget["exp_gemm"]["instructions"]
+    assert mma in main
+    assert any(one.startswith(load) for one in main)
+
+
+def test_what_is_over_budget_is_named():
+    budget = {"registers": 100, "stack": 0, "spills": 0, "shared": 200_000, "instructions": ["HMMA"]}
+    got = {"registers": 101, "stack": 8, "spills": 2, "shared": 200_000, "instructions": []}
+    faults = over_budget("k", got, budget, 80)
+    assert faults == [
+        "k: registers 101 > 100",
+        "k: stack 8 > 0",
+        "k: spills 2 > 0",
+        "k: 200000 bytes of shared memory do not fit sm_80",
+        "k: no HMMA",
+    ]
