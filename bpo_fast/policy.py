@@ -282,16 +282,21 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedMod
         raise ValueError(f"model.path = {path}: not a model folder (no config.json)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below
             **options,
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"model.path = {path}: {reason}") from None
+    drawn = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if drawn:  # at random, by transformers
+        raise ValueError(f"model.path = {path}: {len(drawn)} weights are not there or do not fit, such as {drawn[0]}")
     return model.eval(), tokenizer
 
 

@@ -98,7 +98,8 @@ def tiny_args(tiny_model_dir, tiny_data) -> list[str]:
 
 def run_cli(args, cwd: Path, env: dict[str, str] | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
     """Runs `python -m bpo_fast ARGS` in `cwd`; `toy_annotator` can be imported there."""
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     return subprocess.run(
         [sys.executable, "-m", "bpo_fast", *map(str, args)],
         cwd=cwd,

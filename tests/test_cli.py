@@ -1,0 +1,376 @@
+"""The command line as a user runs it; what needs no process of its own is called in this one."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from conftest import question, run_cli, write_rows
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from bpo_fast.cli import app
+from bpo_fast.config import KNOBS, load
+from bpo_fast.pairs import read_pairs
+
+COMMANDS = ("train", "knobs", "doctor", "report", "export", "sample", "sft", "reward")
+
+
+def call(*args):
+    """A command in this process: (exit code, standard output, standard error)."""
+    done = CliRunner().invoke(app, [str(a) for a in args], env={"COLUMNS": "200", "TERM": "dumb"})
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_args):
+    """A run made by the real command: (its process, its folder)."""
+    folder = tmp_path_factory.mktemp("cli")
+    done = run_cli([*tiny_args, "--out", "runs/first"], folder)
+    assert done.returncode == 0, done.stderr
+    return done, folder / "runs" / "first"
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def files_below(folder):
+    return {str(p.relative_to(folder)) for p in Path(folder).rglob("*")}
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys\nfrom bpo_fast.cli import app\n"
+        "for c in sys.argv[1:]:\n    app(c.split() + ['--help'], standalone_mode=False)\n"
+        "print('loaded:', [m for m in ('torch', 'transformers', 'numpy', 'vllm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "", *COMMANDS], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+    for command in COMMANDS:
+        assert re.search(rf"Usage: .*{command}", done.stdout)
+
+
+def test_help_names_every_daily_flag():
+    flags = (
+        "--task --model --data --eval-data --annotator --judge --loss --ref --phases --pairs --members --lora-r --full "
+        "--lr --beta --batch-pairs --max-prompt-tokens --max-new-tokens --seed --engine --device --out --config --set "
+        "--resume --from-pairs --dry-run --report-to"
+    )
+    code, text, _ = call("train", "--help")
+    assert code == 0
+    assert [f for f in flags.split() if not re.search(rf"(?<![\w-]){f}\b", text)] == []
+
+
+def test_no_arguments_show_the_help():
+    code, out, err = call()
+    assert code == 2
+    assert "train" in out + err
+
+
+def test_knobs_lists_every_knob_with_its_default():
+    code, text, _ = call("knobs")
+    assert code == 0
+    shown = dict(line.split(" = ", 1) for line in text.splitlines() if not line.startswith(" "))
+    assert set(shown) == set(KNOBS)
+    assert shown["method.beta"] == "0.1"
+    assert "[dpo|ipo|slic]" in text
+
+
+def test_doctor_says_what_there_is():
+    code, text, _ = call("doctor")
+    assert code == 0
+    assert torch.__version__.partition("+")[0] in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("bpo-fast tr", "train"), ("bpo-fast train --max-n", "--max-new-tokens")]
+)
+def test_completion_of_the_shell(words, expected, tmp_path):
+    env = {"_BPO_FAST_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert run_cli([], tmp_path, env).stdout.split() == [expected]
+
+
+def test_the_completion_script_is_shown(tmp_path):
+    python, env = sys.executable, os.environ | {"SHELL": "/bin/bash"}
+    done = subprocess.run(
+        ["bash", "-c", f"{python} -m bpo_fast --show-completion; exit $?"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert "_BPO_FAST_COMPLETE=complete_bash" in done.stdout
+
+
+def test_train_writes_every_file_of_the_run_folder(trained):
+    _, run = trained
+    assert [p.name for p in sorted(run.iterdir())] == [
+        "checkpoint-3",
+        "checkpoint-6",
+        "config.toml",
+        "env.json",
+        "eval.jsonl",
+        "metrics.jsonl",
+        "pairs",
+        "report.html",
+        "summary.json",
+    ]
+    assert [p.name for p in sorted((run / "pairs").iterdir())] == ["phase-00.jsonl", "phase-01.jsonl"]
+    for checkpoint in (run / "checkpoint-3", run / "checkpoint-6"):
+        assert {
+            "COMPLETE",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "optimizer.safetensors",
+            "tokenizer.json",
+            "trainer_state.json",
+        } <= {p.name for p in checkpoint.iterdir()}
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_train_talks_on_stderr_and_ends_with_the_table_on_stdout(trained):
+    done, _ = trained
+    for words in (
+        "win rate, letters",
+        "mean score, letters",
+        "KL to the start",
+        "distinct-2",
+        "report: runs/first/report.html",
+    ):
+        assert words in done.stdout
+    assert done.stdout.count("Assistant:") >= 3, "completions that a person can read"
+    assert "phase 2" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "Warning" not in done.stderr
+
+
+def test_the_resolved_settings_are_written(trained, tiny_model_dir):
+    _, run = trained
+    tree = tomllib.loads((run / "config.toml").read_text())
+    assert tree["task"] == "helpfulness"
+    assert tree["model"]["path"] == str(tiny_model_dir)
+    assert tree["model"]["lora_alpha"] == 8.0
+    assert tree["data"]["max_prompt_length"] == 64
+    assert tree["method"]["pairs"] == 24
+    assert tree["run"]["output_dir"] == "runs/first"
+    assert load(run / "config.toml").optim.learning_rate == 1e-3
+    env = json.loads((run / "env.json").read_text())
+    assert "--annotator toy_annotator:letters" in env["command"]
+
+
+def test_every_prompt_is_sampled_once_and_every_pair_is_stored(trained):
+    _, run = trained
+    phases = [read_pairs(run / "pairs" / f"phase-0{f}.jsonl") for f in range(2)]
+    ids = [p.prompt.id for phase in phases for p in phase.pairs]
+    assert len(ids) == len(set(ids)) == 24
+    for phase, version in zip(phases, (0, 3), strict=True):
+        assert phase.policy_version == version
+        assert phase.scored
+        for pair in phase.pairs:
+            assert pair.chosen_score > pair.rejected_score
+            assert pair.chosen.policy_version == pair.rejected.policy_version == version
+            assert {pair.chosen.sample_id, pair.rejected.sample_id} == {0, 1}
+            assert pair.ref_logps is not None
+
+
+def test_the_metrics_and_the_summary_agree(trained):
+    _, run = trained
+    lines, summary = lines_of(run / "metrics.jsonl"), json.loads((run / "summary.json").read_text())
+    assert [(m["kind"], m["step"]) for m in lines] == [
+        ("eval", 0),
+        *[("step", s) for s in (1, 2, 3)],
+        ("phase", 3),
+        *[("step", s) for s in (4, 5, 6)],
+        ("phase", 6),
+        ("eval", 6),
+    ]
+    rows = lines_of(run / "eval.jsonl")
+    assert [(r["when"], r["step"]) for r in rows] == [("before", 0)] * 6 + [("after", 6)] * 6
+    for when, line in (("before", lines[0]), ("after", lines[-1])):
+        mine = [r for r in rows if r["when"] == when]
+        wins = sum(r["scores"]["letters"] > r["label_scores"]["letters"] for r in mine) / 6
+        assert summary[when]["win_rate"]["letters"] == line["eval/win_rate/letters"] == wins
+        assert summary[when]["score"]["letters"] == pytest.approx(sum(r["scores"]["letters"] for r in mine) / 6)
+    assert summary["pairs"]["kept"] == 24
+    assert summary["steps"] == 6
+
+
+def test_report_is_written_anew(trained):
+    _, run = trained
+    before = (run / "report.html").read_bytes()
+    (run / "report.html").unlink()
+    code, out, _ = call("report", run)
+    assert (code, out.strip()) == (0, str(run / "report.html"))
+    assert (run / "report.html").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
+def test_an_exported_model_is_that_of_peft_and_loads_alone(trained, tmp_path, tiny_model_dir):
+    _, run = trained
+    code, out, _ = call("export", run, "--out", tmp_path / "merged")
+    assert (code, out.strip()) == (0, str(tmp_path / "merged"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(base.state_dict()) - {"lm_head.weight"} | (set(file.keys()) & {"lm_head.weight"})
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")(question(3), return_tensors="pt").input_ids
+    plain = base(ids).logits
+    adapted = peft.PeftModel.from_pretrained(base, run / "checkpoint-6")
+    assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-4)
+    assert not torch.allclose(merged(ids).logits, plain, atol=1e-3), "training changed the model"
+
+
+def test_one_checkpoint_is_exported_by_its_folder(trained, tmp_path):
+    _, run = trained
+    assert call("export", run / "checkpoint-3", "--out", tmp_path / "third")[0] == 0
+    assert call("export", run / "checkpoint-6", "--out", tmp_path / "sixth")[0] == 0
+    third, sixth = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / n).model.layers[0].mlp.up_proj.weight
+        for n in ("third", "sixth")
+    )
+    assert not torch.equal(third, sixth)
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "message"),
+    [
+        ("{run}", "{run}", "--out {run}: exists already"),
+        ("{run}/checkpoint-4", "new", "checkpoint-4: no complete checkpoint there"),
+        ("{run}/pairs", "new", "{run}/pairs: no run there (no config.toml)"),
+    ],
+)
+def test_bad_exports_are_named(source, out, message, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"run": str(trained[1])}
+    code, _, err = call("export", source.format(**names), "--out", out.format(**names))
+    assert code == 2
+    assert message.format(**names) in err
+    assert err.startswith("error: ")
+    assert files_below(tmp_path) == set()
+
+
+def test_a_finished_run_is_not_run_again(trained):
+    _, run = trained
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    code, _, err = call("train", "--resume", run)
+    assert code == 0
+    assert "this run has finished" in err
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_settings_of_a_resumed_run_must_be_its_own(trained):
+    code, _, err = call("train", "--resume", trained[1], "--beta", "0.3")
+    assert code == 2
+    assert "error: method.beta = 0.3: the run to resume has 0.1" in err
+
+
+def test_a_dry_run_writes_nothing(tiny_args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(*tiny_args, "--out", "new", "--dry-run")
+    assert code == 0
+    assert "24 pairs, 6 steps, 2 phases" in err
+    assert "evaluation data: 16 prompts of 16 rows" in err
+    assert files_below(tmp_path) == set()
+
+
+def test_training_data_alone_is_not_evaluated_on_other_data(tiny_args, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    at = tiny_args.index("--eval-data")
+    code, _, err = call(*tiny_args[:at], *tiny_args[at + 2 :], "--dry-run")
+    assert code == 0
+    assert "evaluation: no held-out data (--eval-data)" in err
+
+
+def test_recorded_pairs_are_replayed(trained, tiny_args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(*tiny_args, "--out", "again", "--from-pairs", trained[1], "--phases", "1")
+    assert code == 0, err
+    assert "sampling: 0/" not in err
+    first = [p for f in range(2) for p in read_pairs(trained[1] / "pairs" / f"phase-0{f}.jsonl").pairs]
+    again = read_pairs(tmp_path / "again" / "pairs" / "phase-00.jsonl")
+    assert [(p.prompt, p.chosen, p.rejected) for p in again.pairs] == [(p.prompt, p.chosen, p.rejected) for p in first]
+    steps = [m for m in lines_of(tmp_path / "again" / "metrics.jsonl") if m["kind"] == "step"]
+    firsts = [m for m in lines_of(trained[1] / "metrics.jsonl") if m["kind"] == "step"]
+    assert [m["loss"] for m in steps[:3]] == [m["loss"] for m in firsts[:3]], "the first phase is the same offline"
+    assert json.loads((tmp_path / "again" / "summary.json").read_text())["pairs"]["kept"] == 24
+
+
+def test_preference_rows_are_trained_on_without_an_annotator(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": question(i), "chosen": f"Do {i}.", "rejected": "No idea."} for i in range(12)]
+    args = [
+        "train",
+        "--model",
+        tiny_model_dir,
+        "--from-pairs",
+        write_rows(tmp_path / "prefs.jsonl", rows),
+        "--out",
+        "run",
+    ]
+    code, _, err = call(*args, "--batch-pairs", "4", "--lora-r", "2", "--phases", "1", "--max-new-tokens", "8")
+    assert code == 0, err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["pairs"]["kept"], summary["before"]) == (3, 12, {})
+
+
+def test_pairs_of_a_larger_vocabulary_are_named(trained, tiny_args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "phase-00.jsonl"
+    shutil.copy(trained[1] / "pairs" / "phase-00.jsonl", path)
+    header, first, *rest = path.read_text().splitlines()
+    row = json.loads(first)
+    row["rejected"]["ids"][0] = 320
+    path.write_text("\n".join([header, json.dumps(row), *rest]) + "\n")
+    code, _, err = call(*tiny_args, "--out", "new", "--from-pairs", path)
+    assert code == 2
+    assert f"token id 320 of prompt {row['prompt']['id']}: the model has 320 rows" in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_config_file_is_weaker_than_set_and_set_than_flags(tiny_args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text("[method]\nbeta = 0.5\nphases = 3\n[run]\nseed = 7\n")
+    files = ("--config", "run.toml", "--set", "run.seed=8", "--set", "method.pairs=4", "--set", "eval.prompts=0")
+    code, _, err = call(*tiny_args, *files, "--phases", "2", "--pairs", "8", "--out", "new")
+    assert code == 0, err
+    config = load(tmp_path / "new" / "config.toml")
+    assert (config.method.beta, config.method.phases, config.run.seed, config.method.pairs) == (0.5, 2, 8, 8)
+
+
+def test_sample_writes_a_row_a_completion(tiny_model_dir, tiny_data, tmp_path):
+    args = (
+        "--model",
+        tiny_model_dir,
+        "--data",
+        f"{tiny_data.eval}[:4]",
+        "--max-new-tokens",
+        "5",
+        "--device",
+        "cpu",
+        "--engine",
+        "hf",
+    )
+    code, out, _ = call("sample", *args, "--n", "3", "--out", tmp_path / "s.jsonl")
+    assert (code, out.strip()) == (0, str(tmp_path / "s.jsonl"))
+    rows = lines_of(tmp_path / "s.jsonl")
+    assert [r["prompt"] for r in rows] == [question(i) + " Assistant:" for i in range(64, 68) for _ in range(3)]
+    assert len({r["completion"] for r in rows}) > 4
+    call("sample", *args, "--temperature", "0", "--out", tmp_path / "greedy.jsonl")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    for row in lines_of(tmp_path / "greedy.jsonl"):
+        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
+        own = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+        assert row["completion"] == tokenizer.decode(own, skip_special_tokens=True).strip()
