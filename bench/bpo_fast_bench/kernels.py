@@ -1,0 +1,322 @@
+"""`bpo-fast bench kernels`: the fused operators against plain PyTorch and their peers, correctness first.
+
+`python -m bpo_fast_bench.kernels --help` runs the same without the command line of the package.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from bpo_fast_bench.kernels_impls import (
+    Implementation,
+    Inputs,
+    Outcome,
+    Problem,
+    answer,
+    errors,
+    implementations,
+    make_inputs,
+)
+
+OPS = ("forward", "step", "pair_loss")
+OUR_BACKENDS = ("native", "torch", "triton", "triton-gemm")
+# Ours must keep the promise of the operators. Peers only have to compute the same thing: their errors are reported.
+OUR_GATE = {"value": 1e-4, "dx": 4e-3, "dw": 4e-3}
+PEER_GATE = {"value": 3e-2, "dx": 5e-2, "dw": 5e-2}
+CPU_SHAPES = ((1024, 256, 32000), (1024, 1024, 32000))
+GPU_SHAPES = ((4096, 2048, 128256), (4096, 4096, 128256))
+QUICK_SHAPES = ((128, 64, 4000),)
+
+
+@dataclass(frozen=True)
+class KernelBench:
+    """What to measure.
+
+    Attributes:
+        ops: of "forward", "step", "pair_loss".
+        heads: of "frozen", "trained"; for "step".
+        shapes: (rows, hidden, vocabulary) each; the device's own list if empty.
+        peers: of "compile", "liger", "cce"; only on a GPU and only where importable.
+        data: "peaked" or "gauss".
+        pairs: pairs of "forward" and "step".
+        json_path: where the measurements go.
+        plot_path: figure without its suffix; PNG and SVG are written.
+        static: also compile every Triton kernel ahead of time and record its figures.
+        quick: one small shape and few samples: a check of the bench, not a measurement.
+    """
+
+    ops: tuple[str, ...] = OPS
+    heads: tuple[str, ...] = ("frozen", "trained")
+    shapes: tuple[tuple[int, int, int], ...] = ()
+    peers: tuple[str, ...] = ("compile", "liger", "cce")
+    data: str = "peaked"
+    pairs: int = 8
+    json_path: Path | None = None
+    plot_path: Path | None = None
+    static: bool = False
+    quick: bool = False
+
+
+def run(options: KernelBench) -> dict[str, Any]:
+    """Measure, write what was asked for, and return the record.
+
+    Raises:
+        ValueError: an option outside its choices.
+    """
+    check(options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    record: dict[str, Any] = {"environment": environment(device), "options": printable(options), "problems": []}
+    for problem in problems(options, device):
+        record["problems"].append(measure(problem, device, options))
+    if options.static:
+        record["static"] = static_figures()
+    if options.json_path:
+        options.json_path.parent.mkdir(parents=True, exist_ok=True)
+        options.json_path.write_text(json.dumps(record, indent=1) + "\n")
+    if options.plot_path:
+        from bpo_fast_bench.kernels_plot import plot
+
+        plot(record, options.plot_path)
+    return record
+
+
+def check(options: KernelBench) -> None:
+    """Refuse what the options do not offer."""
+    choices = {"ops": OPS, "heads": ("frozen", "trained"), "peers": ("compile", "liger", "cce")}
+    for name, allowed in choices.items():
+        for value in getattr(options, name):
+            if value not in allowed:
+                raise ValueError(f"bench.kernels.{name} = {value!r}: expected some of {', '.join(allowed)}")
+    if options.data not in ("peaked", "gauss"):
+        raise ValueError(f"bench.kernels.data = {options.data!r}: expected peaked or gauss")
+    for shape in options.shapes:
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"bench.kernels.shapes = {shape}: expected rows x hidden x vocabulary, each at least 1")
+    if options.pairs < 1:
+        raise ValueError(f"bench.kernels.pairs = {options.pairs}: expected at least 1")
+
+
+def problems(options: KernelBench, device: torch.device) -> list[Problem]:
+    """The questions, one an operation, head and shape."""
+    default = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
+    shapes = options.shapes or (QUICK_SHAPES if options.quick else default)
+    out = []
+    for op in options.ops:
+        if op == "pair_loss":
+            out.append(Problem(op, "frozen", 4 * 4096, 1, 2, 256 if options.quick else 4096, options.data))
+            continue
+        for shape in shapes:
+            heads = options.heads if op == "step" else ("frozen",)
+            out += [Problem(op, head, *shape, options.pairs, options.data) for head in heads]
+    return out
+
+
+def measure(problem: Problem, device: torch.device, options: KernelBench) -> dict[str, Any]:
+    """Gate, then time and weigh the implementations of one problem."""
+    gpu = device.type == "cuda"
+    sets = make_inputs(problem, device, torch.bfloat16 if gpu else torch.float32, 3)
+    want, lengths = answer(problem, sets[0]), sets[0].cu_seqlens.diff()
+    rows, passed = {}, {}
+    for name, call in implementations(problem, device, options.peers).items():
+        rows[name] = gate(name, call, sets[0], want, lengths)
+        if rows[name]["passed"]:
+            passed[name] = call
+    del want
+    warmups, rounds = (1, 2) if options.quick else (25, 15) if gpu else (2, 5)
+    for name, samples in interleave(passed, sets, device, warmups, rounds).items():
+        low, *_, high = quantiles(samples, n=5)
+        seconds = median(samples)
+        rows[name] |= {"seconds": seconds, "p20": low, "p80": high, "samples": len(samples)}
+        rows[name]["effective_tflops"] = problem.min_flop() / seconds / 1e12
+    for name, call in passed.items():
+        rows[name]["extra_mib"] = extra_mib(call, sets[0], device)
+    for row in rows.values():
+        if "seconds" in row:
+            row["against_eager"] = against(rows["eager"], row)
+    return {"problem": asdict(problem), "label": problem.label(), "implementations": rows}
+
+
+def gate(name: str, call: Implementation, inputs: Inputs, want: Outcome, lengths: torch.Tensor) -> dict[str, Any]:
+    """Errors against float64; an implementation past its limits gets no time."""
+    if name == "mm":
+        return {"passed": True}
+    limits, found = OUR_GATE if name in OUR_BACKENDS else PEER_GATE, errors(call(inputs), want, lengths)
+    if len(lengths) != len(want.values):
+        # A pair loss sums the errors of all tokens of two sequences.
+        limits = limits | {"value": limits["value"] * float(lengths.max()) * 2}
+    return {"errors": found, "passed": all(found[key] <= limits[key] for key in found)}
+
+
+def interleave(
+    calls: dict[str, Implementation], sets: list[Inputs], device: torch.device, warmups: int, rounds: int
+) -> dict[str, list[float]]:
+    """Times in seconds: A B C C B A a round, another input set every call."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(warmups):
+        for call in calls.values():
+            call(sets[i % len(sets)])
+    order = [*calls, *reversed(calls)]
+    for i in range(rounds):
+        for name in order:
+            inputs = sets[(i + len(samples[name])) % len(sets)]
+            samples[name].append(timed(calls[name], inputs, device))
+    return samples
+
+
+def timed(call: Implementation, inputs: Inputs, device: torch.device) -> float:
+    """Seconds of one call: events on a GPU, the clock on a CPU."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call(inputs)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begun = time.perf_counter()
+    call(inputs)
+    return time.perf_counter() - begun
+
+
+def extra_mib(call: Implementation, inputs: Inputs, device: torch.device) -> float:
+    """Peak memory above the inputs and above the gradients that every implementation must return."""
+    outcome = call(inputs)
+    returned = sum(t.nbytes for t in (outcome.dx, outcome.dw) if t is not None)
+    del outcome
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(inputs)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before - returned) / 2**20
+    # Free pages go back to the system first, else the peak could hide in them; "5" resets the kernel's peak counter.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    call(inputs)
+    return _resident("VmHWM") - before - returned / 2**20
+
+
+def _resident(field: str) -> float:
+    """MiB from the kernel's accounts of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def against(eager: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """How many times faster and leaner than eager; a speed-up counts only where the p20 to p80 intervals are apart."""
+    apart = row["p80"] < eager["p20"] or row["p20"] > eager["p80"]
+    return {
+        "speedup": eager["seconds"] / row["seconds"],
+        "apart": apart,
+        "memory": eager["extra_mib"] / max(row["extra_mib"], 0.1),
+    }
+
+
+def static_figures() -> dict[str, Any]:
+    """Ahead-of-time figures of every Triton kernel, an architecture a process."""
+    out = {}
+    for arch in (80, 89, 90, 100):
+        command = [sys.executable, "-W", "ignore", "-m", "bpo_fast_kernels.static", str(arch)]
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        out[str(arch)] = json.loads(subprocess.run(command, env=env, capture_output=True, text=True).stdout)
+    return out
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where and with what the figures were taken."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True).stdout.strip()
+    out = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit or "unknown", "cpu": cpu}
+    out |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    if device.type == "cuda":
+        query = [
+            "nvidia-smi",
+            "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit",
+            "--format=csv,noheader",
+        ]
+        out["gpu"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return out
+
+
+def printable(options: KernelBench) -> dict[str, Any]:
+    """The options as JSON can hold them, output paths left out."""
+    return asdict(replace(options, json_path=None, plot_path=None))
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as lines of text."""
+    lines = []
+    for problem in record["problems"]:
+        lines.append(problem["label"])
+        head = ("", "ms", "p20", "p80", "TFLOP/s", "x eager", "extra MiB", "x leaner", "error")
+        lines.append("  {:<12}{:>10}{:>10}{:>10}{:>9}{:>9}{:>11}{:>10}{:>10}".format(*head))
+        for name, row in problem["implementations"].items():
+            worst = max(row.get("errors", {"": 0.0}).values())
+            if "seconds" not in row:
+                lines.append(f"  {name:<12} not timed: error {worst:.1e} against float64")
+                continue
+            ms = [1e3 * row[key] for key in ("seconds", "p20", "p80")]
+            ratio, blur = row["against_eager"], "" if row["against_eager"]["apart"] else "~"
+            cells = f"{row['effective_tflops']:>9.3f}{blur + format(ratio['speedup'], '.2f'):>9}"
+            memory = f"{row['extra_mib']:>11.1f}{ratio['memory']:>10.1f}"
+            lines.append(f"  {name:<12}{ms[0]:>10.3f}{ms[1]:>10.3f}{ms[2]:>10.3f}{cells}{memory}{worst:>10.1e}")
+    for arch, figures in record.get("static", {}).items():
+        worst = max(row["registers"] for row in figures["kernels"].values())
+        lines.append(
+            f"sm_{arch}: {len(figures['kernels'])} kernels, at most {worst} registers, faults: {figures['faults']}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The bench from the shell."""
+    parser = argparse.ArgumentParser(description="Time the fused operators against plain PyTorch and their peers.")
+    parser.add_argument("--op", action="append", choices=OPS, help="repeatable; all by default")
+    parser.add_argument("--head", action="append", choices=("frozen", "trained"), help="repeatable; both by default")
+    parser.add_argument("--shapes", action="append", default=[], help="TxHxV, repeatable, such as 1024x256x32000")
+    parser.add_argument("--data", default="peaked", choices=("peaked", "gauss"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="figure without suffix; PNG and SVG are written")
+    parser.add_argument("--static", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    options = KernelBench(
+        ops=tuple(given.op or OPS),
+        heads=tuple(given.head or ("frozen", "trained")),
+        shapes=tuple(parse_shape(text) for text in given.shapes),
+        data=given.data,
+        json_path=given.json,
+        plot_path=given.plot,
+        static=given.static,
+        quick=given.quick,
+    )
+    print(table(run(options)))
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """ "1024x256x32000" -> (1024, 256, 32000)."""
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        raise ValueError(
+            f"bench.kernels.shapes = {text!r}: expected rows x hidden x vocabulary, such as 1024x256x32000"
+        )
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""What `bench kernels` compares: input sets, float64 answers, and the implementations of every operation.
+
+Operations on T rows, H hidden, V vocabulary, P pairs: "forward" (sequence log-probs), "step" (pair loss from hidden
+states with gradients, head frozen or trained), "pair_loss" (losses and coefficients from sequence log-probs).
+"""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from bpo_fast_kernels import linear_logps, linear_pair_loss, pair_loss
+from bpo_fast_kernels.pair_loss import pair_loss_reference
+
+BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question for every implementation.
+
+    Attributes:
+        op: "forward", "step" or "pair_loss".
+        head: "frozen" or "trained"; matters to "step".
+        rows, width, vocab, pairs: T, H, V, P.
+        data: "peaked" (logit std 3, mean log-prob -0.4) or "gauss" (logit std 1, random targets).
+    """
+
+    op: str
+    head: str
+    rows: int
+    width: int
+    vocab: int
+    pairs: int
+    data: str
+
+    def min_flop(self) -> float:
+        """The least any implementation must compute."""
+        gemms = {"forward": 1, "step": 3 if self.head == "trained" else 2, "pair_loss": 0}[self.op]
+        return gemms * 2.0 * self.rows * self.width * self.vocab
+
+    def label(self) -> str:
+        """A short name for tables and plots."""
+        if self.op == "pair_loss":
+            return f"pair_loss P={self.pairs}"
+        head = f" {self.head}" if self.op == "step" else ""
+        return f"{self.op}{head} T={self.rows} H={self.width} V={self.vocab}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One input set; sets of a problem share the head."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor
+    ref_logps: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an implementation returns: sequence log-probs or pair losses, and gradients where the operation has them."""
+
+    values: torch.Tensor
+    dx: torch.Tensor | None = None
+    dw: torch.Tensor | None = None
+
+
+Implementation = Callable[[Inputs], Outcome]
+
+
+def make_inputs(problem: Problem, device: torch.device, dtype: torch.dtype, sets: int) -> list[Inputs]:
+    """Input sets with fixed seeds; sequences of unequal length, chosen first."""
+    generator = torch.Generator().manual_seed(0)
+    rows, width, vocab = problem.rows, problem.width, problem.vocab
+    weight = (torch.randn(vocab, width, generator=generator) / width**0.5).to(device, dtype)
+    weight.requires_grad_(problem.head == "trained")
+    cuts = torch.linspace(0, rows, 2 * problem.pairs + 1).round().int()
+    cuts[1:-1] += torch.randint(-3, 4, cuts[1:-1].shape, generator=generator, dtype=torch.int32)
+    cuts = cuts.clamp(0, rows).sort().values
+    out = []
+    for _ in range(sets):
+        targets = torch.randint(0, vocab, (rows,), generator=generator)
+        hidden = torch.randn(rows, width, generator=generator)
+        if problem.data == "peaked":
+            own = weight.detach().float().cpu()[targets]
+            own_norm = own.square().sum(1, keepdim=True)
+            level = math.log(vocab) + 4.5 + 0.71  # log sum exp of N(0, 9) logits, and 0.71 above it: p = 0.67
+            hidden = 3 * hidden - (3 * hidden * own).sum(1, keepdim=True) / own_norm * own + level * own / own_norm
+        ref = -0.4 * cuts.diff().float() + torch.randn(2 * problem.pairs, generator=generator)
+        moved = (hidden.to(device, dtype).requires_grad_(), weight, targets.to(device), cuts.to(device), ref.to(device))
+        out.append(Inputs(*moved))
+    return out
+
+
+def answer(problem: Problem, inputs: Inputs) -> Outcome:
+    """float64 on the very same inputs, 128 rows of logits at a time."""
+    if problem.op == "pair_loss":
+        return Outcome(pair_loss_reference(inputs.ref_logps.double(), torch.zeros_like(inputs.ref_logps).double())[0])
+    weight, lengths = inputs.weight.detach().double(), inputs.cu_seqlens.diff().long()
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    x, logps = inputs.hidden.detach().double(), []
+    for start in range(0, len(x), 128):
+        z = x[start : start + 128] @ weight.T
+        logps.append(z.gather(1, inputs.targets[start : start + 128, None]).squeeze(1) - z.logsumexp(1))
+    sums = torch.zeros(len(lengths), dtype=torch.float64, device=x.device).index_add_(0, owner, torch.cat(logps))
+    if problem.op == "forward":
+        return Outcome(sums)
+    leaf = sums.requires_grad_()
+    loss, _ = pair_loss_reference(leaf, inputs.ref_logps.double(), beta=BETA)
+    (loss.sum() / len(loss)).backward()
+    dx = torch.empty_like(x)
+    dw = torch.zeros_like(weight) if problem.head == "trained" else None
+    for start in range(0, len(x), 128):
+        cut = slice(start, start + 128)
+        g = torch.softmax(x[cut] @ weight.T, 1).neg_()
+        g[torch.arange(len(g), device=x.device), inputs.targets[cut]] += 1
+        g *= leaf.grad[owner[cut], None]
+        dx[cut] = g @ weight
+        if dw is not None:
+            dw += g.T @ x[cut]
+    return Outcome(loss.detach(), dx, dw)
+
+
+def errors(got: Outcome, want: Outcome, lengths: torch.Tensor) -> dict[str, float]:
+    """Largest error of a value a token, and relative Frobenius errors of the gradients."""
+    tokens = lengths.clamp(min=1).double() if len(lengths) == len(want.values) else 1.0
+    out = {"value": float(((got.values.double() - want.values).abs() / tokens).max())}
+    for name in ("dx", "dw"):
+        mine, right = getattr(got, name), getattr(want, name)
+        if right is not None:
+            out[name] = float((mine.double() - right).norm() / right.norm())
+    return out
+
+
+def _gradients(inputs: Inputs, loss: torch.Tensor, values: torch.Tensor) -> Outcome:
+    wanted = [t for t in (inputs.hidden, inputs.weight) if t.requires_grad]
+    grads = torch.autograd.grad(loss, wanted)
+    return Outcome(values.detach(), grads[0], grads[1] if len(grads) == 2 else None)
+
+
+def ours(problem: Problem, backend: str) -> Implementation:
+    """An operator of bpo_fast_kernels on one backend."""
+
+    def forward(inputs: Inputs) -> Outcome:
+        args = (inputs.hidden, inputs.weight, inputs.targets, inputs.cu_seqlens)
+        return Outcome(linear_logps(*args, mode="forward", backend=backend))
+
+    def step(inputs: Inputs) -> Outcome:
+        args = (inputs.hidden, inputs.weight, inputs.targets, inputs.cu_seqlens, inputs.ref_logps)
+        scalar, parts = linear_pair_loss(*args, beta=BETA, backend=backend)
+        return _gradients(inputs, scalar, parts.loss)
+
+    def pairs(inputs: Inputs) -> Outcome:
+        parts = pair_loss(inputs.ref_logps, torch.zeros_like(inputs.ref_logps), backend=backend)
+        return Outcome(parts.loss)
+
+    return {"forward": forward, "step": step, "pair_loss": pairs}[problem.op]
+
+
+def eager(problem: Problem, compiled: bool = False) -> Implementation:
+    """F.linear + log_softmax + gather, sequence sums, the loss, and autograd."""
+
+    def logps(hidden, weight, targets, owner, count: int) -> torch.Tensor:
+        tokens = F.log_softmax(F.linear(hidden, weight).float(), dim=-1).gather(1, targets[:, None]).squeeze(1)
+        return tokens.new_zeros(count).index_add(0, owner, tokens)
+
+    scores = torch.compile(logps) if compiled else logps
+
+    def call(inputs: Inputs) -> torch.Tensor:
+        lengths = inputs.cu_seqlens.diff().long()
+        ids = torch.arange(len(lengths), device=lengths.device)
+        owner = torch.repeat_interleave(ids, lengths, output_size=len(inputs.hidden))
+        return scores(inputs.hidden, inputs.weight, inputs.targets, owner, len(lengths))
+
+    def forward(inputs: Inputs) -> Outcome:
+        with torch.no_grad():
+            return Outcome(call(inputs))
+
+    def step(inputs: Inputs) -> Outcome:
+        values, _ = pair_loss_reference(call(inputs), inputs.ref_logps, beta=BETA)
+        return _gradients(inputs, values.sum() / len(values), values)
+
+    def pairs(inputs: Inputs) -> Outcome:
+        return Outcome(pair_loss_reference(inputs.ref_logps, torch.zeros_like(inputs.ref_logps))[0])
+
+    return {"forward": forward, "step": step, "pair_loss": pairs}[problem.op]
+
+
+def cut_cross_entropy(problem: Problem) -> Implementation:
+    """Apple's CCE: log-probs a token from its kernel, sums and loss in PyTorch."""
+    cce = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+
+    def call(inputs: Inputs) -> torch.Tensor:
+        tokens = -cce(inputs.hidden, inputs.weight, inputs.targets, reduction="none").float()
+        return torch.segment_reduce(tokens, "sum", lengths=inputs.cu_seqlens.diff().long())
+
+    def step(inputs: Inputs) -> Outcome:
+        values, _ = pair_loss_reference(call(inputs), inputs.ref_logps, beta=BETA)
+        return _gradients(inputs, values.sum() / len(values), values)
+
+    return {"forward": lambda inputs: Outcome(call(inputs).detach()), "step": step}[problem.op]
+
+
+def liger(problem: Problem) -> Implementation:
+    """Liger's fused linear cross entropy a token (recomputing scheme), sums and loss in PyTorch."""
+    module = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
+    function = module.LigerFusedLinearCrossEntropyFunction
+
+    def forward(inputs: Inputs) -> Outcome:
+        args = (inputs.hidden.detach(), inputs.weight.detach(), inputs.targets, None, None, -100, 0.0, 0.0, "none")
+        tokens = -function.apply(*args)[0].float()
+        return Outcome(torch.segment_reduce(tokens, "sum", lengths=inputs.cu_seqlens.diff().long()))
+
+    return {"forward": forward}[problem.op]
+
+
+def ceiling(problem: Problem) -> Implementation:
+    """The bare matrix products of the minimum FLOP, in the inputs' type."""
+
+    def call(inputs: Inputs) -> Outcome:
+        x, w = inputs.hidden.detach(), inputs.weight.detach()
+        z = torch.mm(x, w.T)
+        if problem.op == "step":
+            torch.mm(z, w)
+            if problem.head == "trained":
+                torch.mm(z.T, x)
+        return Outcome(x)
+
+    return call
+
+
+def implementations(problem: Problem, device: torch.device, peers: tuple[str, ...]) -> dict[str, Implementation]:
+    """Ours, plain PyTorch, the ceiling, and the peers that exist here and offer the operation."""
+    gpu = device.type == "cuda"
+    out = {"eager": eager(problem)}
+    for backend in ("triton", "triton-gemm", "native") if gpu else ("native", "torch"):
+        if problem.op != "pair_loss" or backend in ("triton", "torch"):
+            out[backend] = ours(problem, backend)
+    if gpu and "compile" in peers:
+        out["compile"] = eager(problem, compiled=True)
+    makers = {"cce": cut_cross_entropy, "liger": liger}
+    ops = {"cce": ("forward", "step"), "liger": ("forward",)}
+    for name in peers if gpu else ():
+        if name in makers and problem.op in ops[name] and _importable(name):
+            out[name] = makers[name](problem)
+    if problem.op != "pair_loss":
+        out["mm"] = ceiling(problem)
+    return out
+
+
+def _importable(name: str) -> bool:
+    package = {"cce": "cut_cross_entropy", "liger": "liger_kernel"}[name]
+    return importlib.util.find_spec(package) is not None
