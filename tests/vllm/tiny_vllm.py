@@ -21,7 +21,7 @@ def save_model(folder: Path, config, tokenizer) -> Path:
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
-                parameter.normal_(0, 0.5 / parameter.shape[1] ** 0.5 if "embed" not in name else 0.3)
+                parameter.normal_(0, 0.3 if "embed" in name else 1.5 / parameter.shape[1] ** 0.5)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

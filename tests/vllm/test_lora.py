@@ -1,0 +1,67 @@
+"""The ensemble: merged into a second copy, or read in place; the trainer's arithmetic is that of engine hf."""
+
+import pytest
+import torch
+from tiny_vllm import greedy_by_transformers, prompts, train_a_little
+
+from bpo_fast.engine import SamplingParams
+
+NUM_NEW = 16
+
+
+@pytest.mark.parametrize("members", [1, 5])
+@pytest.mark.parametrize("merge", [True, False])
+def test_the_behavior_is_the_exact_average(llama_dir, learner, members, merge):
+    policy, engine = learner(llama_dir, model__members=members, sampling__merge_lora=merge)
+    questions = prompts(6)
+    engine.refresh(0)
+    base = [c[0].ids for c in sample(engine, questions, temperature=0.0)]
+    assert base == greedy_by_transformers(policy, questions, NUM_NEW)
+    train_a_little(policy)
+    addresses = {p.data_ptr() for p in policy.parameters()}
+    engine.refresh(4)
+    after = [c[0].ids for c in sample(engine, questions, temperature=0.0)]
+    assert after == greedy_by_transformers(policy, questions, NUM_NEW)
+    assert after != base
+    linears = {f"{n}.weight" for n in policy.lora.names}
+    num_bytes = sum(p.numel() * 4 for n, p in policy.model.named_parameters() if n in linears)
+    assert engine.last_refresh.bytes_copied == (num_bytes if merge else 0)
+    for name, parameter in policy.model.named_parameters():
+        shared = parameter.data_ptr() == engine._session.views[name].data_ptr()
+        assert shared == (not merge or name not in linears)
+    if not merge:
+        storages = [s.data_ptr() for layer in engine._session.module.modules() for s in storage(layer)]
+        assert addresses == set(storages)
+
+
+def storage(layer):
+    return [t for _, a, b in getattr(layer, "lora_parts", ()) for t in (a, b)]
+
+
+def sample(engine, questions, **params):
+    return engine.generate(questions, SamplingParams(NUM_NEW, **params), run_seed=1, policy_version=0)
+
+
+def test_training_is_bit_for_bit_that_of_engine_hf(llama_dir, learner):
+    by_hf, _ = learner(llama_dir, sampling__engine="hf", model__members=2)
+    live, engine = learner(llama_dir, model__members=2, sampling__merge_lora=False)
+    for policy in (by_hf, live):
+        train_a_little(policy)
+    engine.refresh(4)
+    for ours, theirs in zip(live.parameters(), by_hf.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    questions = prompts(8)
+    with by_hf.behavior():
+        assert [c[0].ids for c in sample(engine, questions, temperature=0.0)] == greedy_by_transformers(
+            by_hf, questions, NUM_NEW
+        )
+
+
+def test_some_targets_only(llama_dir, learner):
+    policy, engine = learner(llama_dir, model__lora_targets=["v_proj", "up_proj"], sampling__merge_lora=False)
+    train_a_little(policy)
+    engine.refresh(4)
+    questions = prompts(4)
+    assert [c[0].ids for c in sample(engine, questions, temperature=0.0)] == greedy_by_transformers(
+        policy, questions, NUM_NEW
+    )
