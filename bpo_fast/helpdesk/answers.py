@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 WRITERS = ("careful", "plain", "careless")
 SFT_MIX = (0.22, 0.43, 0.35)
-LABEL_MIX = (0.45, 0.50, 0.05)
+LABEL_MIX = (0.75, 0.25, 0.0)
 
 OPENINGS = {
     "none": (),
