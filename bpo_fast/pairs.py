@@ -20,9 +20,9 @@ RowReader = Callable[[str], tuple[list[Any], Sequence[Prompt]]]
 
 @dataclass(frozen=True)
 class PairCounts:
-    """What became of the prompts of a phase: kept + tied + identical + unscored of them were sampled.
+    """What became of the prompts of a phase: kept + tied + identical + unscored + aborted of them were sampled.
 
-    `truncated` counts kept pairs in which a completion ended at the length limit.
+    `aborted`: the engine gave up a completion, twice. `truncated` counts kept pairs in which a completion ended at the length limit.
     """
 
     kept: int = 0
@@ -30,6 +30,7 @@ class PairCounts:
     identical: int = 0
     unscored: int = 0
     truncated: int = 0
+    aborted: int = 0
 
     def __add__(self, other: "PairCounts") -> "PairCounts":
         return PairCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -71,9 +72,11 @@ def make_pairs(
     Returns:
         (kept pairs in the order of the prompts, counts)
     """
-    pairs, tied, identical, unscored = [], 0, 0, 0
+    pairs, tied, identical, unscored, aborted = [], 0, 0, 0, 0
     for prompt, (first, second), (a, b) in zip(prompts, completions, scores, strict=True):
-        if first.ids == second.ids:
+        if not first.ids or not second.ids:
+            aborted += 1
+        elif first.ids == second.ids:
             identical += 1
         elif a is None or b is None:
             unscored += 1
@@ -84,7 +87,7 @@ def make_pairs(
         else:
             pairs.append(Pair(prompt, second, first, b, a))
     truncated = sum(p.chosen.truncated or p.rejected.truncated for p in pairs)
-    return pairs, PairCounts(len(pairs), tied, identical, unscored, truncated)
+    return pairs, PairCounts(len(pairs), tied, identical, unscored, truncated, aborted)
 
 
 def write_pairs(path: Path, phase: PhasePairs) -> None:

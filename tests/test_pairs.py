@@ -67,10 +67,17 @@ def test_a_kept_pair_with_a_truncated_side_counts_once(first, second, expected):
     assert make_pairs([Prompt(0, "", (1,))], [sides], [(1.0, 1.0)])[1] == PairCounts(tied=1)
 
 
+def test_a_completion_that_the_engine_gave_up_drops_its_pair():
+    given_up = [Completion(0, s, (), "", True, 0, s) for s in range(2)]
+    whole = Completion(0, 1, (5, 1), "a", False, 0, 1)
+    for sides in (given_up, [given_up[0], whole]):
+        assert make_pairs([Prompt(0, "", (1,))], [sides], [(1.0, 2.0)]) == ([], PairCounts(aborted=1))
+
+
 def test_every_prompt_has_one_fate():
     draw = random.Random(0)
     prompts = [Prompt(i, "", (1,)) for i in range(500)]
-    sides = [[completion(i, s, [draw.randrange(3)]) for s in range(2)] for i in range(500)]
+    sides = [[completion(i, s, [draw.randrange(3)] * (draw.random() < 0.9)) for s in range(2)] for i in range(500)]
     scores = [[draw.choice([None, 0.0, 1.0]) for _ in range(2)] for _ in range(500)]
     _, counts = make_pairs(prompts, sides, scores)
     fates = dataclasses.asdict(counts)
