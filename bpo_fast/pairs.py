@@ -22,7 +22,8 @@ RowReader = Callable[[str], tuple[list[Any], Sequence[Prompt]]]
 class PairCounts:
     """What became of the prompts of a phase: kept + tied + identical + unscored + aborted of them were sampled.
 
-    `aborted`: the engine gave up a completion, twice. `truncated` counts kept pairs in which a completion ended at the length limit.
+    `aborted`: the engine gave up a completion, twice. `truncated` counts kept pairs in which a completion ended at the
+    length limit.
     """
 
     kept: int = 0
@@ -164,8 +165,8 @@ def _pairs_of_text(source: str, tokenizer: Any, eos_id: int, max_new_tokens: int
     for prompt in prompts:
         # what a chat template ends with, a line break or a special token, is followed by no blank
         lead = "" if prompt.text.endswith(tuple(tokenizer.all_special_tokens)) else prompt.text
-        texts = [_answer(rows[prompt.id].get(side)) for side in ("chosen", "rejected")]
-        if texts[0] is None or texts[1] is None:
+        texts = [t for t in (_answer(rows[prompt.id].get(side)) for side in ("chosen", "rejected")) if t]
+        if len(texts) < 2:
             raise ValueError(f"--from-pairs {source}: row {prompt.id + 1} has no chosen and rejected text")
         sides = []
         for i, text in enumerate(texts):
@@ -198,10 +199,11 @@ def _to_row(pair: Pair) -> dict[str, Any]:
 
 def _from_row(row: dict[str, Any]) -> Pair:
     prompt = Prompt(**row["prompt"] | {"ids": tuple(row["prompt"]["ids"])})
-    sides = []
-    for side in ("chosen", "rejected"):
-        fields_ = row[side]
-        logps = None if fields_["logps"] is None else tuple(fields_["logps"])
-        sides.append(Completion(**fields_ | {"ids": tuple(fields_["ids"]), "logps": logps}))
     ref_logps = None if row["ref_logps"] is None else tuple(row["ref_logps"])
+    sides = _from_side(row["chosen"]), _from_side(row["rejected"])
     return Pair(prompt, *sides, row["chosen_score"], row["rejected_score"], ref_logps)
+
+
+def _from_side(side: dict[str, Any]) -> Completion:
+    logps = None if side["logps"] is None else tuple(side["logps"])
+    return Completion(**side | {"ids": tuple(side["ids"]), "logps": logps})
