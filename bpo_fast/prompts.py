@@ -221,17 +221,17 @@ def _plain(messages: list[dict[str, str]], task: Task) -> str:
 
 def _encode(texts: list[str], templated: list[bool], tokenizer: Any) -> list[list[int]]:
     """Token ids; special tokens are added to plain text only, and never an EOS at the end."""
-    out: list[list[int]] = []
+    found: dict[int, list[int]] = {}
     for want in (False, True):
-        group = [t for t, is_templated in zip(texts, templated, strict=True) if is_templated == want]
+        group = [i for i, is_templated in enumerate(templated) if is_templated == want]
         if group:
-            out.append(tokenizer(group, add_special_tokens=not want)["input_ids"])
-        else:
-            out.append([])
-    plain, rendered = iter(out[0]), iter(out[1])
-    ids = [next(rendered) if t else next(plain) for t in templated]
+            encoded = tokenizer([texts[i] for i in group], add_special_tokens=not want)["input_ids"]
+            found |= dict(zip(group, encoded, strict=True))
     eos = tokenizer.eos_token_id
-    return [i[:-1] if len(i) > 1 and i[-1] == eos and not t else i for i, t in zip(ids, templated, strict=True)]
+    for i, ids in found.items():
+        if not templated[i] and len(ids) > 1 and ids[-1] == eos:
+            found[i] = ids[:-1]
+    return [found[i] for i in range(len(texts))]
 
 
 def _files(name: str, split: str) -> list[Path]:

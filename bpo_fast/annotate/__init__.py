@@ -20,7 +20,7 @@ _CALLABLE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 class Annotator(Protocol):
     """Scores completions, higher is better."""
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Sequence[float | None]:
         """One score for each (prompt, completion), in order; None where there is no opinion."""
         ...
 
@@ -34,7 +34,7 @@ class CallableAnnotator:
         name: what error messages call it.
     """
 
-    def __init__(self, function: Callable[..., Sequence[float | None]], name: str):
+    def __init__(self, function: Callable[..., Any], name: str):
         self._function, self._name = function, name
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
@@ -152,7 +152,7 @@ def _named(spec: str) -> tuple[str, str]:
     return re.split(r"[/:]", spec.rstrip("/"))[-1].removesuffix(".jsonl"), spec
 
 
-def _import(spec: str) -> Callable[..., Sequence[float | None]]:
+def _import(spec: str) -> Callable[..., Any]:
     module_name, _, function_name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -6,9 +6,10 @@ completion does not depend on which other requests share its batch (up to roundi
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from bpo_fast.engine import SamplingParams, request_seed
 from bpo_fast.types import Completion, Prompt
@@ -18,7 +19,7 @@ class HfEngine:
     """Samples from a transformers model in this process.
 
     Args:
-        model: the policy's model.
+        model: the policy's model, one that can generate.
         tokenizer: its tokenizer.
         behavior: context manager under which a forward of `model` is the behavior (the average of the members).
         eos_ids: ids that end a completion.
@@ -30,8 +31,8 @@ class HfEngine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer,
+        model: Any,
+        tokenizer: Any,
         *,
         behavior: Callable[[], AbstractContextManager],
         eos_ids: tuple[int, ...],
