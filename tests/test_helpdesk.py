@@ -7,6 +7,7 @@ import pytest
 
 from bpo_fast.helpdesk import answers as a
 from bpo_fast.helpdesk import (
+    critic_rows,
     judge,
     preference_rows,
     prompt_rows,
@@ -73,6 +74,15 @@ def test_evaluation_is_half_new_forms_and_never_repeats_a_prompt():
     assert not {r["prompt"] for r in rows} & {r["prompt"] for r in prompt_rows(2000, 0)}
 
 
+def test_critic_rows_know_what_fits():
+    rows = critic_rows(400, 0, "eval", flips=0)
+    fits = [row["label"].endswith("yes") for row in rows]
+    assert 0.4 < sum(fits) / len(rows) < 0.6
+    for row, fit in zip(rows, fits, strict=True):
+        question, _, advice = row["prompt"].partition(SUFFIX)
+        assert (rubric_breakdown(question, advice)["wrong"] == 0) == fit, row
+
+
 def test_unknown_role():
     with pytest.raises(ValueError, match="role = 'test'"):
         combinations("test")
@@ -118,9 +128,9 @@ def test_perfect_answer_has_all_points():
         f"{PERFECT} {PERFECT}",
         "press lid down clicks push red button base starts full cup water kettle kettle kettle",
         " ".join(f"First, {t.steps[0].text}. Then {t.steps[1].text}." for t in topics()[:20]),
-        "Thank you for asking. I am happy to help. Hello. Sure. Of course. Let me know if that helps. Have a lovely day.",
-        "Thanks for your question about the toaster. First, turn the dial down to number two. Then empty the crumb tray "
-        "over the sink. Frozen bread has its own button. Let me know if that helps.",
+        "Thank you for asking. I am happy to help. Hello. Sure. Let me know if that helps. Have a lovely day.",
+        "Thanks for your question about the toaster. First, turn the dial down to number two. Then empty the crumb "
+        "tray over the sink. Frozen bread has its own button. Let me know if that helps.",
         "kettle " * 60,
         f"{FIRST} {SECOND} " + "This is good. " * 20,
         "",
@@ -146,7 +156,7 @@ def test_every_step_and_fact_counts_for_its_own_topic_only():
 
 
 def test_writers_differ_and_labels_are_decent_but_beatable():
-    rows = prompt_rows(600, 3, "eval")
+    rows = prompt_rows(200, 3, "eval")
     label = [rubric_score(r["prompt"], r["label"]) for r in rows]
     rng = random.Random(0)
     by_writer = [
@@ -175,15 +185,15 @@ def test_choices_have_probabilities_that_add_up():
     assert sum(SFT_MIX) == pytest.approx(1) == sum(a.LABEL_MIX)
 
 
-def test_log_probability_is_the_frequency():
+def test_log_probability_is_the_frequency_of_what_can_be_said_in_one_way():
     rng = random.Random(0)
-    num = 60_000
+    num = 25_000
     drawn = [write_answer(topics()[0], rng) for _ in range(num)]
-    logps = {d.text: d.logp for d in drawn}
-    common = [(text, n) for text, n in Counter(d.text for d in drawn).most_common(8)]
+    logp = {d.text: d.logp for d in drawn if FIRST[6:] in d.text}
+    common = [(text, n) for text, n in Counter(d.text for d in drawn).most_common() if text in logp][:8]
     for text, n in common:
-        expected = num * math.exp(logps[text])
-        assert abs(n - expected) < 5 * math.sqrt(expected), text
+        expected = num * math.exp(logp[text])
+        assert abs(n - expected) < 0.02 * expected + 4.5 * math.sqrt(expected), text
 
 
 def test_preferences_are_noisy_when_asked_and_swaps_are_relevant():

@@ -9,10 +9,11 @@ exactly one of the roles sft, prompts, annotator, judge and eval. Half of the ev
 a new combination.
 """
 
-from bpo_fast.helpdesk.rows import preference_rows, prompt_rows, sft_rows, swapped_rows
+from bpo_fast.helpdesk.rows import critic_rows, preference_rows, prompt_rows, sft_rows, swapped_rows
 from bpo_fast.helpdesk.rubric import judge, rubric_breakdown, rubric_score
 
 __all__ = [
+    "critic_rows",
     "judge",
     "preference_rows",
     "prompt_rows",

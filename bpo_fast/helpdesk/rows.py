@@ -3,7 +3,7 @@
 import math
 import random
 
-from bpo_fast.helpdesk.answers import LABEL_MIX, SFT_MIX, Answer, write_answer
+from bpo_fast.helpdesk.answers import FRAMES, LABEL_MIX, OPENINGS, SFT_MIX, Answer, write_answer
 from bpo_fast.helpdesk.questions import NUM_FORMS, ask, combinations
 from bpo_fast.helpdesk.rubric import rubric_score
 from bpo_fast.helpdesk.topics import Topic, topics
@@ -71,6 +71,32 @@ def preference_rows(num: int, seed: int, role: str, *, flips: float = FLIPS) -> 
             first = (rng.random() < 1 / (1 + math.exp(-gap / TEMPERATURE))) != (rng.random() < flips)
         chosen, rejected = (one, other) if first else (other, one)
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def critic_rows(num: int, seed: int, role: str, *, flips: float = FLIPS) -> list[dict[str, str]]:
+    """`num` rows that teach whether one sentence of advice fits a question, half of them fitting.
+
+    The prompt is a question and the sentence, the label yes or no, turned around with probability `flips`. Two fifths
+    of the sentences follow an opening that names their noun, and for one fifth the label names it first. These come
+    before pairs: whether a step fits its question shows neither in the step nor in the question alone, and a small
+    model that sees pairs only never finds it.
+    """
+    rng = random.Random(f"critic {role} {seed}")
+    pool = combinations(role)
+    openings = [o for o in OPENINGS["warm"] if "{n}" in o]
+    rows = []
+    for _ in range(num):
+        topic, form = rng.choice(pool)
+        fits = rng.random() < 0.5
+        advised = topic if fits else rng.choice([t for t in topics() if t.id != topic.id])
+        part, kind = rng.randrange(3), rng.choice(("named", "named", "asked", "plain", "plain"))
+        advice = advised.fact if part == 2 else rng.choice(FRAMES[part]).format(s=advised.steps[part].text)
+        if kind == "named":
+            advice = f"{rng.choice(openings).format(n=advised.noun)} {advice}"
+        verdict = "yes" if fits != (rng.random() < flips) else "no"
+        label = f"{advised.noun} {verdict}" if kind == "asked" else verdict
+        rows.append({"prompt": f"{ask(topic, form, rng)} {advice}", "label": label})
     return rows
 
 

@@ -1,0 +1,272 @@
+"""Builds the embedded default of bpo-fast from nothing: `python -m bpo_fast_bench.build_assets --out DIR`.
+
+Everything comes out of `bpo_fast.helpdesk` and the project's own stages. The policy is trained on answers of mixed
+quality. Annotator and judge start from it, learn as critics whether advice fits a question, then become reward models
+on noisy preference pairs; their data share no (topic, form) combination and no seed. A stage whose result is in DIR
+already is kept, so an interrupted build goes on. What to ship lies in DIR/assets, what was measured in DIR/assets.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import transformers
+
+from bpo_fast.annotate.reward_model import RewardModel
+from bpo_fast.config import load
+from bpo_fast.helpdesk import (
+    critic_rows,
+    preference_rows,
+    prompt_rows,
+    rubric_breakdown,
+    rubric_score,
+    sft_rows,
+    swapped_rows,
+)
+from bpo_fast.helpdesk.answers import write_answer
+from bpo_fast.helpdesk.topics import topics
+from bpo_fast.reward import train_reward
+from bpo_fast.sample import sample
+from bpo_fast.sft import train_sft
+from bpo_fast.stage_config import RewardConfig, SftConfig
+
+SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+SIZES: dict[str, Any] = {"hidden": 128, "layers": 4, "heads": 4, "kv_heads": 4, "vocab": 2048}
+POLICY: dict[str, Any] = {
+    **SIZES,
+    "max_prompt_length": 64,
+    "max_completion_length": 64,
+    "epochs": 2,
+    "batch_tokens": 1024,
+    "learning_rate": 3e-3,
+    "seed": 1,
+    "save_dtype": "float16",
+}
+CRITIC: dict[str, Any] = {
+    "max_prompt_length": 96,
+    "max_completion_length": 16,
+    "epochs": 2,
+    "batch_tokens": 1024,
+    "learning_rate": 2e-3,
+}
+REWARD: dict[str, Any] = {
+    "max_prompt_length": 64,
+    "max_completion_length": 64,
+    "epochs": 1,
+    "batch_tokens": 2048,
+    "learning_rate": 1e-3,
+    "save_dtype": "float16",
+}
+NUM_SFT, NUM_CRITIC, NUM_PAIRS, NUM_PROMPTS, NUM_EVAL = 40_000, 36_000, 12_000, 5_000, 512
+SEEDS = {"annotator": 11, "judge": 21}
+
+
+@dataclass(frozen=True)
+class Build:
+    """Where a build keeps its rows and stages (`root`) and what it ships (`root`/assets)."""
+
+    root: Path
+
+    @property
+    def assets(self) -> Path:
+        return self.root / "assets"
+
+    def rows(self, name: str, make: Any, *args: Any, **options: Any) -> str:
+        """Path of DIR/NAME.jsonl, written by `make(*args, **options)` unless it is there."""
+        path = self.root / f"{name}.jsonl"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(path, make(*args, **options))
+        return str(path)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes JSONL in one go."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
+
+
+def build_policy(build: Build) -> None:
+    """SFT of a model from scratch on answers of mixed quality."""
+    out = build.root / "policy"
+    if out.exists():
+        return
+    data = build.rows("sft", sft_rows, NUM_SFT, POLICY["seed"])
+    held_out = build.rows("sft-eval", sft_rows, 1000, 2, "eval")
+    train_sft(SftConfig(data=data, eval_data=held_out, out=str(out), device="cpu", **POLICY))
+
+
+def build_reward(build: Build, role: str) -> None:
+    """A critic that starts from the policy, then a reward model that starts from the critic."""
+    torch.set_num_threads(1)
+    seed = SEEDS[role]
+    critic, out = build.root / f"{role}-critic", build.root / role
+    if not critic.exists():
+        data = build.rows(f"{role}-critic-rows", critic_rows, NUM_CRITIC, seed, role)
+        held_out = build.rows("critic-eval", critic_rows, 1500, 31, "eval", flips=0)
+        policy = str(build.root / "policy")
+        train_sft(
+            SftConfig(data=data, eval_data=held_out, model=policy, out=str(critic), device="cpu", seed=seed, **CRITIC)
+        )
+    if not out.exists():
+        data = build.rows(f"{role}-pairs", preference_rows, NUM_PAIRS, seed + 1, role)
+        held_out = build.rows("pairs-eval", preference_rows, 1500, 13, "eval", flips=0)
+        train_reward(
+            RewardConfig(
+                data=data, eval_data=held_out, model=str(critic), out=str(out), device="cpu", seed=seed, **REWARD
+            )
+        )
+
+
+def ship(build: Build) -> None:
+    """Copies weights, tokenizers and questions to DIR/assets, without records that name paths of this machine."""
+    shutil.rmtree(build.assets, ignore_errors=True)
+    for folder in ("policy", "annotator", "judge"):
+        (build.assets / folder).mkdir(parents=True)
+        for name in SHIPPED:
+            if (build.root / folder / name).exists():
+                shutil.copyfile(build.root / folder / name, build.assets / folder / name)
+    write_rows(build.assets / "prompts.jsonl", prompt_rows(NUM_PROMPTS, 101))
+    write_rows(build.assets / "eval.jsonl", prompt_rows(NUM_EVAL, 102, "eval"))
+
+
+def measure(build: Build) -> dict[str, Any]:
+    """What DIR/assets.json holds: entropy, cross-entropy, win rates against the labels, accuracies, sizes."""
+    held_out = [json.loads(line) for line in (build.assets / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    greedy = _sample(build, "greedy", n=1, temperature=0.0)
+    sampled = _sample(build, "sampled", n=2, temperature=1.0)
+    pairs = {
+        "generated": preference_rows(1500, 14, "eval", flips=0),
+        "sampled": _in_order(sampled),
+        "swapped": swapped_rows(1500, 15, "eval"),
+    }
+    reports = {role: json.loads((build.root / role / "reward.json").read_text()) for role in SEEDS}
+    models = {role: RewardModel(str(build.assets / role), device="cpu") for role in SEEDS}
+    return {
+        "policy": _measure_policy(build),
+        "labels": {"score": fmean(rubric_score(r["prompt"], r["label"]) for r in held_out)},
+        "greedy": _against_labels(greedy, models["judge"]),
+        "sampled": _against_labels(sampled, models["judge"]) | _pair_numbers(sampled),
+        "accuracy": {role: {kind: _accuracy(m, rows) for kind, rows in pairs.items()} for role, m in models.items()},
+        "reward_models": {
+            role: {k: report[k] for k in ("num_train", "num_parameters", "seconds")} for role, report in reports.items()
+        },
+        "bytes": {
+            p.name: sum(f.stat().st_size for f in ([p] if p.is_file() else p.iterdir()))
+            for p in sorted(build.assets.iterdir())
+        },
+        "settings": {"policy": POLICY, "critic": CRITIC, "reward": REWARD, "seeds": SEEDS}
+        | {"rows": {"sft": NUM_SFT, "critic": NUM_CRITIC, "pairs": NUM_PAIRS}},
+    }
+
+
+def _measure_policy(build: Build) -> dict[str, Any]:
+    """Entropy of the generator beside the cross-entropy of the policy on answers the generator writes."""
+    report = json.loads((build.root / "policy" / "sft.json").read_text(encoding="utf-8"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(build.assets / "policy")
+    rng = random.Random("entropy")
+    answers = [write_answer(rng.choice(topics()), rng) for _ in range(20_000)]
+    num_tokens = sum(len(ids) + 1 for ids in tokenizer([" " + a.text for a in answers])["input_ids"])
+    nats = -sum(a.logp for a in answers)
+    member = report["members"][0]
+    return {
+        "num_parameters": member["num_parameters"],
+        "seconds": report["seconds"],
+        "generator_entropy_nats_per_answer": nats / len(answers),
+        "generator_entropy_nats_per_token": nats / num_tokens,
+        "tokens_per_answer": num_tokens / len(answers),
+        "held_out_nats_per_answer": member["held_out_loss_per_sequence"],
+        "held_out_nats_per_token": member["held_out_loss"],
+        "epochs": [{k: h[k] for k in ("train_loss", "loss", "seconds")} for h in member["history"]],
+    }
+
+
+def _sample(build: Build, name: str, *, n: int, temperature: float) -> list[dict[str, Any]]:
+    out = build.root / f"{name}.jsonl"
+    settings = {
+        "model.path": str(build.assets / "policy"),
+        "data.path": str(build.assets / "eval.jsonl"),
+        "sampling.max_new_tokens": 64,
+        "sampling.engine": "hf",
+        "run.device": "cpu",
+    }
+    sample(load(None, settings), out, n=n, temperature=temperature)
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def _against_labels(rows: list[dict[str, Any]], judge: RewardModel) -> dict[str, Any]:
+    own = [rubric_score(r["prompt"], r["completion"]) for r in rows]
+    label = [rubric_score(r["prompt"], r["label"]) for r in rows]
+    own_rm = judge.score_texts([(r["prompt"], r["completion"]) for r in rows])
+    label_rm = judge.score_texts([(r["prompt"], r["label"]) for r in rows])
+    parts = [rubric_breakdown(r["prompt"], r["completion"]) for r in rows]
+    return {
+        "num": len(rows),
+        "score": fmean(own),
+        "win_rate_rubric": fmean(a > b for a, b in zip(own, label, strict=True)),
+        "win_rate_judge": fmean(a > b for a, b in zip(own_rm, label_rm, strict=True)),
+        "tokens": fmean(r["num_tokens"] for r in rows),
+        "truncated": fmean(r["truncated"] for r in rows),
+        "unique": len({r["completion"] for r in rows}) / len(rows),
+        "breakdown": {name: fmean(p[name] for p in parts) for name in parts[0]},
+    }
+
+
+def _pair_numbers(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    gaps = [
+        abs(rubric_score(a["prompt"], a["completion"]) - rubric_score(b["prompt"], b["completion"])) for a, b in pairs
+    ]
+    return {
+        "identical_pairs": fmean(a["completion"] == b["completion"] for a, b in pairs),
+        "tied_pairs": fmean(gap == 0 for gap in gaps),
+        "mean_gap": fmean(gaps),
+    }
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Pairs of samples of one prompt, the one that the rubric prefers chosen; ties are left out."""
+    pairs = []
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        ranked = sorted((one, other), key=lambda r: rubric_score(r["prompt"], r["completion"]), reverse=True)
+        if rubric_score(one["prompt"], one["completion"]) != rubric_score(other["prompt"], other["completion"]):
+            chosen, rejected = (r["completion"] for r in ranked)
+            pairs.append({"prompt": one["prompt"], "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def _accuracy(model: RewardModel, rows: list[dict[str, str]]) -> float:
+    chosen = model.score_texts([(r["prompt"], r["chosen"]) for r in rows])
+    rejected = model.score_texts([(r["prompt"], r["rejected"]) for r in rows])
+    return fmean(a > b for a, b in zip(chosen, rejected, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bpo_fast_bench.build_assets", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the build; stages found in it are kept")
+    build = Build(parser.parse_args().out)
+    started = time.monotonic()
+    torch.set_num_threads(1)  # so that equal seeds give equal weights on every machine of this kind
+    build_policy(build)
+    with ProcessPoolExecutor(len(SEEDS), mp_context=get_context("spawn")) as pool:
+        for done in [pool.submit(build_reward, build, role) for role in SEEDS]:
+            done.result()
+    ship(build)
+    results = measure(build) | {"seconds": time.monotonic() - started, "cores": os.cpu_count()}
+    (build.root / "assets.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
