@@ -1,6 +1,7 @@
 """Argument checks of the public operators: one ValueError that names the argument and the value."""
 
 import math
+import os
 
 import torch
 
@@ -16,7 +17,11 @@ def require(condition: bool, argument: str, value: object, expected: str) -> Non
 
 
 def check_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, prefix: str = "") -> None:
-    """Check [T, H], [V, H], [T]; targets are range-checked on the CPU only, a GPU check would be a host sync."""
+    """Check [T, H], [V, H], [T].
+
+    Targets out of range are an error on the CPU. On a GPU the check would be a host sync: with BPO_FAST_DEBUG=1 it is a
+    device-side assertion instead.
+    """
     names = (prefix + "hidden", prefix + "weight")
     for name, tensor in zip(names, (hidden, weight), strict=True):
         require(tensor.dim() == 2, f"{name}.shape", list(tensor.shape), "expected two dimensions")
@@ -29,9 +34,11 @@ def check_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     require(targets.dtype == torch.int64, "targets.dtype", targets.dtype, "expected torch.int64")
     require(targets.shape == hidden.shape[:1], "targets.shape", list(targets.shape), f"expected [{hidden.shape[0]}]")
     require(targets.device == hidden.device, "targets.device", targets.device, f"expected {hidden.device}")
+    size = weight.shape[0]
+    if targets.is_cuda and os.environ.get("BPO_FAST_DEBUG") == "1":
+        torch._assert_async(((targets >= 0) & (targets < size)).all())
     if targets.device.type == "cpu" and targets.numel():
         low, high = (int(bound) for bound in targets.aminmax())
-        size = weight.shape[0]
         require(low >= 0, "targets", low, f"expected 0 <= target < {size}")
         require(high < size, "targets", high, f"expected 0 <= target < {size}")
 

@@ -154,7 +154,7 @@ def choose_mode(mode: str, hidden: torch.Tensor, head: Head, engine: Backend, bu
 
 def sequence_sums(token_logps: torch.Tensor, cu_seqlens: torch.Tensor, engine: Backend) -> torch.Tensor:
     """Differentiable sums over packed sequences."""
-    return _SequenceSums.apply(token_logps, cu_seqlens.to(token_logps.device), engine)
+    return _SequenceSums.apply(token_logps, cu_seqlens.to(token_logps.device, non_blocking=True), engine)
 
 
 @dataclass(frozen=True)

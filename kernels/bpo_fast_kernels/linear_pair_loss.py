@@ -62,7 +62,8 @@ def linear_pair_loss(
 
     Args:
         hidden, weight, targets, temperature, logit_softcap, backend: as in `linear_token_logps`.
-        cu_seqlens: [2P + 1] int32. row offsets: all chosen sequences, then all rejected.
+        cu_seqlens: [2P + 1] int32. row offsets: all chosen sequences, then all rejected. A trained head and slic cut
+            chunks by it on the host: on a GPU, pass it on the CPU to spare a host sync.
         ref_logps: [2P] float32. reference log-probs, nats; None means the reference is the policy itself (the first
             step of a phase): every margin is exactly 0.
         loss, beta, label_smoothing: as in `pair_loss`.
@@ -85,7 +86,7 @@ def linear_pair_loss(
     pairs = cu_seqlens.numel() // 2
     divisor = max(pairs, 1) if num_pairs is None else num_pairs
     require(divisor >= 1, "num_pairs", divisor, "expected at least 1")
-    row_counts = cu_seqlens.to(hidden.device).diff()
+    row_counts = cu_seqlens.to(hidden.device, non_blocking=True).diff()
     for name, vector in (("lengths", lengths), ("ref_logps", ref_logps)):
         if vector is not None:
             check_pair_vector(name, vector, row_counts)
@@ -159,14 +160,14 @@ class _Sums:
 def _run_chunk_(sums: _Sums, hidden: torch.Tensor, call: _Call, spans: tuple[slice, slice], pairs: slice) -> None:
     """Forward and backward of one run of pairs: `spans` are its chosen and its rejected rows."""
     num_pairs = len(call.lengths) // 2
-    both = torch.cat([torch.arange(pairs.start, pairs.stop), torch.arange(pairs.start, pairs.stop) + num_pairs])
-    both = both.to(hidden.device, non_blocking=True)
+    chosen = torch.arange(pairs.start, pairs.stop, device=hidden.device)
+    both = torch.cat([chosen, chosen + num_pairs])
     chunk = Rows(
         hidden=torch.cat([hidden[span] for span in spans]),
         targets=torch.cat([call.targets[span] for span in spans]),
         head=call.head,
     )
-    cu = offsets(call.cu_seqlens.to(hidden.device).diff()[both])
+    cu = offsets(call.cu_seqlens.to(hidden.device, non_blocking=True).diff()[both])
     # slic leaves pairs with coefficient 0, whose rows need no dX
     dx_now = sums.dx is not None and call.spec.loss != "slic"
     scored = call.engine.score(chunk, dx=dx_now, keep=True)

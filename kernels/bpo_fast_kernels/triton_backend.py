@@ -205,7 +205,7 @@ class TritonGemmBackend(TritonBackend):
         if not rows.hidden.is_cuda:
             return INTERPRETED
         major, minor = torch.cuda.get_device_capability(rows.hidden.device)
-        second = behavior is not None and behavior.head.weight is not rows.head.weight
+        second = behavior is not None and behavior.head.weight.data_ptr() != rows.head.weight.data_ptr()
         aligned = all(m.stride(1) == 1 and m.stride(0) % 8 == 0 for m in (rows.hidden, rows.head.weight))
         capped = rows.head.softcap is not None
         return gemm_config(10 * major + minor, tma=aligned and not second, softcap=capped)

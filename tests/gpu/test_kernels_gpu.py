@@ -1,0 +1,223 @@
+"""The fused operators on a real GPU: numerics, bits, host syncs, CUDA graphs and memory."""
+
+import shutil
+
+import pytest
+import torch
+from bpo_fast_kernels import linear_logps, linear_pair_loss, linear_token_logps, pair_loss
+from bpo_fast_kernels.linear_logps import linear_token_logps_reference
+from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
+from bpo_fast_kernels.pair_loss import pair_loss_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+BACKENDS = ["triton", "triton-gemm", "torch", "native"]
+LENGTHS = [100, 0, 300, 1, 129, 255, 3, 512]
+
+
+@pytest.fixture(autouse=True)
+def backend_exists(request):
+    if (
+        "backend" in request.fixturenames
+        and request.getfixturevalue("backend") == "native"
+        and not shutil.which("nvcc")
+    ):
+        pytest.skip("nvcc is not installed")
+    torch.manual_seed(0)
+
+
+def inputs(rows: int, width: int, vocab: int, dtype=torch.bfloat16, spread: float = 3.0):
+    hidden = torch.randn(rows, width, device="cuda").to(dtype)
+    weight = (torch.randn(vocab, width, device="cuda") * spread / width**0.5).to(dtype)
+    return hidden, weight, torch.randint(0, vocab, (rows,), device="cuda")
+
+
+def offsets(lengths, device="cuda"):
+    return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 64, 130), (129, 256, 1003), (1300, 512, 9000), (257, 100, 5000)])
+@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "logit_softcap": 8.0}], ids=["plain", "softcap"])
+def test_promise_against_float64(backend, dtype, shape, mode, options):
+    x, w, y = inputs(*shape, dtype)
+    x.requires_grad_()
+    w.requires_grad_(mode != "fused")
+    logps = linear_token_logps(x, w, y, mode=mode, backend=backend, **options)
+    coefs = torch.randn_like(logps)
+    (logps * coefs).sum().backward()
+    x64, w64 = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    want = linear_token_logps_reference(x64, w64, y, **options)
+    (want * coefs).sum().backward()
+    assert float((logps - want).abs().max()) < 1e-4
+    assert relative(x.grad, x64.grad) < 4e-3
+    assert mode == "fused" or relative(w.grad, w64.grad) < 4e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("depth", [80.0, 95.0, 400.0])
+def test_targets_past_the_overflow_limit(backend, depth):
+    x, w, y = inputs(300, 256, 5000)
+    toward = w[y[::7]].double()
+    x[::7] = (-depth * toward / toward.square().sum(1, keepdim=True)).to(x.dtype)
+    x.requires_grad_()
+    logps = linear_token_logps(x, w, y, backend=backend)
+    logps.sum().backward()
+    x64 = x.detach().double().requires_grad_()
+    want = linear_token_logps_reference(x64, w.double(), y)
+    want.sum().backward()
+    assert want.min() < -depth
+    assert float((logps - want).abs().max()) < 1e-4
+    assert relative(x.grad, x64.grad) < 4e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "slic"])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_training_step(backend, loss, frozen, budget):
+    x, w, y = inputs(sum(LENGTHS), 256, 5000)
+    cu_seqlens = offsets(LENGTHS)
+    ref = linear_logps(x, w, y, cu_seqlens, backend="torch") + 4 * torch.randn(8, device="cuda")
+    x.requires_grad_()
+    w.requires_grad_(not frozen)
+    scalar, parts = linear_pair_loss(x, w, y, cu_seqlens, ref, loss=loss, budget_bytes=budget, backend=backend)
+    scalar.backward()
+    x64, w64 = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    want, _, margins = linear_pair_loss_reference(x64, w64, y, cu_seqlens, ref.double(), loss=loss)
+    want.backward()
+    assert float((parts.margins - margins).abs().max()) < 4e-3
+    assert relative(x.grad, x64.grad) < 4e-3
+    assert frozen or relative(w.grad, w64.grad) < 4e-3
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton-gemm", "native"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_three_runs_give_the_same_bits(backend, frozen):
+    x, w, y = inputs(sum(LENGTHS), 512, 9000)
+    cu_seqlens, runs = offsets(LENGTHS), []
+    ref = linear_logps(x, w, y, cu_seqlens, backend=backend) + 1
+    for _ in range(3):
+        hidden, weight = x.clone().requires_grad_(), w.clone().requires_grad_(not frozen)
+        scalar, parts = linear_pair_loss(hidden, weight, y, cu_seqlens, ref, backend=backend)
+        scalar.backward()
+        runs.append((scalar.detach(), parts.policy_logps, hidden.grad, hidden.grad if frozen else weight.grad))
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton-gemm", "native"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_equal_weights_give_a_margin_of_exactly_zero(backend, frozen):
+    x, w, y = inputs(sum(LENGTHS), 512, 9000)
+    cu_seqlens = offsets(LENGTHS)
+    ref = linear_logps(x, w, y, cu_seqlens, backend=backend)
+    both = linear_logps(x, w, y, cu_seqlens, behavior_hidden=x.clone(), backend=backend)
+    assert torch.equal(both[0], both[1])
+    x.requires_grad_()
+    w.requires_grad_(not frozen)
+    _, parts = linear_pair_loss(x, w, y, cu_seqlens, ref, backend=backend)
+    assert parts.margins.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton-gemm"])
+@pytest.mark.parametrize("second_head", [False, True])
+def test_behavior_rows_in_the_same_launch(backend, second_head):
+    x, w, y = inputs(700, 256, 5000)
+    other, head, _ = inputs(700, 256, 5000)
+    cu_seqlens = offsets([300, 400])
+    head = head if second_head else w
+    logps, behavior = linear_logps(
+        x, w, y, cu_seqlens, behavior_hidden=other, behavior_weight=head if second_head else None, backend=backend
+    )
+    assert float((logps - linear_logps(x, w, y, cu_seqlens, backend="torch")).abs().max()) < 1e-2
+    assert float((behavior - linear_logps(other, head, y, cu_seqlens, backend="torch")).abs().max()) < 1e-2
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton-gemm"])
+def test_frozen_step_waits_for_nothing(backend):
+    x, w, y = inputs(sum(LENGTHS), 512, 9000)
+    cu_seqlens, ref = offsets(LENGTHS), torch.zeros(8, device="cuda")
+    x.requires_grad_()
+    linear_pair_loss(x, w, y, cu_seqlens, ref, backend=backend)[0].backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_pair_loss(x, w, y, cu_seqlens, ref, backend=backend)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton-gemm"])
+def test_trained_step_waits_for_nothing_with_offsets_on_the_host(backend):
+    x, w, y = inputs(sum(LENGTHS), 512, 9000)
+    cu_seqlens, ref = offsets(LENGTHS, "cpu"), torch.zeros(8, device="cuda")
+    x.requires_grad_()
+    w.requires_grad_()
+    linear_pair_loss(x, w, y, cu_seqlens, ref, backend=backend)[0].backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_pair_loss(x, w, y, cu_seqlens, ref, backend=backend)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton-gemm"])
+def test_frozen_step_is_captured_by_a_cuda_graph(backend):
+    x, w, y = inputs(sum(LENGTHS), 512, 9000)
+    cu_seqlens, ref = offsets(LENGTHS), torch.zeros(8, device="cuda")
+    x.requires_grad_()
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        scalar, _ = linear_pair_loss(x, w, y, cu_seqlens, ref, backend=backend)
+        return scalar, torch.autograd.grad(scalar, x)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_pair_loss_is_one_launch_and_right():
+    policy, ref = 30 * torch.randn(8192, device="cuda") - 90, 30 * torch.randn(8192, device="cuda") - 90
+    lengths = torch.randint(1, 128, (8192,), device="cuda")
+    for loss in ("dpo", "ipo", "slic"):
+        mine, naive = policy.clone().requires_grad_(), policy.double().requires_grad_()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            got = pair_loss(mine, ref, loss=loss, lengths=lengths)
+            torch.cuda.synchronize()
+        kernels = [event.name for event in profile.events() if "pair_loss_kernel" in event.name]
+        assert len(kernels) == 1
+        want, _ = pair_loss_reference(naive, ref.double(), loss=loss, lengths=lengths)
+        assert torch.allclose(got.loss.double(), want, rtol=3e-5, atol=1e-5)
+        got.loss.sum().backward()
+        want.sum().backward()
+        assert torch.allclose(mine.grad.double(), naive.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_memory_at_a_vocabulary_of_128k(frozen):
+    x, w, y = inputs(4096, 1024, 128_256)
+    x.requires_grad_()
+    w.requires_grad_(not frozen)
+    cu_seqlens = offsets([512] * 8)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    scalar, _ = linear_pair_loss(x, w, y, cu_seqlens, torch.zeros(8, device="cuda"))
+    scalar.backward()
+    returned = x.grad.nbytes + (0 if frozen else 3 * w.grad.nbytes)  # dW is summed in float32, then rounded
+    assert torch.cuda.max_memory_allocated() - before - returned < (0.25e9 if frozen else 1.4e9)
