@@ -166,7 +166,7 @@ def test_writers_differ_and_labels_are_decent_but_beatable():
     means = [sum(s) / len(s) for s in by_writer]
     assert means[0] > sum(label) / len(label) > means[1] > means[2]
     wins = sum(x > y for x, y in zip(by_writer[0], label, strict=True)) / len(rows)
-    assert 0.5 < wins < 0.95
+    assert 0.35 < wins < 0.65
 
 
 def test_judge_has_trl_signature():
