@@ -268,6 +268,65 @@ _stage_command("sft", SftConfig, _train_sft, "Train a policy on prompt and label
 _stage_command("reward", RewardConfig, _train_reward, "Train a Bradley-Terry reward model on preference rows.")
 
 
+bench = typer.Typer(help="Measure: correctness first, interleaved, medians.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("kernels")
+@reports_errors
+def bench_kernels(
+    op: Annotated[list[str] | None, typer.Option(help="forward, step, pair_loss; all by default")] = None,
+    head: Annotated[list[str] | None, typer.Option(help="frozen, trained; both by default")] = None,
+    shapes: Annotated[list[str] | None, typer.Option(help="rows x hidden x vocabulary, as 1024x256x32000")] = None,
+    peers: Annotated[str, typer.Option(help="auto: whatever of torch.compile, Liger and CCE is here; none")] = "auto",
+    data: Annotated[str, typer.Option(help="peaked or gauss")] = "peaked",
+    json_path: Annotated[Path | None, typer.Option("--json", help="where the measurements go")] = None,
+    plot: Annotated[Path | None, typer.Option(help="figure without suffix; PNG and SVG are written")] = None,
+    static: Annotated[bool, typer.Option("--static", help="compile the Triton kernels ahead of time; no GPU")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="one small shape: a check, no measurement")] = False,
+) -> None:
+    """Time the fused operators against plain PyTorch and their peers."""
+    from bpo_fast_bench.kernels import KernelBench, parse_shape, run, table
+
+    given: dict[str, Any] = {"ops": tuple(op or ()), "heads": tuple(head or ())}
+    if peers != "auto":
+        given["peers"] = () if peers == "none" else tuple(peers.split(","))
+    options = KernelBench(
+        **{name: value for name, value in given.items() if value or name == "peers"},
+        shapes=tuple(parse_shape(text) for text in shapes or ()),
+        data=data,
+        json_path=json_path,
+        plot_path=plot,
+        static=static,
+        quick=quick,
+    )
+    print(table(run(options)))
+
+
+@bench.command("step")
+@reports_errors
+def bench_step(
+    peers: Annotated[str, typer.Option(help="trl (in the step and precomputed reference), or none")] = "trl",
+    lengths: Annotated[list[str] | None, typer.Option(help="tldr, helpfulness, long; all by default")] = None,
+    form: Annotated[list[str] | None, typer.Option(help="full, lora, lora5; all by default")] = None,
+    rounds: Annotated[int, typer.Option(help="blocks of each contender", min=3)] = 5,
+    threads: Annotated[int, typer.Option(help="CPU threads of each contender", min=1)] = 2,
+    json_path: Annotated[Path | None, typer.Option("--json", help="where the measurements go")] = None,
+) -> None:
+    """Time one optimizer step on preference pairs against TRL's DPOTrainer."""
+    from bpo_fast_bench.step import FORMS, LENGTHS, PEERS, StepOptions, run
+
+    options = StepOptions(
+        lengths=tuple(lengths or LENGTHS),
+        forms=tuple(form or FORMS),
+        peers={"trl": PEERS, "none": ()}.get(peers, (peers,)),
+        rounds=rounds,
+        threads=threads,
+        out=str(json_path) if json_path else None,
+    )
+    run(options)
+
+
 def _settings(flags: dict[str, Any], path: Path | None, assignments: list[str], resume: Path | None) -> Config:
     """Defaults, then the file (or the run to resume), then --set, then flags."""
     given = configs.parse_assignments(assignments) | {k: v for k, v in flags.items() if v is not None}
