@@ -98,6 +98,9 @@ def train(
     device: Annotated[str | None, _flag("--device", "run.device")] = None,
     seed: Annotated[str | None, _flag("--seed", "run.seed")] = None,
     out: Annotated[str | None, _flag("--out", "run.output_dir")] = None,
+    save_steps: Annotated[str | None, _flag("--save-steps", "run.save_steps")] = None,
+    save_total_limit: Annotated[str | None, _flag("--save-total-limit", "run.save_total_limit")] = None,
+    eval_steps: Annotated[str | None, _flag("--eval-steps", "eval.eval_steps")] = None,
     report_to: Annotated[list[str] | None, _flag("--report-to", "run.report_to")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags are stronger")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="any knob, as NAME=VALUE; see bpo-fast knobs")] = None,
@@ -132,6 +135,9 @@ def train(
         "run.device": device,
         "run.seed": seed,
         "run.output_dir": out,
+        "run.save_steps": save_steps,
+        "run.save_total_limit": save_total_limit,
+        "eval.eval_steps": eval_steps,
         "run.report_to": tuple(report_to) if report_to else None,
     }
     settings = _settings(flags, config, set_ or [], resume)
