@@ -6,7 +6,7 @@ from conftest import question
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from bpo_fast.engine import SamplingParams, request_seed
-from bpo_fast.engine.hf import HfEngine
+from bpo_fast.engine.hf import HfEngine, _Chooser
 from bpo_fast.types import Prompt
 
 EOS = 5  # of the toy model: a token that its rows are likely to sample
@@ -105,6 +105,13 @@ def test_the_first_token_has_the_distribution_of_the_model(params, toy, tokenize
     chi2 = float(((counts[probs > 0] - expected) ** 2 / expected).sum())
     freedom = len(expected) - 1
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5, (chi2, freedom)  # four standard deviations
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.5 - 1e-9, 1), (0.5, 3), (1 - 2**-53, 3)])
+def test_the_ends_of_the_unit_interval_fall_on_tokens_of_some_mass(uniform, token):
+    chooser = _Chooser([0], SamplingParams(1), torch.device("cpu"))
+    scores = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    assert chooser._draw(scores, torch.tensor([uniform], dtype=torch.float64)).tolist() == [[token]]
 
 
 def test_the_second_token_depends_on_the_first(toy, tokenizer):
