@@ -12,7 +12,7 @@
 
 namespace bpo {
 
-constexpr int64_t kPackBytes = 512 * 1024;          // both packed forms of a W block, to stay in L2
+constexpr int64_t kPackBytes = 512 * 1024;          // both forms of a W block, staged and packed, to stay in L2
 constexpr int64_t kMaxBlock = 112;                  // logits of a block and a panel, to stay in L1
 constexpr int64_t kGroupBytes = 8 * 1024 * 1024;    // X and dX panels of a group, to stay in L3
 constexpr double kOverflow = 1e30;                  // row sums past this are done again with the largest logit as shift
@@ -121,7 +121,7 @@ struct Group {
   int64_t first_panel, count;
   bool wants_dx;
   float* kept;  // E of all panels [panel][padded_vocab][kPanel], or null
-  Buffer x, pull, rows_pack, columns_pack, logits;
+  Buffer x, pull, staged, packed, logits;
   std::vector<Panel> panels;
 
   Group(const Head<T>& h, int64_t first, int64_t n, bool dx, float* e)
@@ -132,8 +132,8 @@ struct Group {
         kept(e),
         x(make_buffer(n * h.width * kPanel)),
         pull(make_buffer(dx ? n * h.padded_width() * kPanel : 0)),
-        rows_pack(make_buffer(h.block() * h.width)),
-        columns_pack(make_buffer(dx ? h.block() * h.padded_width() : 0)),
+        staged(make_buffer(h.block() * staged_stride(h.width))),
+        packed(make_buffer(h.block() * h.width)),
         logits(make_buffer(h.block() * kPanel)),
         panels(n) {
     for (int64_t i = 0; i < n; ++i) {
@@ -155,18 +155,18 @@ template <class T>
 void sweep(Group<T>& g, const std::vector<int64_t>& which, Pass pass) {
   const Head<T>& head = g.head;
   const bool dx = g.wants_dx && pass == Pass::kExp;
+  const int64_t stride = staged_stride(head.width);
   for (int64_t i : which)
     if (dx) std::fill_n(g.pull_panel(i), head.padded_width() * kPanel, 0.0f);
   for (int64_t first = 0; first < head.vocab; first += head.block()) {
     const int64_t rows = std::min(head.block(), head.vocab - first);
-    const T* w = head.weight + first * head.width;
-    pack_rows(w, rows, head.width, g.rows_pack.get());
-    if (dx) pack_columns(w, rows, head.width, g.columns_pack.get());
+    stage_rows(head.weight + first * head.width, rows, head.width, g.staged.get());
+    pack_rows(g.staged.get(), rows, head.width, g.packed.get());
     for (int64_t i : which) {
       const bool keep = g.kept != nullptr && pass == Pass::kExp;
       float* z = keep ? g.kept_panel(i) + first * kPanel : g.logits.get();
       for (int64_t v = 0; v < rows; v += kRows)
-        tile(g.rows_pack.get() + v * head.width, g.x_panel(i), head.width, z + v * kPanel, kPanel, false);
+        tile(g.packed.get() + v * head.width, kRows, g.x_panel(i), head.width, z + v * kPanel, kPanel, false);
       if (pass == Pass::kTop) {
         top_block(head, z, first, rows, g.panels[i]);
         continue;
@@ -174,7 +174,7 @@ void sweep(Group<T>& g, const std::vector<int64_t>& which, Pass pass) {
       exp_block(head, z, first, rows, g.panels[i]);
       if (!dx) continue;
       for (int64_t h = 0; h < head.width; h += kRows)
-        tile(g.columns_pack.get() + h * rows, z, rows, g.pull_panel(i) + h * kPanel, kPanel, true);
+        tile(g.staged.get() + h, stride, z, rows, g.pull_panel(i) + h * kPanel, kPanel, true);
     }
   }
 }
@@ -254,16 +254,16 @@ void kept_dx_panels(const Head<T>& head, const float* kept, const float* factor,
     const int64_t count = std::min<int64_t>(kPanel, head.num_rows - p * kPanel);
     if (std::any_of(rows, rows + count, [](float f) { return f != 0; })) live.push_back(p);
   }
-  const int64_t panel_size = head.padded_width() * kPanel;
-  Buffer pull = make_buffer(live.size() * panel_size), pack = make_buffer(head.block() * head.padded_width());
+  const int64_t panel_size = head.padded_width() * kPanel, stride = staged_stride(head.width);
+  Buffer pull = make_buffer(live.size() * panel_size), staged = make_buffer(head.block() * stride);
   std::fill_n(pull.get(), live.size() * panel_size, 0.0f);
   for (int64_t first = 0; first < head.vocab && !live.empty(); first += head.block()) {
     const int64_t rows = std::min(head.block(), head.vocab - first);
-    pack_columns(head.weight + first * head.width, rows, head.width, pack.get());
+    stage_rows(head.weight + first * head.width, rows, head.width, staged.get());
     for (size_t i = 0; i < live.size(); ++i) {
       const float* e = kept + (live[i] * head.padded_vocab() + first) * kPanel;
       for (int64_t h = 0; h < head.width; h += kRows)
-        tile(pack.get() + h * rows, e, rows, pull.get() + i * panel_size + h * kPanel, kPanel, true);
+        tile(staged.get() + h, stride, e, rows, pull.get() + i * panel_size + h * kPanel, kPanel, true);
     }
   }
   std::fill_n(dx + begin * kPanel * head.width, (std::min(end * kPanel, head.num_rows) - begin * kPanel) * head.width, 0.0f);

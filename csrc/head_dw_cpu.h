@@ -19,10 +19,10 @@ inline void add_dw(const float* e, int64_t rows, int64_t depth, const float* x, 
       const int64_t high = std::min<int64_t>(kRows, rows - v), wide = std::min<int64_t>(kPanel, width - h);
       float* c = dw + v * width + h;
       if (high == kRows && wide == kPanel) {
-        tile(e + v * depth, panel, depth, c, width, true);
+        tile(e + v * depth, kRows, panel, depth, c, width, true);
         continue;
       }
-      tile(e + v * depth, panel, depth, edge, kPanel, false);
+      tile(e + v * depth, kRows, panel, depth, edge, kPanel, false);
       for (int64_t i = 0; i < high; ++i)
         for (int64_t j = 0; j < wide; ++j) c[i * width + j] += edge[i * kPanel + j];
     }
@@ -31,10 +31,16 @@ inline void add_dw(const float* e, int64_t rows, int64_t depth, const float* x, 
 
 // A panel's E rows [rows][kPanel] -> its kPanel steps of the packed operand [rows / kRows][depth][kRows].
 inline void pack_e(const float* e, int64_t rows, int64_t depth, float* dst) {
-  for (int64_t v = 0; v < rows; v += kRows)
-    for (int i = 0; i < kRows; ++i)
+  for (int64_t v = 0; v < rows; v += kRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kRows, rows - v));
+    int i = 0;
+    for (; i + 4 <= count; i += 4)
+      for (int lane = 0; lane < kPanel; lane += 4)
+        transpose4(e + (v + i) * kPanel + lane, kPanel, dst + v * depth + lane * kRows + i);
+    for (; i < kRows; ++i)
       for (int lane = 0; lane < kPanel; ++lane)
-        dst[v * depth + lane * kRows + i] = v + i < rows ? e[(v + i) * kPanel + lane] : 0.0f;
+        dst[v * depth + lane * kRows + i] = i < count ? e[(v + i) * kPanel + lane] : 0.0f;
+  }
 }
 
 // Vocabulary blocks [begin, end) of dW from kept E. `live` lists the panels with a factor that is not 0, `x` holds their
@@ -63,16 +69,17 @@ template <class T>
 void recompute_dw_blocks(const Head<T>& head, std::vector<Panel>& panels, const float* tokens, const float* x, int64_t begin,
                          int64_t end, float* dw) {
   const int64_t step = head.block(), count = panels.size();
-  Buffer pack = make_buffer(step * head.width), z = make_buffer(step * kPanel);
-  Buffer packed = make_buffer(step * kDepth * kPanel);
+  Buffer staged = make_buffer(step * staged_stride(head.width)), pack = make_buffer(step * head.width);
+  Buffer z = make_buffer(step * kPanel), packed = make_buffer(step * kDepth * kPanel);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * step, rows = std::min(step, head.vocab - first);
-    pack_rows(head.weight + first * head.width, rows, head.width, pack.get());
+    stage_rows(head.weight + first * head.width, rows, head.width, staged.get());
+    pack_rows(staged.get(), rows, head.width, pack.get());
     for (int64_t from = 0; from < count; from += kDepth) {
       const int64_t depth = std::min(kDepth, count - from) * kPanel;
       for (int64_t i = 0; i * kPanel < depth; ++i) {
         for (int64_t v = 0; v < rows; v += kRows)
-          tile(pack.get() + v * head.width, tokens + (from + i) * head.width * kPanel, head.width, z.get() + v * kPanel,
+          tile(pack.get() + v * head.width, kRows, tokens + (from + i) * head.width * kPanel, head.width, z.get() + v * kPanel,
                kPanel, false);
         Panel local = panels[from + i];
         exp_block(head, z.get(), first, rows, local);
