@@ -63,12 +63,8 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     assert config.sampling.max_new_tokens, "resolve() has set it"
     assert config.data.max_prompt_length, "resolve() has set it"
     max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
-    if 2 * max_length > config.optim.microbatch_tokens:
-        raise ValueError(
-            f"optim.microbatch_tokens = {config.optim.microbatch_tokens}: one pair at the limits of length needs"
-            f" {2 * max_length}"
-        )
     policy, engine = load_learner(config, device, max_length, progress.print)
+    _check_microbatch(config, policy)
     budget = config.method.pairs
     assert budget, "resolve() has set it"
     if from_pairs is None:
@@ -107,6 +103,19 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
         held_out=held_out,
         replayed=replayed,
     )
+
+
+def _check_microbatch(config: Config, policy: Policy) -> None:
+    """One pair of the longest lengths, for all members at once, fits a micro-batch."""
+    assert config.sampling.max_new_tokens, "resolve() has set it"
+    assert config.data.max_prompt_length, "resolve() has set it"
+    num_prompts = 1 if policy.shares_prompts else 2
+    longest = num_prompts * config.data.max_prompt_length + 2 * config.sampling.max_new_tokens
+    if longest * policy.num_members > config.optim.microbatch_tokens:
+        raise ValueError(
+            f"optim.microbatch_tokens = {config.optim.microbatch_tokens}: one pair at the limits of length needs"
+            f" {longest * policy.num_members}"
+        )
 
 
 def pick_device(name: str) -> torch.device:

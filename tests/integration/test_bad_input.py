@@ -196,9 +196,10 @@ def test_zero_and_negative_sizes(flag, knob, value, tiny_args, tmp_path):
             "data.max_prompt_length + sampling.max_new_tokens = 264: the model has 256 positions",
         ),
         (
-            ["--set", "optim.microbatch_tokens=143"],
-            "optim.microbatch_tokens = 143: one pair at the limits of length needs 144",
+            ["--set", "optim.microbatch_tokens=79"],
+            "optim.microbatch_tokens = 79: one pair at the limits of length needs 80",
         ),
+        (["--members", "3", "--set", "optim.microbatch_tokens=239"], "optim.microbatch_tokens = 239: one pair at"),
         (["--set", "model.lora_targets=q_prj"], "model.lora_targets = q_prj: no such linear layer"),
         (["--set", "model.adapters=nowhere"], "model.adapters = nowhere: "),
         (["--ref", "golden", "--set", "method.golden=nowhere"], "method.golden: model.path = nowhere: "),
