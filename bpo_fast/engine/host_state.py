@@ -21,33 +21,62 @@ import numpy as np
 import torch
 
 _HANDLED = (signal.SIGINT, signal.SIGTERM)
-# functions of torch that vLLM replaces, by the module that holds them
-_PATCHED = ((torch, "set_num_threads"), (torch.accelerator, "synchronize"), (torch.accelerator, "empty_cache"))
+# what vLLM replaces in torch for good, on a CPU
+_PATCHED = (
+    (torch, "set_num_threads"),
+    (torch, "Event"),
+    (torch.Tensor, "pin_memory"),
+    (torch.Tensor, "record_stream"),
+    (torch.accelerator, "synchronize"),
+    (torch.accelerator, "empty_cache"),
+    (torch.accelerator, "get_memory_info"),
+    (torch.cuda, "Event"),
+    (torch.cuda, "Stream"),
+    (torch.cuda, "set_stream"),
+    (torch.cuda, "current_stream"),
+    (torch.cuda, "stream"),
+)
+_replacements: dict[tuple[Any, str], Any] = {}
+
+
+@contextmanager
+def guest_functions() -> Iterator[None]:
+    """Inside, torch has the functions that vLLM has put there (it does so once, and calls them later); outside its own.
+
+    A context like any of vLLM's work: start, sampling, shutdown.
+    """
+    own = {(owner, name): getattr(owner, name) for owner, name in _PATCHED}
+    for (owner, name), function in _replacements.items():
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for (owner, name), function in own.items():
+            if getattr(owner, name) is not function:
+                _replacements[owner, name] = getattr(owner, name)
+                setattr(owner, name, function)
 
 
 @contextmanager
 def preserved(environ: Mapping[str, str] | None = None) -> Iterator[None]:
     """Whatever runs inside, the process is afterwards as it was.
 
-    Covers random generators (python, numpy, torch, CUDA), threads, default dtype, matmul precision, environment, signal
-    handlers, warning filters, the root logger, the except hook, frozen objects of gc and the CUDA device and stream.
-    Warnings and log lines below errors are dropped inside.
+    Covers functions of torch, random generators (python, numpy, torch, CUDA), threads, default dtype, matmul precision,
+    environment, signal handlers, warning filters, the root logger, the except hook, frozen objects of gc and the CUDA
+    device and stream. Warnings and log lines below errors are dropped inside.
 
     Args:
         environ: variables set inside.
     """
     before = _capture()
-    functions = [(owner, name, getattr(owner, name)) for owner, name in _PATCHED]
     frozen = gc.get_freeze_count()
     os.environ.update(environ or {})
     try:
-        with warnings.catch_warnings():
+        with guest_functions(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
             yield
     finally:
-        for owner, name, function in functions:
-            setattr(owner, name, function)
         if gc.get_freeze_count() > frozen == 0:
             gc.unfreeze()
         _restore(before)
@@ -55,11 +84,14 @@ def preserved(environ: Mapping[str, str] | None = None) -> Iterator[None]:
 
 @contextmanager
 def preserved_random() -> Iterator[None]:
-    """The generators of torch are afterwards as they were; cheap enough for every call of a sampler."""
+    """The generators are afterwards as they were; cheap enough for every call of a sampler."""
+    python, array = random.getstate(), np.random.get_state()
     cpu, cuda = torch.get_rng_state(), _cuda_rng()
     try:
         yield
     finally:
+        random.setstate(python)
+        np.random.set_state(array)
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)

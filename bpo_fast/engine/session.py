@@ -1,7 +1,7 @@
 """One vLLM inside this process: how it is opened on a policy, how the weights are held, how it is closed."""
 
+import gc
 import os
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from bpo_fast.config import Config, ModelConfig
 from bpo_fast.engine import versions
-from bpo_fast.engine.host_state import preserved, quiet_stderr
+from bpo_fast.engine.host_state import guest_functions, preserved, quiet_stderr
 from bpo_fast.engine.shared_weights import NotShareableError, Views, adopt_, find_views, strays
 from bpo_fast.lora import find_linears
 from bpo_fast.policy import Policy
@@ -30,7 +30,7 @@ MAX_NUM_SEQS = 256
 BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 KV_SHARE = 0.4  # of the memory that is free when vLLM opens, at most
 
-_open: "weakref.ref[Session] | None" = None
+_open: "Session | None" = None
 
 with preserved(ENVIRON):
     import vllm
@@ -111,7 +111,9 @@ class Session:
     def awake(self) -> Iterator[None]:
         """The KV cache has memory inside; outside, on a GPU, training has it."""
         if not self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
-            yield
+            # vLLM compiles a helper of its log-probs: five seconds and a C++ compiler for a comparison and a sum
+            with guest_functions(), torch.compiler.set_stance("force_eager"):
+                yield
             return
         if self.llm.llm_engine.is_sleeping():
             torch.cuda.empty_cache()
@@ -138,7 +140,7 @@ class Session:
     def close(self) -> None:
         """Shuts vLLM down and leaves a process group that was there before it."""
         global _open
-        if _open is None or _open() is not self:
+        if _open is not self:
             return
         _open = None
         destroy = torch.distributed.destroy_process_group
@@ -146,8 +148,6 @@ class Session:
             if not self.own_group:
                 torch.distributed.destroy_process_group = lambda group=None: group and destroy(group)
             with preserved(ENVIRON):
-                if not torch.accelerator.is_available():  # vLLM calls them, having replaced them when it opened
-                    torch.accelerator.synchronize = torch.accelerator.empty_cache = lambda: None
                 self.llm.llm_engine.engine_core.shutdown()
         finally:
             torch.distributed.destroy_process_group = destroy
@@ -168,7 +168,8 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
     """
     global _open
     versions.require()
-    if _open is not None and _open() is not None:
+    gc.collect()  # an engine that nobody holds is closed by that
+    if _open is not None:
         raise RuntimeError("this process has a vLLM engine already; close it before another is opened")
     reason = unsupported(model, device)
     if reason:
@@ -208,7 +209,7 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
         logps_temperature=config.sampling.temperature,
         own_group=own_group,
     )
-    _open = weakref.ref(session)
+    _open = session
     return session
 
 

@@ -5,6 +5,7 @@ optimizer step in place is what the next sample comes from. After every refresh 
 """
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,14 +60,19 @@ def load_learner(
         RuntimeError: this process has an engine already.
     """
     sessions: list[Session] = []
-    policy = load_policy(
-        config.model,
-        device=device,
-        seed=config.run.seed,
-        temperature=config.sampling.temperature,
-        max_length=max_length,
-        place=lambda model: sessions.append(open_session(config, model, device, max_length)),
-    )
+    try:
+        policy = load_policy(
+            config.model,
+            device=device,
+            seed=config.run.seed,
+            temperature=config.sampling.temperature,
+            max_length=max_length,
+            place=lambda model: sessions.append(open_session(config, model, device, max_length)),
+        )
+    except BaseException:
+        for session in sessions:
+            session.close()
+        raise
     [session] = sessions
     session.attach(policy)
     say(session.in_words())
@@ -87,6 +93,8 @@ class VllmEngine:
     def __init__(self, policy: Policy, session: Session, *, max_length: int):
         self._policy, self._session, self._max_length = policy, session, max_length
         self._probe = Probe(policy, self._draw_probe, max_length=max_length, block_size=session.block_size)
+        # at exit, too, and then before vLLM's own shutdown, which would miss the functions it put into torch
+        self._close = weakref.finalize(self, session.close)
         self.num_retried = 0
         self.last_refresh: Refresh | None = None
 
@@ -145,7 +153,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Shuts vLLM down; the policy's weights stay usable."""
-        self._session.close()
+        self._close()
 
     def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
         for prompt in prompts:

@@ -182,7 +182,7 @@ def test_generators_are_left_alone(full):
     _, engine = full
     torch.manual_seed(3)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    draw(engine, prompts(3))
+    draw(engine, prompts(3), logps=True)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]

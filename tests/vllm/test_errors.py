@@ -1,0 +1,112 @@
+"""What a user can cause is said in one line that names the way out."""
+
+import dataclasses
+from importlib import metadata
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_vllm import MAX_LENGTH, save_model, settings
+from transformers import LlamaConfig
+
+from bpo_fast.engine import session, versions
+from bpo_fast.engine.versions import UnsupportedModelError
+from bpo_fast.policy import load_model
+from bpo_fast.setup import load_learner
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        (None, "vLLM is not installed"),
+        ("0.25.0", "vLLM 0.25.0 is older than what was tested"),
+        ("0.33.0", "vLLM 0.33.0 is newer than what was tested"),
+    ],
+)
+def test_a_missing_or_untested_vllm_names_the_range_and_engine_hf(monkeypatch, llama_dir, version, words):
+    def fake(name):
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", fake)
+    wanted = rf'sampling\.engine = vllm: {words}; install "vllm>=0\.25\.1,<0\.33", or choose sampling\.engine = hf'
+    with pytest.raises(ValueError, match=wanted):
+        load_learner(settings(llama_dir), CPU, MAX_LENGTH, lambda line: None)
+    said = []
+    _, engine = load_learner(settings(llama_dir, sampling__engine="auto"), CPU, MAX_LENGTH, said.append)
+    assert engine.name == "hf"
+    assert said == [f"sampling: transformers ({words})"]
+
+
+@pytest.mark.parametrize("version", versions.TESTED)
+def test_tested_versions_are_in_the_range(monkeypatch, version):
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    assert versions.require() == version
+
+
+def test_a_model_that_vllm_does_not_run_goes_to_hf_by_itself(tmp_path, tiny_tokenizer):
+    small_heads = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+    )
+    folder = save_model(tmp_path, small_heads, tiny_tokenizer)
+    with pytest.raises(UnsupportedModelError, match=r"no heads of size 16, only 32, .*choose sampling\.engine = hf"):
+        load_learner(settings(folder), CPU, MAX_LENGTH, lambda line: None)
+    said = []
+    _, engine = load_learner(settings(folder, sampling__engine="auto"), CPU, MAX_LENGTH, said.append)
+    assert engine.name == "hf"
+    assert len(said) == 1
+    assert "no heads of size 16" in said[0]
+
+
+def test_unknown_and_quantised_models_are_named(llama_dir):
+    model, _ = load_model(settings(llama_dir).model, CPU)
+    assert session.unsupported(model, CPU) is None
+    model.config.architectures = ["FooForCausalLM"]
+    assert "does not know FooForCausalLM" in session.unsupported(model, CPU)
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.quantization_config = SimpleNamespace()
+    assert "quantised" in session.unsupported(model, CPU)
+
+
+def test_the_kv_budget_is_checked_before_vllm_opens(llama_dir, monkeypatch):
+    config = settings(llama_dir)
+    model, _ = load_model(config.model, CPU)
+    a_token = 2 * 2 * 1 * 32 * 4  # key and value, layers, heads, head size, bytes
+    needed = (MAX_LENGTH + 2 * 32) * a_token
+
+    def budget(gib, max_length=MAX_LENGTH):
+        sampling = dataclasses.replace(config.sampling, kv_cache_gib=gib)
+        return session.kv_budget(dataclasses.replace(config, sampling=sampling), model, CPU, max_length)
+
+    assert budget(None) == (256 * MAX_LENGTH + 2 * 32) * a_token
+    assert budget(0.5) == 2**29
+    assert budget(needed / 2**30) == needed
+    with pytest.raises(ValueError, match=rf"kv_cache_gib = .*: one sequence of 160 tokens needs {needed / 2**30:.3g}"):
+        budget((needed - 1) / 2**30)
+    with pytest.raises(ValueError, match=r"kv_cache_gib = 1000000\.0: only .* GiB are free; .* do"):
+        budget(1e6)
+    monkeypatch.setattr(session, "_free_host_bytes", lambda: 10 * needed)
+    assert budget(None) == int(0.4 * 10 * needed)
+
+
+def test_the_least_kv_budget_is_enough(llama_dir, learner):
+    a_token = 2 * 2 * 1 * 32 * 4
+    _, engine = learner(llama_dir, model__full=True, sampling__kv_cache_gib=(MAX_LENGTH + 2 * 32) * a_token / 2**30)
+    engine.refresh(0)
+
+
+def test_an_error_of_vllm_is_one_line(llama_dir, monkeypatch):
+    def refuse(**options):
+        raise ValueError("no\n  such thing")
+
+    monkeypatch.setattr(session.vllm, "LLM", refuse)
+    with pytest.raises(ValueError, match=r"^sampling\.engine = vllm: no such thing$"):
+        load_learner(settings(llama_dir), CPU, MAX_LENGTH, lambda line: None)

@@ -1,0 +1,137 @@
+"""The process is the same after vLLM starts, samples and closes; a process group that was there stays."""
+
+import gc
+import os
+import random
+import signal
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from tiny_vllm import MAX_LENGTH, greedy_by_transformers, prompts, settings
+
+from bpo_fast.engine import SamplingParams
+from bpo_fast.engine.host_state import preserved
+from bpo_fast.setup import load_learner
+
+
+def state():
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "torch": torch.get_rng_state().tolist(),
+        "threads": torch.get_num_threads(),
+        "set threads": torch.set_num_threads,
+        "accelerator": [getattr(torch.accelerator, n) for n in ("synchronize", "empty_cache", "get_memory_info")],
+        "cuda": [getattr(torch.cuda, n) for n in ("Event", "Stream", "set_stream", "current_stream", "stream")],
+        "events": (torch.Event, torch.Tensor.pin_memory, torch.Tensor.record_stream),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "precision": torch.get_float32_matmul_precision(),
+        "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "environ": dict(os.environ),
+        "signals": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1)],
+        "gc": (gc.isenabled(), gc.get_freeze_count(), gc.get_threshold()),
+        "warnings": list(warnings.filters),
+        "excepthook": sys.excepthook,
+        "directory": os.getcwd(),
+    }
+
+
+def test_nothing_of_the_process_changes(llama_dir, learner, capfd):
+    torch.manual_seed(1)
+    torch.set_float32_matmul_precision("high")
+    import bpo_fast.engine.vllm  # noqa: F401
+
+    before = state()
+    try:
+        policy, engine = learner(llama_dir, model__full=True)
+        after_start = state()
+        engine.refresh(0)
+        engine.generate(prompts(3), SamplingParams(8), run_seed=0, policy_version=0)
+        after_sampling = state()
+        engine.close()
+        after_close = state()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for name, value in before.items():
+        assert after_start[name] == value, name
+        assert after_sampling[name] == value, name
+        assert after_close[name] == value, name
+    assert not torch.distributed.is_initialized()
+    out, err = capfd.readouterr()
+    noise = [line for line in (out + err).splitlines() if line.strip() and "Loading weights" not in line]
+    assert noise == []
+    # the weights outlive the engine
+    policy.model.train()
+    policy.model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    assert all(p.grad is not None for p in policy.parameters())
+    engine.close()
+
+
+def test_an_engine_after_another(llama_dir, learner):
+    questions = prompts(3)
+    for _ in range(2):
+        policy, engine = learner(llama_dir, model__full=True)
+        engine.refresh(0)
+        drawn = engine.generate(questions, SamplingParams(8, temperature=0.0), run_seed=0, policy_version=0)
+        assert [c[0].ids for c in drawn] == greedy_by_transformers(policy, questions, 8)
+        engine.close()
+
+
+def test_an_engine_that_nobody_holds_is_closed(llama_dir):
+    for _ in range(2):
+        load_learner(settings(llama_dir, model__full=True), torch.device("cpu"), MAX_LENGTH, lambda line: None)
+
+
+def test_a_policy_that_cannot_be_built_leaves_no_engine(llama_dir, monkeypatch):
+    def refuse(*args, **options):
+        raise ValueError("no such policy")
+
+    arguments = settings(llama_dir), torch.device("cpu"), MAX_LENGTH, lambda line: None
+    with monkeypatch.context() as patch:
+        patch.setattr("bpo_fast.policy.Policy", refuse)
+        with pytest.raises(ValueError, match="no such policy"):
+            load_learner(*arguments)
+    load_learner(*arguments)[1].close()
+
+
+def test_a_process_group_that_was_there_stays(llama_dir, learner, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        _, engine = learner(llama_dir, model__full=True)
+        engine.refresh(0)
+        engine.close()
+        value = torch.ones(2)
+        torch.distributed.all_reduce(value)
+        assert value.tolist() == [1.0, 1.0]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_is_preserved_is_put_back_after_an_error():
+    before = state()
+
+    def spoil():
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float64)
+        torch.set_float32_matmul_precision("medium")
+        torch.set_num_threads(2)
+        torch.set_num_threads = None
+        os.environ["SPOILT"] = "1"
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        gc.freeze()
+        warnings.simplefilter("error")
+        sys.excepthook = None
+        raise RuntimeError(os.environ["SET"])
+
+    with pytest.raises(RuntimeError, match="spoilt"), preserved({"SET": "spoilt"}):
+        spoil()
+    after = state()
+    for name, value in before.items():
+        assert after[name] == value, name

@@ -1,0 +1,108 @@
+"""The loop on vLLM: the probe passes at every phase, and interrupted runs end as if they had never stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_vllm import settings
+
+from bpo_fast.checkpoint import complete_checkpoints
+from bpo_fast.engine.vllm import VllmEngine
+from bpo_fast.train import train
+
+
+def knobs(tiny_data, out, **more):
+    return {
+        "data__path": str(tiny_data.train),
+        "data__eval_path": str(tiny_data.eval),
+        "data__max_prompt_length": 64,
+        "annotator__path": "toy_annotator:letters",
+        "method__pairs": 24,
+        "method__batch_pairs": 4,
+        "method__phases": 3,
+        "sampling__max_new_tokens": 8,
+        "optim__learning_rate": 3e-3,
+        "eval__prompts": 4,
+        "eval__kl_prompts": 4,
+        "run__output_dir": str(out),
+    } | more
+
+
+def contents(run: Path):
+    """Pairs, answers and weights of a finished run."""
+    weights = {
+        str(path.relative_to(run)): load_file(path) for path in complete_checkpoints(run)[-1].rglob("*.safetensors")
+    }
+    return (
+        {p.name: p.read_bytes() for p in sorted((run / "pairs").iterdir())},
+        (run / "eval.jsonl").read_bytes(),
+        weights,
+    )
+
+
+def assert_same(first: Path, second: Path) -> None:
+    (pairs, answers, weights), (other_pairs, other_answers, other_weights) = contents(first), contents(second)
+    assert pairs == other_pairs
+    assert answers == other_answers
+    assert weights.keys() == other_weights.keys()
+    for file, tensors in weights.items():
+        for name, tensor in tensors.items():
+            assert tensor.equal(other_weights[file][name]), (file, name)
+
+
+@pytest.mark.parametrize("form", [{"model__full": True}, {"model__members": 2}], ids=["full", "lora"])
+def test_a_killed_and_resumed_run_ends_as_one_that_was_not(llama_dir, tiny_data, tmp_path, monkeypatch, form):
+    probes = []
+    refresh = VllmEngine.refresh
+
+    def counted(self, version):
+        refresh(self, version)
+        probes.append((version, self.last_refresh.probe.mean <= self.last_refresh.probe.limit))
+
+    monkeypatch.setattr(VllmEngine, "refresh", counted)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(settings(llama_dir, **knobs(tiny_data, whole, **form)), quiet=True)
+    assert [v for v, passed in probes if passed] == [0, 0, 2, 4, 6]  # evaluation, three phases, evaluation
+
+    generate = VllmEngine.generate
+
+    def interrupted(self, questions, params, *, on_done=None, policy_version, **options):
+        if policy_version != 2:
+            return generate(self, questions, params, on_done=on_done, policy_version=policy_version, **options)
+        stop = lambda num: signal.raise_signal(signal.SIGINT)  # noqa: E731
+        return generate(self, questions, params, on_done=stop, policy_version=policy_version, **options)
+
+    config = settings(llama_dir, **knobs(tiny_data, cut, **form))
+    with monkeypatch.context() as patch:
+        patch.setattr(VllmEngine, "generate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, quiet=True)
+    assert complete_checkpoints(cut)[-1].name == "checkpoint-2"
+    train(settings(llama_dir, **knobs(tiny_data, cut, **form)), resume=cut, quiet=True)
+    assert_same(whole, cut)
+
+
+def test_ctrl_c_during_generation_writes_a_checkpoint_and_exits_with_130(llama_dir, tiny_data, tmp_path):
+    out = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "bpo_fast", "train", "--engine", "vllm", "--model", str(llama_dir), "--device", "cpu"),
+        *("--data", str(tiny_data.train), "--eval-data", str(tiny_data.eval), "--annotator", "toy_annotator:letters"),
+        *("--pairs", "64", "--max-new-tokens", "90", "--lora-r", "4", "--set", "eval.prompts=0", "--out", str(out)),
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("phase 1: sampling: 0/"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, "".join(lines)
+    assert "interrupted at step 0; go on with --resume" in lines[-1]
+    assert sum(line.startswith("sampling: vLLM") for line in lines) == 1
+    [checkpoint] = complete_checkpoints(out)
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["step"] == 0
