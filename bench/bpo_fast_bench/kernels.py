@@ -168,9 +168,9 @@ def interleave(
         for call in calls.values():
             call(sets[i % len(sets)])
     order = [*calls, *reversed(calls)]
-    for i in range(rounds):
+    for _ in range(rounds):
         for name in order:
-            inputs = sets[(i + len(samples[name])) % len(sets)]
+            inputs = sets[len(samples[name]) % len(sets)]
             samples[name].append(timed(calls[name], inputs, device))
     return samples
 

@@ -193,12 +193,12 @@ class _TokenLogps(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[0]:
             later = scored.unit_dx is None
-            dx = engine.kept_dx(scored, coefs, rows.head) if later else scored.unit_dx * coefs[:, None]
+            dx = engine.kept_dx(scored, coefs, rows.head, zeros=False) if later else scored.unit_dx * coefs[:, None]
             dx = dx.to(hidden.dtype)
         if ctx.needs_input_grad[1]:
             dw = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
             if scored.e is not None:
-                engine.kept_dw_(dw, scored, coefs, rows)
+                engine.kept_dw_(dw, scored, coefs, rows, zeros=False)
             else:
                 engine.recompute_dw_(dw, scored.stats, coefs, rows)
             dw = dw.to(weight.dtype)

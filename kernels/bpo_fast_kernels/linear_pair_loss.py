@@ -168,8 +168,8 @@ def _run_chunk_(sums: _Sums, hidden: torch.Tensor, call: _Call, spans: tuple[sli
         head=call.head,
     )
     cu = offsets(call.cu_seqlens.to(hidden.device, non_blocking=True).diff()[both])
-    # slic leaves pairs with coefficient 0, whose rows need no dX
-    dx_now = sums.dx is not None and call.spec.loss != "slic"
+    zeros = call.spec.loss == "slic"  # pairs past the margin have coefficient 0: their rows need no gradient
+    dx_now = sums.dx is not None and not zeros
     scored = call.engine.score(chunk, dx=dx_now, keep=True)
     logps = call.engine.sequence_sums(scored.stats.token_logps, cu)
     ref = logps if call.ref_logps is None else call.ref_logps[both]
@@ -178,12 +178,12 @@ def _run_chunk_(sums: _Sums, hidden: torch.Tensor, call: _Call, spans: tuple[sli
     coefs = spread(slope / call.divisor, cu, len(chunk.targets))
     if sums.dx is not None:
         later = scored.unit_dx is None
-        dx = call.engine.kept_dx(scored, coefs, call.head) if later else scored.unit_dx * coefs[:, None]
+        dx = call.engine.kept_dx(scored, coefs, call.head, zeros=zeros) if later else scored.unit_dx * coefs[:, None]
         dx = dx.to(sums.dx.dtype)
         cut = spans[0].stop - spans[0].start
         sums.dx[spans[0]], sums.dx[spans[1]] = dx[:cut], dx[cut:]
     if sums.dw is not None:
-        call.engine.kept_dw_(sums.dw, scored, coefs, chunk)
+        call.engine.kept_dw_(sums.dw, scored, coefs, chunk, zeros=zeros)
 
 
 def offsets(lengths: torch.Tensor) -> torch.Tensor:

@@ -30,13 +30,13 @@ class NativeBackend:
         logps = None if behavior is None else self.score(behavior, dx=False, keep=False).stats.token_logps
         return Scored(RowStats(*stats.unbind()), unit_dx, e, logps)
 
-    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head) -> torch.Tensor:
+    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head, *, zeros: bool) -> torch.Tensor:
         """2THV that skips panels whose coefficients are all 0."""
         dx = torch.empty(len(coefs), head.weight.shape[1])
         self.ops.kept_dx(scored.e, head.weight.detach().contiguous(), self._factor(scored.stats, coefs, head), dx)
         return dx
 
-    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows) -> None:
+    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
         """2THV; skips panels whose coefficients are all 0."""
         factor = self._factor(scored.stats, coefs, rows.head)
         self.ops.kept_dw(scored.e, rows.hidden.detach().contiguous(), factor, dw)

@@ -106,11 +106,14 @@ class Backend(Protocol):
         """
         ...
 
-    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head) -> torch.Tensor:
-        """2THV: coefs_t * d token_logp_t / d hidden_t from E, [T, H] float32; rows with coefficient 0 may skip."""
+    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head, *, zeros: bool) -> torch.Tensor:
+        """2THV: coefs_t * d token_logp_t / d hidden_t from E, [T, H] float32.
+
+        `zeros` says that rows with coefficient 0 are to be expected: their work is skipped.
+        """
         ...
 
-    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows) -> None:
+    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
         """2THV: add the sum over rows of coefs_t * d token_logp_t / d weight to `dw` [V, H] float32."""
         ...
 

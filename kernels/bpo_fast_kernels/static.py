@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bpo_fast_kernels import triton_gemm, triton_pair, triton_passes
+from bpo_fast_kernels import triton_gemm, triton_live, triton_pair, triton_passes
 from bpo_fast_kernels.triton_config import SHARED_BYTES, GemmConfig, gemm_config
 
 BUDGETS = Path(__file__).with_name("budgets.json")
@@ -35,6 +35,9 @@ POINTERS = {
     "w": "*bf16",
     "w_behavior": "*bf16",
     "e": "*bf16",
+    "scaled": "*bf16",
+    "order": "*i64",
+    "num_live": "*i32",
 }
 
 
@@ -72,6 +75,9 @@ def builds(arch: int) -> Iterator[Build]:
         yield Build(name, triton_passes.target_logit_kernel, {"HAS_CAP": cap, "BLOCK": 1024})
     for name in ("shrink", "settle", "finish", "unit_dx", "sequence_sum"):
         yield Build(name, getattr(triton_passes, f"{name}_kernel"), {"BLOCK": 1024})
+    live = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
+    for name in ("live_dx", "live_dw"):
+        yield Build(name, getattr(triton_live, f"{name}_kernel"), live, num_warps=8)
     for loss, number in triton_pair.LOSS_IDS.items():
         yield Build(f"pair_loss_{loss}", triton_pair.pair_loss_kernel, {"LOSS": number, "BLOCK": triton_pair.BLOCK})
 

@@ -46,10 +46,8 @@ def add_mm_f32(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.T
 
 
 def live_rows(coefs: torch.Tensor) -> torch.Tensor | None:
-    """Rows with a coefficient, None for all; a GPU would have to be waited for, so it gets all."""
-    if coefs.is_cuda or bool(coefs.all()):
-        return None
-    return coefs.nonzero().squeeze(1)
+    """Rows with a coefficient; a host sync on a GPU. None for all of them."""
+    return None if bool(coefs.all()) else coefs.nonzero().squeeze(1)
 
 
 def sum_sequences(token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -207,19 +205,23 @@ class TorchBackend:
             self.shrink_(kept[:, cols], (shift - sweep.shift).exp())
         kept.scatter_(1, sweep.targets[:, None], -(sweep.miss_sum * sweep.target_slope)[:, None].to(kept.dtype))
 
-    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head) -> torch.Tensor:
-        """2THV; on the CPU, rows with coefficient 0 are left out."""
+    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head, *, zeros: bool) -> torch.Tensor:
+        """2THV."""
         row = (-head.scale * coefs * scored.stats.inv_sum)[:, None]
-        weight, live = head.weight.to(scored.e.dtype), live_rows(coefs)
+        weight, live = head.weight.to(scored.e.dtype), live_rows(coefs) if zeros else None
         if live is None:
             return mm_f32(scored.e, weight) * row
         dx = torch.zeros(len(coefs), weight.shape[1], device=coefs.device)
         return dx.index_copy_(0, live, mm_f32(scored.e[live], weight) * row[live])
 
-    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows) -> None:
-        """2THV; on the CPU, rows with coefficient 0 are left out."""
+    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
+        """2THV."""
         factor = (-rows.head.scale * coefs * scored.stats.inv_sum)[:, None]
-        scaled, e, live = (rows.hidden.float() * factor).to(scored.e.dtype), scored.e, live_rows(coefs)
+        scaled, e, live = (
+            (rows.hidden.float() * factor).to(scored.e.dtype),
+            scored.e,
+            live_rows(coefs) if zeros else None,
+        )
         if live is not None:
             scaled, e = scaled[live], e[live]
         for cols in columns(len(rows.head.weight)):

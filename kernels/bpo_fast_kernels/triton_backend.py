@@ -16,6 +16,7 @@ from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored
 from bpo_fast_kernels.torch_backend import SHIFT_SLACK, TILE_COLS, Sweep, TorchBackend
 from bpo_fast_kernels.triton_config import INTERPRETED, GemmConfig, gemm_config
 from bpo_fast_kernels.triton_gemm import exp_gemm_kernel, raise_shift_kernel, row_sums_kernel, set_targets_kernel
+from bpo_fast_kernels.triton_live import live_dw_, live_dx
 from bpo_fast_kernels.triton_pair import pair_slopes_triton
 from bpo_fast_kernels.triton_passes import (
     exp_tile_kernel,
@@ -124,6 +125,21 @@ class TritonBackend(TorchBackend):
             unit_dx_kernel[(len(dx),)](*args, *strides, rows.head.scale, BLOCK=BLOCK)
         return dx
 
+    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head, *, zeros: bool) -> torch.Tensor:
+        """2THV: a library GEMM, or with `zeros` one over the live rows only."""
+        if not zeros:
+            return super().kept_dx(scored, coefs, head, zeros=False)
+        factor = coefs * scored.stats.inv_sum * -head.scale
+        return live_dx(scored.e, contiguous_rows(head.weight), factor, coefs)
+
+    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
+        """2THV: library GEMMs, or with `zeros` one over the live rows only."""
+        if not zeros:
+            super().kept_dw_(dw, scored, coefs, rows, zeros=False)
+            return
+        factor = (coefs * scored.stats.inv_sum * -rows.head.scale)[:, None]
+        live_dw_(dw, scored.e, (rows.hidden.float() * factor).to(scored.e.dtype), coefs)
+
     def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """One program a sequence."""
         out = torch.empty(len(cu_seqlens) - 1, device=token_values.device)
@@ -194,7 +210,7 @@ class TritonGemmBackend(TritonBackend):
             chunk = Rows(rows.hidden[cut], rows.targets[cut], rows.head)
             other = None if behavior is None else Rows(behavior.hidden[cut], chunk.targets, behavior.head)
             scored = self.score(chunk, dx=True, keep=True, behavior=other)
-            unit.append(self.kept_dx(scored, torch.ones_like(scored.stats.inv_sum), rows.head))
+            unit.append(self.kept_dx(scored, torch.ones_like(scored.stats.inv_sum), rows.head, zeros=False))
             parts.append((scored.stats, scored.behavior_logps))
         stats = [torch.cat(values) for values in zip(*(vars(part).values() for part, _ in parts), strict=True)]
         logps = None if behavior is None else torch.cat([logps for _, logps in parts])

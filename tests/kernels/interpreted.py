@@ -5,6 +5,7 @@ import torch
 from bpo_fast_kernels import linear_logps, linear_pair_loss, linear_token_logps, pair_loss
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.pair_loss import pair_loss_reference
+from bpo_fast_kernels.rows import Head, Rows
 from cases import adversarial_cases, answer, offsets, random_case, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -176,3 +177,20 @@ def test_no_rows():
         )
         logps.sum().backward()
         assert logps.tolist() == [0.0, 0.0]
+
+
+def test_rows_without_coefficient_are_skipped():
+    case = random_case(50, 20, 70)
+    engine = pick_backend("triton", torch.device("cpu"))
+    rows = Rows(case.hidden, case.targets, Head(case.weight))
+    scored = engine.score(rows, dx=False, keep=True)
+    coefs = torch.randn(50)
+    coefs[::3] = 0
+    want = answer(case, coefs)
+    scored.e[::3] = torch.nan  # whoever reads them is found out
+    dw = torch.ones_like(case.weight)
+    engine.kept_dw_(dw, scored, coefs, rows, zeros=True)
+    assert relative(engine.kept_dx(scored, coefs, rows.head, zeros=True), want.dx) < 1e-5
+    assert relative(dw - 1, want.dw) < 1e-5
+    coefs.zero_()
+    assert engine.kept_dx(scored, coefs, rows.head, zeros=True).abs().sum() == 0
