@@ -26,6 +26,7 @@ ENVIRON = {
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
 }
 MAX_NUM_SEQS = 256
+MAX_BATCHED_TOKENS = 4096
 # prompts of a few dozen tokens are worth sharing between their samples; 32 is the smallest block the CPU kernels like
 BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 KV_SHARE = 0.4  # of the memory that is free when vLLM opens, at most
@@ -143,14 +144,7 @@ class Session:
         if _open is not self:
             return
         _open = None
-        destroy = torch.distributed.destroy_process_group
-        try:
-            if not self.own_group:
-                torch.distributed.destroy_process_group = lambda group=None: group and destroy(group)
-            with preserved(ENVIRON):
-                self.llm.llm_engine.engine_core.shutdown()
-        finally:
-            torch.distributed.destroy_process_group = destroy
+        _shut_down(self.llm, self.own_group)
 
 
 def open_session(config: Config, model: PreTrainedModel, device: torch.device, max_length: int) -> Session:
@@ -186,6 +180,25 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
         llm = _start(config, model, device, max_length, kv_bytes)
     except NotShareableError as error:
         raise ValueError(f"sampling.merge_lora = false: {error}") from None
+    try:
+        _open = _share(llm, config, model, device, lora_names, live, kv_bytes, own_group)
+    except BaseException:
+        _shut_down(llm, own_group)
+        raise
+    return _open
+
+
+def _share(
+    llm: Any,
+    config: Config,
+    model: PreTrainedModel,
+    device: torch.device,
+    lora_names: tuple[str, ...],
+    live: bool,
+    kv_bytes: int,
+    own_group: bool,
+) -> Session:
+    """Puts the trainer's model on the device, into vLLM's storages where that can be."""
     module = llm.apply_model(lambda m: m)[0]
     merged = set() if live else {f"{name}.weight" for name in lora_names}
     names = [n for n, _ in model.named_parameters()]
@@ -209,7 +222,6 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
         logps_temperature=config.sampling.temperature,
         own_group=own_group,
     )
-    _open = session
     return session
 
 
@@ -287,6 +299,9 @@ def _start(config: Config, model: PreTrainedModel, device: torch.device, max_len
                 max_model_len=max_length,
                 max_num_seqs=MAX_NUM_SEQS,
                 block_size=BLOCK_SIZE[device.type],
+                # a seeded request whose prompt is cut over two steps fails on a CPU, whose generators cannot step back
+                enable_chunked_prefill=False,
+                max_num_batched_tokens=max(MAX_BATCHED_TOKENS, max_length),
                 kv_cache_memory_bytes=kv_bytes,
                 gpu_memory_utilization=0.1,  # only checked against what is free; the line above decides
                 enable_prefix_caching=True,
@@ -300,6 +315,18 @@ def _start(config: Config, model: PreTrainedModel, device: torch.device, max_len
             raise
         except ValueError as error:
             raise ValueError(f"sampling.engine = vllm: {' '.join(str(error).split())}") from None
+
+
+def _shut_down(llm: Any, own_group: bool) -> None:
+    """Ends vLLM; it destroys whatever process group it finds, also one that was there before it."""
+    destroy = torch.distributed.destroy_process_group
+    try:
+        if not own_group:
+            torch.distributed.destroy_process_group = lambda group=None: group and destroy(group)
+        with preserved(ENVIRON):
+            llm.llm_engine.engine_core.shutdown()
+    finally:
+        torch.distributed.destroy_process_group = destroy
 
 
 def _import_architecture(model: PreTrainedModel) -> None:

@@ -69,6 +69,13 @@ def test_a_completion_does_not_depend_on_its_batch(full):
     assert [c.ids for c in flat(draw(engine, questions, run_seed=2))] != [c.ids for c in flat(whole)]
 
 
+def test_prompts_that_fill_more_than_one_step(full):
+    _, engine = full
+    questions = [Prompt(i, "", tuple((i * 7 + j) % 300 + 2 for j in range(140 + i % 4))) for i in range(40)]
+    whole = draw(engine, questions, num_new=4)  # 5,600 tokens of prompts, above the 4,096 of a step
+    assert draw(engine, questions[28:31], num_new=4) == whole[28:31]
+
+
 def test_draws_follow_the_policy(full):
     policy, engine = full
     [question] = prompts(1)

@@ -1,0 +1,107 @@
+"""Whether vLLM does here what the engine needs of it: one line of verdict for each thing, on a tiny random model."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bpo_fast import config as configs
+from bpo_fast.engine import SamplingParams, versions
+from bpo_fast.types import Prompt
+
+MAX_LENGTH = 160
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One thing that was tried.
+
+    Attributes:
+        name: what.
+        ok: whether it worked.
+        detail: what was seen.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def self_test(device: torch.device) -> list[Verdict]:
+    """Opens vLLM on a tiny random model, updates the weights in place and compares both engines; a few seconds.
+
+    Args:
+        device: of vLLM and the trainer.
+    """
+    version, trouble = versions.installed(), versions.trouble()
+    if trouble:
+        return [Verdict("version", False, trouble)]
+    tested = versions.TESTED.get(str(version))
+    found = [
+        Verdict("version", True, f"{version}, {f'tested ({tested})' if tested else 'in range, not itself tested'}")
+    ]
+    from bpo_fast.engine.vllm import load_learner
+
+    with tempfile.TemporaryDirectory() as folder:
+        _write_model(Path(folder))
+        knobs = {"model.path": folder, "model.full": True, "sampling.max_new_tokens": 8}
+        try:
+            policy, engine = load_learner(configs.load(None, knobs), device, MAX_LENGTH, lambda line: None)
+        except (ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+            return [*found, Verdict("start", False, f"{type(error).__name__}: {str(error).splitlines()[0]}")]
+    found.append(Verdict("start", True, "opened in this process"))
+    try:
+        engine.refresh(0)
+        assert engine.last_refresh, "refresh() has set it"
+        copied = engine.last_refresh.bytes_copied
+        found.append(Verdict("one copy of the weights", copied == 0, f"{copied} bytes copied at a refresh"))
+        before = _greedy(engine)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.mul_(torch.linspace(0.5, 1.5, parameter.shape[-1], device=parameter.device))
+        engine.refresh(1)
+        probe = engine.last_refresh.probe
+        found.append(Verdict("policy = sampler", True, f"log-probs differ by {probe.mean:.1e} nats a token"))
+        found.append(
+            Verdict("in-place updates", _greedy(engine) != before, "the next sample comes from the new weights")
+        )
+    except RuntimeError as error:
+        found.append(Verdict("policy = sampler", False, str(error)))
+    finally:
+        engine.close()
+    return found
+
+
+def _greedy(engine) -> list[tuple[int, ...]]:
+    prompts = [Prompt(i, "", tuple(range(5 + i, 45 + i))) for i in range(4)]
+    params = SamplingParams(max_new_tokens=8, temperature=0.0)
+    return [c[0].ids for c in engine.generate(prompts, params, run_seed=0, policy_version=0)]
+
+
+def _write_model(folder: Path) -> None:
+    """A Llama of two layers with peaked distributions, and its tokenizer."""
+    from bpo_fast.tokenizer import train_bpe
+
+    tokenizer = train_bpe(["a self-test needs few words"], vocab_size=270)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=270,
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=32,
+                max_position_embeddings=256,
+                initializer_range=0.2,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,30 @@
+import torch
+
+from bpo_fast.engine import versions
+from bpo_fast.engine.probe import Probe
+from bpo_fast.engine.self_test import self_test
+from bpo_fast.engine.session import Session
+
+CPU = torch.device("cpu")
+
+
+def test_every_verdict_is_good_here():
+    verdicts = {v.name: v for v in self_test(CPU)}
+    assert list(verdicts) == ["version", "start", "one copy of the weights", "policy = sampler", "in-place updates"]
+    assert all(v.ok for v in verdicts.values())
+    assert versions.installed() in verdicts["version"].detail
+    assert verdicts["one copy of the weights"].detail == "0 bytes copied at a refresh"
+
+
+def test_a_vllm_that_does_not_start_or_does_not_follow_is_told(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, "trouble", lambda: "vLLM is not installed")
+        assert [(v.name, v.ok) for v in self_test(CPU)] == [("version", False)]
+    with monkeypatch.context() as patch:
+        patch.setattr("bpo_fast.engine.session.find_views", lambda *args: (_ for _ in ()).throw(AttributeError("gone")))
+        assert self_test(CPU)[-1].detail == "AttributeError: gone"
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "copy_weights", lambda self: 7)
+        patch.setattr(Probe, "_trainer_logps", lambda self, drawn: torch.zeros(len(drawn), len(drawn[0])))
+        failed = [v for v in self_test(CPU) if not v.ok]
+        assert [v.name for v in failed] == ["policy = sampler"]
