@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import MODES, check_cu_seqlens, check_rows, check_scaling, require
-from bpo_fast_kernels.rows import Backend, Head, Rows
+from bpo_fast_kernels.rows import Backend, Head, Rows, Scored
 
 # Most bytes of E that mode="auto" keeps for a trained head until the backward pass.
 STORE_BYTES = 1_200_000_000
@@ -174,6 +174,13 @@ def token_scores(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     return _TokenLogps.apply(call.rows.hidden, call.rows.head.weight, call)
 
 
+def hidden_gradient(engine: Backend, scored: Scored, coefs: torch.Tensor, head: Head, *, zeros: bool) -> torch.Tensor:
+    """coefs_t * d token_logp_t / d hidden_t, from what the backend formed or kept."""
+    if scored.unit_dx is None:
+        return engine.kept_dx(scored, coefs, head, zeros=zeros)
+    return scored.unit_dx * coefs[:, None]
+
+
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, call: _Call):
@@ -192,9 +199,7 @@ class _TokenLogps(torch.autograd.Function):
         coefs = coefs.contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            later = scored.unit_dx is None
-            dx = engine.kept_dx(scored, coefs, rows.head, zeros=False) if later else scored.unit_dx * coefs[:, None]
-            dx = dx.to(hidden.dtype)
+            dx = hidden_gradient(engine, scored, coefs, rows.head, zeros=False).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
             dw = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
             if scored.e is not None:

@@ -10,7 +10,13 @@ import torch
 
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import check_cu_seqlens, check_loss, check_pair_vector, check_rows, check_scaling, require
-from bpo_fast_kernels.linear_logps import STORE_BYTES, linear_logps, linear_logps_reference, spread
+from bpo_fast_kernels.linear_logps import (
+    STORE_BYTES,
+    hidden_gradient,
+    linear_logps,
+    linear_logps_reference,
+    spread,
+)
 from bpo_fast_kernels.pair_loss import PairLoss, pair_loss, pair_loss_reference
 from bpo_fast_kernels.rows import Backend, Head, LossSpec, Rows
 
@@ -177,9 +183,7 @@ def _run_chunk_(sums: _Sums, hidden: torch.Tensor, call: _Call, spans: tuple[sli
     sums.loss[pairs], sums.margins[pairs], sums.logps[both] = loss, margins, logps
     coefs = spread(slope / call.divisor, cu, len(chunk.targets))
     if sums.dx is not None:
-        later = scored.unit_dx is None
-        dx = call.engine.kept_dx(scored, coefs, call.head, zeros=zeros) if later else scored.unit_dx * coefs[:, None]
-        dx = dx.to(sums.dx.dtype)
+        dx = hidden_gradient(call.engine, scored, coefs, call.head, zeros=zeros).to(sums.dx.dtype)
         cut = spans[0].stop - spans[0].start
         sums.dx[spans[0]], sums.dx[spans[1]] = dx[:cut], dx[cut:]
     if sums.dw is not None:

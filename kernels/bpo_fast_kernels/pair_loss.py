@@ -47,6 +47,7 @@ def pair_loss_reference(
     """The naive twin of `pair_loss`: (loss [P], margins [P]) with autograd's gradient."""
     ratios = policy_logps - ref_logps
     if loss == "ipo":
+        assert lengths is not None
         ratios = ratios / lengths
     chosen, rejected = ratios.chunk(2)
     h = chosen - rejected

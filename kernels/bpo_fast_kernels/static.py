@@ -115,6 +115,13 @@ def tool(name: str, *args: str) -> str:
     return subprocess.run([str(path), *args], capture_output=True, text=True, check=True).stdout
 
 
+def figure(usage: str, name: str) -> int:
+    """A number out of the resource usage, such as REG:190."""
+    found = re.search(rf"{name}:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1])
+
+
 def measure(build: Build, arch: int) -> dict[str, Any]:
     """Registers, stack, spills, shared memory, tensor-core and copy instructions of a compiled kernel."""
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
@@ -127,8 +134,8 @@ def measure(build: Build, arch: int) -> dict[str, Any]:
     if "tcgen05.mma" in compiled.asm["ptx"]:
         found.add("tcgen05.mma")
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "registers": figure(usage, "REG"),
+        "stack": figure(usage, "STACK"),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "shared": compiled.metadata.shared,
         "instructions": sorted(found),
