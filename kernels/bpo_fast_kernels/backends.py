@@ -53,17 +53,20 @@ def _auto_cpu() -> Backend:
 def pick_backend(name: str, device: torch.device) -> Backend:
     """The backend called `name`.
 
-    "auto" is "triton" on a GPU and "native" on the CPU, or "torch" where the native code cannot be built (said once).
+    "auto" is "triton" on a CUDA device, "native" on the CPU or, said once, "torch" where that cannot be built, and
+    "torch" elsewhere.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run on this device or machine.
     """
     require(name in BACKENDS, "backend", repr(name), f"expected one of {', '.join(BACKENDS)}")
     on_cpu = device.type == "cpu"
-    if name == "auto":
-        return _auto_cpu() if on_cpu else _triton("triton")
-    if name == "torch":
+    if name == "auto" and on_cpu:
+        return _auto_cpu()
+    if name == "torch" or (name == "auto" and device.type != "cuda"):
         return _torch()
+    if name == "auto":
+        return _triton("triton")
     if name.startswith("triton"):
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         require(not on_cpu or interpreted, "backend", repr(name), "on CPU tensors it needs TRITON_INTERPRET=1")
