@@ -88,8 +88,8 @@ def resolve(config: Config) -> Config:
     base |= {"lr": 1e-6 if config.model.full else 5e-5}
     if embedded:
         config = _embed(config)
-        base |= {"pairs": 768, "batch_pairs": 16, "r": 16, "eval": 128}
-        base |= {"lr": 1e-4 if config.model.full else 1e-3}
+        base |= {"pairs": 1024, "batch_pairs": 16, "r": 16, "eval": 128}
+        base |= {"lr": 3e-4 if config.model.full else 3e-3}
     r = config.model.lora_r or base["r"]
     config = dataclasses.replace(
         config,
