@@ -227,5 +227,7 @@ def find_linears(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
     """(in, out)."""
-    rows, columns = (int(n) for n in linear.weight.shape)
+    weight = linear.weight
+    assert isinstance(weight, Tensor), "a linear layer has one"
+    rows, columns = weight.shape
     return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)

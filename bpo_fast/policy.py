@@ -284,7 +284,7 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedMod
         raise ValueError(f"model.path = {path}: not a model folder (no config.json)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             trust_remote_code=config.trust_remote_code,
@@ -293,6 +293,7 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedMod
             ignore_mismatched_sizes=True,  # named below
             **options,
         )
+        model, found = loaded
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"model.path = {path}: {reason}") from None

@@ -4,6 +4,7 @@ On a CPU vLLM repacks linear weights for its kernels once they are loaded, which
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,8 @@ def add_live_lora_(model: nn.Module, lora: LiveLora) -> None:
 def live_lora_storage(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     """(A, B) of the transformers layer `name` as vLLM reads them."""
     layer, rows = locate_linear(model, name)
-    return next((a, b) for part, a, b in layer.lora_parts if part == rows)
+    parts: Any = layer.lora_parts
+    return next((a, b) for part, a, b in parts if part == rows)
 
 
 def register() -> None:
