@@ -182,9 +182,12 @@ class TritonGemmBackend(TritonBackend):
     name = "triton-gemm"
 
     def score(self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None) -> Scored:
-        """One GEMM; dX comes from its E by a library GEMM."""
+        """One GEMM; dX comes from its E by a library GEMM.
+
+        float32 rows take Plan B on a GPU: tensor cores would round them to TF32.
+        """
         num_rows, vocab = len(rows.hidden), len(rows.head.weight)
-        if num_rows == 0:
+        if num_rows == 0 or (rows.hidden.is_cuda and rows.hidden.dtype == torch.float32):
             return super().score(rows, dx=dx, keep=keep, behavior=behavior)
         if dx and not keep:
             return self.score_by_chunks(rows, behavior)
@@ -222,7 +225,9 @@ class TritonGemmBackend(TritonBackend):
             return INTERPRETED
         major, minor = torch.cuda.get_device_capability(rows.hidden.device)
         second = behavior is not None and behavior.head.weight.data_ptr() != rows.head.weight.data_ptr()
-        aligned = all(m.stride(1) == 1 and m.stride(0) % 8 == 0 for m in (rows.hidden, rows.head.weight))
+        matrices = (rows.hidden, rows.head.weight)
+        aligned = all(m.stride(1) == 1 and m.stride(0) % 8 == m.data_ptr() % 16 == 0 for m in matrices)
+        aligned = aligned and rows.hidden.shape[1] % 8 == 0
         capped = rows.head.softcap is not None
         return gemm_config(10 * major + minor, tma=aligned and not second, softcap=capped)
 
