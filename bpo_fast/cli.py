@@ -309,6 +309,21 @@ def bench_kernels(
     print(table(run(options)))
 
 
+@bench.command("sampling")
+@reports_errors
+def bench_sampling(
+    model: Annotated[str, typer.Option(help="policy folder")],
+    data: Annotated[str, typer.Option(help="prompts")],
+    rounds: Annotated[int, typer.Option(help="turns of both engines", min=1)] = 5,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them alone", min=0)] = 0,
+    json_path: Annotated[str | None, typer.Option("--json", help="where the measurements go")] = None,
+) -> None:
+    """Time engine vllm against engine hf on the same model, prompts and lengths."""
+    from bpo_fast_bench.sampling import SamplingBench, run, table
+
+    print(table(run(SamplingBench(model, data, rounds=rounds, threads=threads, json_path=json_path))))
+
+
 @bench.command("step")
 @reports_errors
 def bench_step(
