@@ -11,6 +11,7 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def few_threads():
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Two, in place of the one thread of the other tests: the native kernels share their work."""
     torch.set_num_threads(2)

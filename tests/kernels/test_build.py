@@ -87,7 +87,20 @@ def test_narrower_vectors_give_the_same_answers(tmp_path, flags):
     wrapper.chmod(0o755)
     env = os.environ | {"CXX": str(wrapper), "BPO_FAST_CACHE": str(tmp_path / "cache")}
     tests = Path(__file__).with_name("test_linear_logps.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "native", str(tests)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "native",
+        str(tests),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
 

@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,26 +10,13 @@ pytest.importorskip("triton")
 from bpo_fast_kernels.static import ARCHS, BUDGETS, over_budget
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """What the compiler made for every architecture, two at a time, each in a process of its own.
-
-    The interpreter and the compiler cannot share a process.
-    """
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-
-    def compile_for(arch: int) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "bpo_fast_kernels.static", str(arch)]
-        return subprocess.run(command, env=env, capture_output=True, text=True)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(ARCHS, pool.map(compile_for, ARCHS), strict=True))
-
-
 @pytest.mark.parametrize("arch", ARCHS)
-def test_compiled_kernels_keep_their_budget(arch, compiled):
-    done = compiled[arch]
+def test_compiled_kernels_keep_their_budget(arch, tmp_path):
+    """In a process of its own: the interpreter and the compiler cannot share one."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "bpo_fast_kernels.static", str(arch)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.stdout, done.stderr[-2000:]
     report = json.loads(done.stdout)
     assert report["faults"] == []
