@@ -1,9 +1,6 @@
 """Fixtures: a tiny model and data made on the spot, and the command line as a subprocess."""
 
-import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 
 import pytest
 import torch
-
-NOUNS = ("printer", "router", "invoice", "window", "parcel", "garden", "kettle", "bicycle")
-VERBS = ("reset", "open", "clean", "return", "move", "sell", "fix", "paint")
+from tiny_world import answer, question, write_rows
 
 
 @dataclass(frozen=True)
@@ -27,22 +22,6 @@ class TinyData:
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
-
-
-def question(i: int) -> str:
-    """A short question, different for every i below 512."""
-    return f"How do I {VERBS[i % 8]} the {NOUNS[i // 8 % 8]} in room {i // 64}?"
-
-
-def answer(i: int) -> str:
-    """The reference text of `question(i)`."""
-    return f"You {VERBS[i % 8]} the {NOUNS[i // 8 % 8]} with care."
-
-
-def write_rows(path: Path, rows) -> Path:
-    """Rows as JSONL."""
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -94,18 +73,3 @@ def tiny_args(tiny_model_dir, tiny_data) -> list[str]:
         *("--lora-r", "4", "--lr", "1e-3", "--device", "cpu", "--engine", "hf"),
         *("--set", "eval.prompts=6", "--set", "eval.kl_prompts=4"),
     ]
-
-
-def run_cli(args, cwd: Path, env: dict[str, str] | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Runs `python -m bpo_fast ARGS` in `cwd`; `toy_annotator` can be imported there."""
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    return subprocess.run(
-        [sys.executable, "-m", "bpo_fast", *map(str, args)],
-        cwd=cwd,
-        env=os.environ | own | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import toy_annotator
-from conftest import write_rows
+from tiny_world import write_rows
 
 from bpo_fast.annotate import CallableAnnotator, Checked, RecordedAnnotator, judge_name, load_annotator
 from bpo_fast.types import Completion, Prompt

@@ -12,8 +12,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import question, run_cli, write_rows
 from safetensors import safe_open
+from tiny_world import question, run_cli, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 

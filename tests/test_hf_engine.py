@@ -2,7 +2,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from conftest import question
+from tiny_world import question
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from bpo_fast.engine import SamplingParams, request_seed

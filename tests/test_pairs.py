@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from conftest import write_rows
+from tiny_world import write_rows
 
 from bpo_fast.config import DataConfig
 from bpo_fast.pairs import PairCounts, PhasePairs, make_pairs, read_pairs, replay_pairs, write_pairs

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import write_rows
+from tiny_world import write_rows
 
 from bpo_fast.config import DataConfig
 from bpo_fast.prompts import load_prompts, read_rows, split_answer

@@ -1,5 +1,5 @@
 import pytest
-from conftest import write_rows
+from tiny_world import write_rows
 
 from bpo_fast.config import Config, replace
 from bpo_fast.tasks import ASSETS, get_task, resolve

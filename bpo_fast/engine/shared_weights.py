@@ -53,7 +53,7 @@ def locate_linear(vllm_model: nn.Module, name: str) -> tuple[nn.Module, slice]:
     packed_modules = getattr(vllm_model, "packed_modules_mapping", {})
     for packed, parts in packed_modules.items():
         if leaf in parts and packed != leaf:
-            layer = _submodule(vllm_model, f"{parent}.{packed}", name)
+            layer = _submodule(vllm_model, f"{parent}.{packed}".removeprefix("."), name)
             sizes = layer.output_sizes
             if len(sizes) != len(parts):
                 raise NotShareableError(f"{name}: {packed} has {len(sizes)} parts in vLLM, not {len(parts)}")

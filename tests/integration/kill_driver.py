@@ -1,7 +1,8 @@
 """Runs `train` in forked children that are killed with SIGKILL, again and again, until one gets through.
 
-Usage: kill_driver.py CONFIG.toml RUN_DIR SEED NUM_RANDOM. The imports are paid once, here: a child starts in
-milliseconds. Children die at moments drawn at random, and once inside each of the places in `PLACES`.
+Usage: kill_driver.py STRAIGHT.toml KILLED.toml SEED NUM_RANDOM. The imports are paid once, here: a child starts in
+milliseconds. One child runs the first configuration undisturbed and shows how long a run takes on this machine; those
+of the second die at moments drawn at random, and once inside each of the places in `PLACES`.
 """
 
 import os
@@ -75,7 +76,12 @@ def child(config, run: Path, place) -> int:
 
 def main() -> None:
     """Kills until done; prints the number of kills and of those by place."""
-    config, run = configs.load(sys.argv[1]), Path(sys.argv[2])
+    straight, config = configs.load(sys.argv[1]), configs.load(sys.argv[2])
+    start = time.monotonic()
+    if os.waitpid(child(straight, Path(str(straight.run.output_dir)), None), 0)[1] != 0:
+        sys.exit(1)
+    run_s = time.monotonic() - start
+    run = Path(str(config.run.output_dir))
     rng = random.Random(int(sys.argv[3]))
     # in the order in which a run gets to them, with kills at random moments between
     plan = list(reversed(PLACES))
@@ -87,7 +93,7 @@ def main() -> None:
         last = place is None and not plan
         pid = child(config, run, place)
         if place is None and not last:
-            time.sleep(rng.uniform(0.1, 0.8))
+            time.sleep(rng.uniform(0.02, 0.15) * run_s)
             os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         killed = os.WIFSIGNALED(status)

@@ -11,8 +11,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import question, run_cli, write_rows
 from safetensors import safe_open
+from tiny_world import question, run_cli, write_rows
 from typer.testing import CliRunner
 
 from bpo_fast.checkpoint import complete_checkpoints, read_state

@@ -70,24 +70,17 @@ def environment() -> dict[str, str]:
     ],
 )
 def test_sigkill_at_any_moment_changes_nothing(tiny_model_dir, tiny_data, tmp_path, name, knobs):
-    runs = {}
+    tomls = []
     for kind in ("straight", "killed"):
-        config = settings(tiny_model_dir, tiny_data, tmp_path / kind, **knobs)
-        toml = tmp_path / f"{kind}.toml"
-        toml.write_text(configs.to_toml(config))
-        places = [str(HERE / "kill_driver.py"), str(toml), str(tmp_path / kind)]
-        if kind == "straight":
-            code = f"from bpo_fast import load, train; train(load({str(toml)!r}), quiet=True)"
-            command = [sys.executable, "-c", code]
-        else:
-            command = [sys.executable, *places, "5", "10"]
-        done = subprocess.run(command, env=environment(), cwd=HERE, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        if kind == "killed":
-            num_kills, num_places = map(int, done.stdout.split())
-            assert num_kills >= 20
-            assert num_places >= 12
-        runs[kind] = contents(tmp_path / kind)
+        tomls.append(tmp_path / f"{kind}.toml")
+        tomls[-1].write_text(configs.to_toml(settings(tiny_model_dir, tiny_data, tmp_path / kind, **knobs)))
+    command = [sys.executable, str(HERE / "kill_driver.py"), *map(str, tomls), "5", "12"]
+    done = subprocess.run(command, env=environment(), cwd=HERE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    num_kills, num_places = map(int, done.stdout.split())
+    assert num_kills >= 20
+    assert num_places >= 10
+    runs = {kind: contents(tmp_path / kind) for kind in ("straight", "killed")}
     for straight, killed in zip(runs["straight"], runs["killed"], strict=True):
         assert straight == killed
     assert not list((tmp_path / "killed").rglob("*.tmp"))

@@ -92,14 +92,27 @@ def test_ctrl_c_during_generation_writes_a_checkpoint_and_exits_with_130(llama_d
     command = [
         *(sys.executable, "-m", "bpo_fast", "train", "--engine", "vllm", "--model", str(llama_dir), "--device", "cpu"),
         *("--data", str(tiny_data.train), "--eval-data", str(tiny_data.eval), "--annotator", "toy_annotator:letters"),
-        *("--pairs", "64", "--max-new-tokens", "90", "--lora-r", "4", "--set", "eval.prompts=0", "--out", str(out)),
+        *(
+            "--pairs",
+            "64",
+            "--batch-pairs",
+            "16",
+            "--max-new-tokens",
+            "90",
+            "--lora-r",
+            "4",
+            "--set",
+            "eval.prompts=0",
+            "--out",
+            str(out),
+        ),
     ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     lines = []
     for line in process.stderr:
         lines.append(line)
-        if line.startswith("phase 1: sampling: 0/"):
+        if line.startswith("phase 1: sampling: 0/") and "stopped" not in line:
             process.send_signal(signal.SIGINT)
     assert process.wait() == 130, "".join(lines)
     assert "interrupted at step 0; go on with --resume" in lines[-1]

@@ -1,0 +1,41 @@
+"""What tests share beside fixtures: questions, answers, rows on disk, the command line as a subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+NOUNS = ("printer", "router", "invoice", "window", "parcel", "garden", "kettle", "bicycle")
+VERBS = ("reset", "open", "clean", "return", "move", "sell", "fix", "paint")
+
+
+def question(i: int) -> str:
+    """A short question, different for every i below 512."""
+    return f"How do I {VERBS[i % 8]} the {NOUNS[i // 8 % 8]} in room {i // 64}?"
+
+
+def answer(i: int) -> str:
+    """The reference text of `question(i)`."""
+    return f"You {VERBS[i % 8]} the {NOUNS[i // 8 % 8]} with care."
+
+
+def write_rows(path: Path, rows) -> Path:
+    """Rows as JSONL."""
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def run_cli(args, cwd: Path, env: dict[str, str] | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Runs `python -m bpo_fast ARGS` in `cwd`; `toy_annotator` can be imported there."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-m", "bpo_fast", *map(str, args)],
+        cwd=cwd,
+        env=os.environ | own | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
