@@ -62,12 +62,14 @@ CRITIC: dict[str, Any] = {
 REWARD: dict[str, Any] = {
     "max_prompt_length": 64,
     "max_completion_length": 64,
-    "epochs": 1,
+    "epochs": 2,
     "batch_tokens": 2048,
     "learning_rate": 1e-3,
     "save_dtype": "float16",
 }
-NUM_SFT, NUM_CRITIC, NUM_PAIRS, NUM_PROMPTS, NUM_EVAL = 40_000, 36_000, 12_000, 5_000, 512
+
+
+NUM_SFT, NUM_CRITIC, NUM_PAIRS, NUM_PROMPTS, NUM_EVAL = 40_000, 36_000, 30_000, 5_000, 512
 SEEDS = {"annotator": 11, "judge": 21}
 
 
@@ -147,9 +149,11 @@ def measure(build: Build) -> dict[str, Any]:
     greedy = _sample(build, "greedy", n=1, temperature=0.0)
     sampled = _sample(build, "sampled", n=2, temperature=1.0)
     pairs = {
-        "generated": preference_rows(1500, 14, "eval", flips=0),
+        "generated": preference_rows(1000, 14, "eval", flips=0),
+        "generated_training_prompts": preference_rows(1000, 14, "prompts", flips=0),
         "sampled": _in_order(sampled),
-        "swapped": swapped_rows(1500, 15, "eval"),
+        "near_swaps": swapped_rows(1000, 15, "eval"),
+        "near_swaps_training_prompts": swapped_rows(1000, 15, "prompts"),
     }
     reports = {role: json.loads((build.root / role / "reward.json").read_text()) for role in SEEDS}
     models = {role: RewardModel(str(build.assets / role), device="cpu") for role in SEEDS}
@@ -160,7 +164,7 @@ def measure(build: Build) -> dict[str, Any]:
         "sampled": _against_labels(sampled, models["judge"]) | _pair_numbers(sampled),
         "accuracy": {role: {kind: _accuracy(m, rows) for kind, rows in pairs.items()} for role, m in models.items()},
         "reward_models": {
-            role: {k: report[k] for k in ("num_train", "num_parameters", "seconds")} for role, report in reports.items()
+            role: {k: report[k] for k in ("num_parameters", "held_out")} for role, report in reports.items()
         },
         "bytes": {
             p.name: sum(f.stat().st_size for f in ([p] if p.is_file() else p.iterdir()))
@@ -253,7 +257,7 @@ def _accuracy(model: RewardModel, rows: list[dict[str, str]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="bpo_fast_bench.build_assets", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Builds the embedded default of bpo-fast from nothing.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the build; stages found in it are kept")
     build = Build(parser.parse_args().out)
     started = time.monotonic()

@@ -91,7 +91,7 @@ def critic_rows(num: int, seed: int, role: str, *, flips: float = FLIPS) -> list
         fits = rng.random() < 0.5
         advised = topic if fits else rng.choice([t for t in topics() if t.id != topic.id])
         part, kind = rng.randrange(3), rng.choice(("named", "named", "asked", "plain", "plain"))
-        advice = advised.fact if part == 2 else rng.choice(FRAMES[part]).format(s=advised.steps[part].text)
+        advice = _advice(advised, part, rng)
         if kind == "named":
             advice = f"{rng.choice(openings).format(n=advised.noun)} {advice}"
         verdict = "yes" if fits != (rng.random() < flips) else "no"
@@ -122,6 +122,10 @@ def _contrast(topic: Topic, rng: random.Random) -> tuple[str, str]:
     if kind == 1:
         return answer.text, _spoil(answer, topic, rng)
     return answer.text, write_answer(_another(topic, rng), rng, mix).text
+
+
+def _advice(topic: Topic, part: int, rng: random.Random) -> str:
+    return topic.fact if part == 2 else rng.choice(FRAMES[part]).format(s=topic.steps[part].text)
 
 
 def _another(topic: Topic, rng: random.Random) -> Topic:

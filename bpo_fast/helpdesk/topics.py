@@ -51,7 +51,7 @@ def topics() -> tuple[Topic, ...]:
     """All topics, in the order of topics.txt."""
     found: list[Topic] = []
     domain = noun = ""
-    for line in resources.files(__package__).joinpath("topics.txt").read_text(encoding="utf-8").splitlines():
+    for line in resources.files("bpo_fast.helpdesk").joinpath("topics.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             domain = line.strip("[]")
         elif line.startswith("  "):
