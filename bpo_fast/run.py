@@ -144,7 +144,8 @@ def check_free(path: Path) -> None:
     """Raises ValueError if a new run cannot be in `path`."""
     if path.is_dir() and (path / "config.toml").exists():
         raise ValueError(f"run.output_dir = {path}: holds another run; go on with --resume, or choose another --out")
-    if path.is_dir() and any(path.iterdir()):
+    # what is left of a run that was killed before it had written its settings does not count
+    if path.is_dir() and set(path.iterdir()) - set(path.glob(".*.tmp")):
         raise ValueError(f"run.output_dir = {path}: is not empty; choose another --out")
     if any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
         raise ValueError(f"run.output_dir = {path}: is not a folder; choose another --out")

@@ -93,7 +93,7 @@ def main() -> None:
         last = place is None and not plan
         pid = child(config, run, place)
         if place is None and not last:
-            time.sleep(rng.uniform(0.02, 0.15) * run_s)
+            time.sleep(rng.uniform(0.01, 0.1) * run_s)
             os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         killed = os.WIFSIGNALED(status)

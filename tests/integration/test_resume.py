@@ -74,7 +74,7 @@ def test_sigkill_at_any_moment_changes_nothing(tiny_model_dir, tiny_data, tmp_pa
     for kind in ("straight", "killed"):
         tomls.append(tmp_path / f"{kind}.toml")
         tomls[-1].write_text(configs.to_toml(settings(tiny_model_dir, tiny_data, tmp_path / kind, **knobs)))
-    command = [sys.executable, str(HERE / "kill_driver.py"), *map(str, tomls), "5", "12"]
+    command = [sys.executable, str(HERE / "kill_driver.py"), *map(str, tomls), "5", "20"]
     done = subprocess.run(command, env=environment(), cwd=HERE, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     num_kills, num_places = map(int, done.stdout.split())
