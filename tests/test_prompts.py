@@ -320,7 +320,7 @@ def test_a_folder_without_the_split_lists_what_is_there(tmp_path):
         ("e.jsonl", b'{"prompt": "\\ud83d"}', "line 1: half of a surrogate pair is no text"),
         ("e.jsonl", b'{"prompt": "\xff"}', "not UTF-8 text"),
         ("e.jsonl.gz", b'{"prompt": "a"}', "Not a gzipped file"),
-        ("e.jsonl.gz", gzip.compress(b'{"prompt": "a"}')[:-9], "Compressed file ended before"),
+        ("e.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-9], "Compressed file ended before"),
         ("e.parquet", b"PAR1 no", "not a Parquet file"),
     ],
     ids=lambda v: str(v)[:30],
@@ -352,8 +352,8 @@ def test_a_slice_of_nothing_is_no_rows(tmp_path):
 
 
 HUB_FILES = {
-    "base/train.jsonl.gz": gzip.compress(json.dumps({"chosen": HH}).encode()),
-    "base/test.jsonl.gz": gzip.compress(json.dumps({"chosen": HH + " For the test."}).encode()),
+    "base/train.jsonl.gz": gzip.compress(json.dumps({"chosen": HH}).encode(), mtime=0),
+    "base/test.jsonl.gz": gzip.compress(json.dumps({"chosen": HH + " For the test."}).encode(), mtime=0),
     "base-large/train.jsonl": b'{"prompt": "another folder"}',
     "README.md": b"# data",
 }
