@@ -7,6 +7,7 @@ named, from the embedded default. Names follow TRL where TRL has one.
 import dataclasses
 import difflib
 import json
+import operator
 import tomllib
 import types
 import typing
@@ -184,7 +185,7 @@ def replace(config: Config, values: Mapping[str, Any]) -> Config:
     top: dict[str, Any] = {}
     for name, value in values.items():
         if name not in KNOBS:
-            raise ValueError(f"{name}: no such knob{_did_you_mean(name, KNOBS)}")
+            raise ValueError(f"{name}: no such knob{did_you_mean(name, KNOBS)}")
         value = _checked(name, value)
         section, _, leaf = name.rpartition(".")
         (sections.setdefault(section, {}) if section else top)[leaf] = value
@@ -272,7 +273,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _did_you_mean(name: str, known: Any) -> str:
+def did_you_mean(name: str, known: Any) -> str:
+    """`; did you mean X?` for the nearest of the known names, or nothing."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not near:  # a bare leaf name, such as learning_rate
         leaves = {k.rpartition(".")[2]: k for k in known}
@@ -285,24 +287,23 @@ def _checked(name: str, value: Any) -> Any:
     value = _coerce(name, value, hint)
     if value is None:
         return None
-    rules = field.metadata
-    if rules["choices"]:
-        value = LOSS_ALIASES.get(value, value) if name == "method.loss" else value
-        if value not in rules["choices"]:
-            raise ValueError(
-                f"{name} = {value!r}: not one of {', '.join(rules['choices'])}{_did_you_mean(value, rules['choices'])}"
-            )
+    if name == "method.loss":
+        value = LOSS_ALIASES.get(value, value)
     for item in value if isinstance(value, tuple) else (value,):
-        if isinstance(item, str):
-            continue
-        for rule, broken, sign in (
-            ("gt", lambda v, b: v <= b, ">"),
-            ("ge", lambda v, b: v < b, ">="),
-            ("le", lambda v, b: v > b, "<="),
-        ):
-            if rules[rule] is not None and (item != item or broken(item, rules[rule])):
-                raise ValueError(f"{name} = {item}: must be {sign} {rules[rule]}")
+        check_rules(name, item, field.metadata)
     return value
+
+
+def check_rules(what: str, value: Any, rules: Mapping[str, Any]) -> None:
+    """ValueError `what = value` if a value is not among a knob's choices or out of its range; NaN is in no range."""
+    if rules["choices"]:
+        if value not in rules["choices"]:
+            known = ", ".join(rules["choices"])
+            raise ValueError(f"{what} = {value!r}: not one of {known}{did_you_mean(value, rules['choices'])}")
+    elif not isinstance(value, str):
+        for rule, sign, holds in (("gt", ">", operator.gt), ("ge", ">=", operator.ge), ("le", "<=", operator.le)):
+            if rules[rule] is not None and not holds(value, rules[rule]):
+                raise ValueError(f"{what} = {value}: must be {sign} {rules[rule]}")
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:

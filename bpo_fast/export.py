@@ -5,9 +5,9 @@ from pathlib import Path
 
 from bpo_fast.checkpoint import complete_checkpoints, load_full
 from bpo_fast.files import new_folder
+from bpo_fast.loading import pick_device
 from bpo_fast.policy import load_policy
 from bpo_fast.run import saved_config
-from bpo_fast.setup import pick_device
 
 
 def export(source: Path, out: Path, *, device: str = "cpu") -> None:
@@ -32,7 +32,7 @@ def export(source: Path, out: Path, *, device: str = "cpu") -> None:
         raise ValueError(f"--out {out}: exists already")
     checkpoint = checkpoints[-1]
     form = dataclasses.replace(config.model, adapters=())
-    policy = load_policy(form, device=pick_device(device), seed=0, temperature=1.0, max_length=0)
+    policy = load_policy(form, device=pick_device("--device", device), seed=0, temperature=1.0, max_length=0)
     if policy.lora is None:
         load_full(checkpoint, policy)
     else:

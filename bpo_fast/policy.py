@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from bpo_fast_kernels import PairLoss, linear_logps, linear_pair_loss, pair_loss
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bpo_fast.attention import NAME as SHARED_PROMPTS
 from bpo_fast.config import MethodConfig, ModelConfig
+from bpo_fast.loading import check_vocabulary, named_load_errors
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.packing import PairBatch, pack_apart, pack_shared
 from bpo_fast.types import Completion, Pair, Prompt
@@ -256,11 +256,7 @@ def load_policy(
     """
     assert config.path is not None, "resolve() has set it"
     model, tokenizer = load_model(config, device)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ValueError(
-            f"model.path = {config.path}: the tokenizer has {len(tokenizer)} tokens, the model {rows} rows"
-        )
+    check_vocabulary(f"model.path = {config.path}", model, tokenizer)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and max_length > positions:
         raise ValueError(
@@ -282,7 +278,7 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedMod
     options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"model.path = {path}: not a model folder (no config.json)")
-    try:
+    with named_load_errors(f"model.path = {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -294,9 +290,6 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedMod
             **options,
         )
         model, found = loaded
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model.path = {path}: {reason}") from None
     drawn = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if drawn:  # at random, by transformers
         raise ValueError(f"model.path = {path}: {len(drawn)} weights are not there or do not fit, such as {drawn[0]}")

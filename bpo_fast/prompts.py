@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bpo_fast.config import DataConfig
+from bpo_fast.config import DataConfig, did_you_mean
 from bpo_fast.tasks import ENDINGS, Task
 from bpo_fast.types import Prompt
 
@@ -102,8 +102,11 @@ def load_prompts(
         dedupe: keep only the first row of every prompt text.
 
     Raises:
-        ValueError: a row without a prompt, or no usable prompt at all.
+        ValueError: a row without a prompt, no usable prompt at all, or a label column that no row has.
     """
+    if data.label_column and not any(data.label_column in row for row in rows):
+        near = did_you_mean(data.label_column, rows[0])
+        raise ValueError(f"data.label_column = {data.label_column}: {source} has no such column{near}")
     texts = [_to_text(row, i, data, task, tokenizer, source) for i, row in enumerate(rows)]
     seen, excluded = set(), set(exclude)
     kept, num_duplicates, num_excluded = [], 0, 0

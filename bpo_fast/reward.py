@@ -14,17 +14,15 @@ import transformers
 from bpo_fast.annotate.reward_model import RewardScorer
 from bpo_fast.config import DataConfig
 from bpo_fast.files import new_folder
+from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import _label, _to_text, read_rows
 from bpo_fast.stage_config import RewardConfig
 from bpo_fast.stages import (
     check_new,
-    check_vocabulary,
     fit,
-    named_load_errors,
     open_tokenizer,
     plateau_epoch,
-    resolve_device,
     save_model,
     scratch_config,
     split_by_prompt,
@@ -220,7 +218,7 @@ def _open_model(config: RewardConfig, train: list[TextPair]) -> RewardScorer:
     tokenizer = open_tokenizer("reward", config, corpus)
     _close_pairs_with_eos(tokenizer)
     limit = config.max_prompt_length + config.max_completion_length + tokenizer.num_special_tokens_to_add(pair=True)
-    device = resolve_device("reward.device", config.device)
+    device = pick_device("reward.device", config.device)
     if config.model is None:
         fresh = scratch_config(config, tokenizer, limit, num_labels=1)
         model = transformers.AutoModelForSequenceClassification.from_config(fresh)

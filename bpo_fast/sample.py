@@ -7,8 +7,9 @@ from bpo_fast import prompts as data
 from bpo_fast.config import Config
 from bpo_fast.engine import SamplingParams
 from bpo_fast.files import write_atomic
+from bpo_fast.loading import pick_device
 from bpo_fast.progress import Progress
-from bpo_fast.setup import load_learner, pick_device
+from bpo_fast.setup import load_learner
 from bpo_fast.tasks import get_task, resolve
 
 
@@ -31,7 +32,7 @@ def sample(config: Config, out: Path, *, n: int, temperature: float) -> None:
     source = str(config.data.path)
     with Progress() as progress:
         rows = data.read_rows(source, config.data.split)
-        policy, engine = load_learner(config, pick_device(config.run.device), max_length, progress.print)
+        policy, engine = load_learner(config, pick_device("run.device", config.run.device), max_length, progress.print)
         prompts = data.load_prompts(
             rows, config.data, get_task(config.task), policy.tokenizer, source=source, seed=None
         ).prompts

@@ -10,6 +10,7 @@ from bpo_fast.annotate import Checked, judge_name, load_annotator
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, versions
 from bpo_fast.engine.hf import HfEngine
+from bpo_fast.loading import pick_device
 from bpo_fast.optim import Optimizer
 from bpo_fast.pairs import replay_pairs
 from bpo_fast.plan import Plan, make_plan
@@ -59,7 +60,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     Raises:
         ValueError: whatever a user can have got wrong, by name.
     """
-    device = pick_device(config.run.device)
+    device = pick_device("run.device", config.run.device)
     assert config.sampling.max_new_tokens, "resolve() has set it"
     assert config.data.max_prompt_length, "resolve() has set it"
     max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
@@ -116,21 +117,6 @@ def _check_microbatch(config: Config, policy: Policy) -> None:
             f"optim.microbatch_tokens = {config.optim.microbatch_tokens}: one pair at the limits of length needs"
             f" {longest * policy.num_members}"
         )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called auto, cpu, cuda or cuda:N; ValueError if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"run.device = {name}: not a device; auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"run.device = {name}: not supported; auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"run.device = {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def load_learner(

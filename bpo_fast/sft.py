@@ -14,19 +14,17 @@ import transformers
 
 from bpo_fast.config import DataConfig
 from bpo_fast.files import new_folder
+from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import _encode, _to_text, read_rows
 from bpo_fast.stage_config import SftConfig
 from bpo_fast.stages import (
     check_new,
-    check_vocabulary,
     fit,
     length_batches,
-    named_load_errors,
     open_tokenizer,
     plateau_epoch,
-    resolve_device,
     save_model,
     scratch_config,
     split_by_prompt,
@@ -55,7 +53,7 @@ def train_sft(config: SftConfig, *, progress: Progress | None = None) -> dict[st
     """
     progress = progress or Progress()
     started = time.monotonic()
-    device = resolve_device("sft.device", config.device)
+    device = pick_device("sft.device", config.device)
     with new_folder(check_new("sft.out", config.out)) as folder, progress:
         data = _load_data(config)
         members = []

@@ -2,9 +2,8 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
-from bpo_fast.config import knob
+from bpo_fast.config import check_rules, knob
 from bpo_fast.tasks import get_task
 from bpo_fast.tokenizer import MIN_VOCAB
 
@@ -58,7 +57,9 @@ class StageConfig:
             if not getattr(self, name):
                 raise ValueError(f"{stage}.{name}: a value is required")
         for field in dataclasses.fields(self):
-            _check_field(stage, field, getattr(self, field.name))
+            value = getattr(self, field.name)
+            if value is not None:
+                check_rules(f"{stage}.{field.name}", value, field.metadata)
         if self.model is None and self.hidden % (2 * self.heads):
             raise ValueError(f"{stage}.heads = {self.heads}: must divide hidden = {self.hidden} into an even size")
         if self.model is None and self.heads % self.kv_heads:
@@ -101,15 +102,3 @@ class RewardConfig(StageConfig):
     def __post_init__(self) -> None:
         self.check("reward")
         get_task(self.task)
-
-
-def _check_field(stage: str, field: dataclasses.Field, value: Any) -> None:
-    rules = field.metadata
-    if value is None or not rules:
-        return
-    if rules["choices"] and value not in rules["choices"]:
-        raise ValueError(f"{stage}.{field.name} = {value!r}: not one of {', '.join(rules['choices'])}")
-    for rule, sign, holds in (("gt", ">", float.__gt__), ("ge", ">=", float.__ge__), ("le", "<=", float.__le__)):
-        # NaN holds to no bound.
-        if rules[rule] is not None and not holds(float(value), float(rules[rule])):
-            raise ValueError(f"{stage}.{field.name} = {value}: must be {sign} {rules[rule]}")

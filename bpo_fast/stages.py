@@ -3,14 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
+from bpo_fast.loading import named_load_errors
 from bpo_fast.progress import Progress
 from bpo_fast.stage_config import StageConfig
 from bpo_fast.tokenizer import train_bpe
@@ -18,17 +17,6 @@ from bpo_fast.tokenizer import train_bpe
 CONFIGS = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
 POOL_BATCHES = 50
 PLATEAU_NATS = 0.005
-
-
-def resolve_device(what: str, name: str) -> torch.device:
-    """`auto` is the GPU if there is one; ValueError `what = name` for a device that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"{what} = {name!r}: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
 
 
 def open_tokenizer(stage: str, config: StageConfig, corpus: Callable[[], Iterator[str]]) -> Any:
@@ -59,30 +47,6 @@ def scratch_config(config: StageConfig, tokenizer: Any, max_positions: int, **ex
         eos_token_id=tokenizer.eos_token_id,
         **extra,
     )
-
-
-@contextmanager
-def named_load_errors(what: str, kind: str = "model") -> Iterator[None]:
-    """Turns the many ways in which transformers refuses a folder into one ValueError that names it."""
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise ValueError(
-            f"{what}: cannot be loaded as a {kind}: {lines[0] if lines else type(error).__name__}"
-        ) from error
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-
-
-def check_vocabulary(what: str, model: Any, tokenizer: Any) -> None:
-    """ValueError if the tokenizer can produce ids that the model has no embedding for."""
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > num_embeddings:
-        raise ValueError(f"{what}: {num_embeddings} embeddings for a tokenizer of {len(tokenizer)} tokens")
 
 
 def split_by_prompt(prompts: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -4,12 +4,11 @@ Source: the released settings of Xu et al. 2024 (arXiv 2406.12168).
 """
 
 import dataclasses
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpo_fast.config import ON_POLICY, Config
+from bpo_fast.config import ON_POLICY, Config, did_you_mean
 
 ASSETS = Path(__file__).parent / "assets"
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
@@ -68,8 +67,7 @@ TASKS = {
 def get_task(name: str) -> Task:
     """The preset called `name`; ValueError with the known names otherwise."""
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(TASKS)}"
+        hint = did_you_mean(name, TASKS) or f"; known: {', '.join(TASKS)}"
         raise ValueError(f"task = {name!r}: no such task{hint}")
     return TASKS[name]
 

@@ -144,6 +144,14 @@ def test_a_bad_recorded_row_is_named(row, tmp_path):
         RecordedAnnotator(path)
 
 
+def test_recorded_prompts_match_with_and_without_the_closing_words(tmp_path):
+    rows = [
+        {"prompt": "Q7", "completion": "yes", "score": 1},
+        {"prompt": "Q9 Assistant: ", "completion": " no", "score": 2},
+    ]
+    assert score(str(write_rows(tmp_path / "labels.jsonl", rows))) == [1.0, 2.0]
+
+
 def test_a_bad_recorded_file_is_named(tmp_path):
     (tmp_path / "labels.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b", "score": 1}) + "\n{")
     with pytest.raises(ValueError, match=r"labels\.jsonl: line 2: invalid JSON"):

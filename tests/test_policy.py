@@ -133,5 +133,5 @@ def test_load_errors_name_the_model(tiny_model_dir, tmp_path):
     for file in tiny_model_dir.glob("token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"the tokenizer has 320 tokens, the model 16 rows"):
+    with pytest.raises(ValueError, match=r"16 embeddings for a tokenizer of 320 tokens"):
         load_policy(form, **where, max_length=8)

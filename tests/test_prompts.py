@@ -144,6 +144,11 @@ def test_columns_by_option(tiny_tokenizer):
     assert (prompt.text, prompt.label) == ("Q? Assistant:", "A.")
 
 
+def test_a_label_column_that_no_row_has_is_named(tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"data\.label_column = sumary: .*; did you mean summary\?"):
+        one({"prompt": "a question", "summary": "an answer"}, tiny_tokenizer, label_column="sumary")
+
+
 def test_columns_ride_along_for_annotators(tiny_tokenizer):
     reserved = {"prompts": 1, "completion": "A", "completions": 2, "completion_ids": 3}
     assert one({"prompt": "Q?", "topic": "x", "n": 1, **reserved}, tiny_tokenizer).columns == {"topic": "x", "n": 1}

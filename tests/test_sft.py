@@ -333,7 +333,7 @@ def test_bad_data_and_models_are_named_and_leave_nothing(tmp_path, data):
         (settings(tmp_path / "none.jsonl", tmp_path / "o"), "none.jsonl: no such file"),
         (settings(data, tmp_path / "o", model=str(empty)), "sft.model = .*folder: cannot be loaded as a tokenizer"),
         (settings(data, tmp_path / "o", tokenizer=str(empty)), "sft.tokenizer = .*folder: cannot be loaded"),
-        (settings(data, tmp_path / "o", device="cuda:99"), "sft.device = 'cuda:99'"),
+        (settings(data, tmp_path / "o", device="cuda:99"), "sft.device = cuda:99: this machine has"),
         (settings(data, tmp_path / "o", learning_rate=1e30, epochs=4), "loss = .* in epoch . at learning_rate = 1e"),
         (settings(data, tmp_path), "sft.out = .*: already there"),
         (settings(f"{data}[:1]", tmp_path / "o", eval_fraction=0.9), "no training rows left"),

@@ -25,8 +25,9 @@ from bpo_fast.config import Config
 from bpo_fast.doctor import environment
 from bpo_fast.engine import Engine, SamplingParams
 from bpo_fast.engine.hf import HfEngine
+from bpo_fast.loading import pick_device
 from bpo_fast.policy import Policy
-from bpo_fast.setup import load_learner, pick_device
+from bpo_fast.setup import load_learner
 from bpo_fast.tasks import get_task, resolve
 from bpo_fast.types import Prompt
 
@@ -107,7 +108,7 @@ def measure(options: SamplingBench) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     config = _config(options, form)
-    device = pick_device(config.run.device)
+    device = pick_device("run.device", config.run.device)
     assert config.data.max_prompt_length, "resolve() has set it"
     max_length = config.data.max_prompt_length + options.max_new_tokens
     start = time.perf_counter()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bpo_fast.prompts import read_rows
+from bpo_fast.tasks import TASKS
 from bpo_fast.types import Completion, Prompt
 
 _CALLABLE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -58,19 +59,22 @@ class CallableAnnotator:
 
 
 class RecordedAnnotator:
-    """Scores from a JSONL file of {"prompt", "completion", "score"}; None for a completion that is not in it."""
+    """Scores from a JSONL file of {"prompt", "completion", "score"}; None for a completion that is not in it.
+
+    Prompts match with or without the words that a task closes them with.
+    """
 
     def __init__(self, path: Path):
         self._scores: dict[tuple[str, str], float] = {}
         for number, row in enumerate(read_rows(str(path)), 1):
             try:
-                self._scores[row["prompt"].strip(), row["completion"].strip()] = float(row["score"])
+                self._scores[_bare(row["prompt"]), row["completion"].strip()] = float(row["score"])
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise ValueError(f"{path}: row {number} is not a prompt, completion and score") from None
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
         """See `Annotator.score`."""
-        return [self._scores.get((p.text.strip(), c.text.strip())) for p, c in zip(prompts, completions, strict=True)]
+        return [self._scores.get((_bare(p.text), c.text.strip())) for p, c in zip(prompts, completions, strict=True)]
 
 
 class Checked:
@@ -123,6 +127,14 @@ def load_annotator(spec: str, *, device: str, batch_tokens: int, trust_remote_co
 def judge_name(spec: str) -> str:
     """The name a judge has in tables."""
     return _named(spec)[0]
+
+
+def _bare(prompt: str) -> str:
+    """The prompt without the words that a task closes it with."""
+    prompt = prompt.rstrip()
+    for task in TASKS.values():
+        prompt = prompt.removesuffix(task.suffix)
+    return prompt.strip()
 
 
 def _is_finite(score: Any) -> bool:

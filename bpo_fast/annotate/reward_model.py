@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import transformers
 
-from bpo_fast.stages import check_vocabulary, length_batches, named_load_errors, resolve_device
+from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device
+from bpo_fast.stages import length_batches
 from bpo_fast.tokenizer import with_leading_space
 from bpo_fast.types import Completion, Prompt
 
@@ -162,7 +163,7 @@ class RewardModel(RewardScorer):
         trust_remote_code: bool = False,
     ):
         what = f"reward model {path}"
-        place = resolve_device(f"{what}: device", device)
+        place = pick_device(f"{what}: device", device)
         if dtype == "auto":
             dtype = "bfloat16" if place.type == "cuda" else "float32"
         with named_load_errors(what):

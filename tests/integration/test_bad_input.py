@@ -153,7 +153,7 @@ def test_a_vocabulary_that_does_not_fit_the_tokenizer(tiny_args, tiny_model_dir,
     shutil.copytree(tiny_model_dir, tmp_path / "model")
     config = LlamaConfig.from_pretrained(tiny_model_dir, vocab_size=300)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    message = f"error: model.path = {tmp_path / 'model'}: the tokenizer has 320 tokens, the model 300 rows"
+    message = f"error: model.path = {tmp_path / 'model'}: 300 embeddings for a tokenizer of 320 tokens"
     refused([*with_option(tiny_args, "--model", tmp_path / "model"), "--out", "new"], message)
     assert not (tmp_path / "new").exists()
 
