@@ -174,6 +174,37 @@ def doctor() -> None:
 
 @app.command()
 @reports_errors
+def sweep(
+    grid: Annotated[str, typer.Argument(help="grid file, or shipped: cpu, frequency, reference, stability, paper")],
+    out: Annotated[Path | None, typer.Option("--out", help="folder of the sweep; none: sweeps/<grid>")] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", help="processes, one thread each; 0: a core each on the CPU, else 1", min=0)
+    ] = 0,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="any knob of every run, as NAME=VALUE")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and what is done, run nothing")] = False,
+) -> None:
+    """Make every run of a grid; the same command goes on where it was stopped."""
+    from bpo_fast.grid import find_grid, read_grid
+    from bpo_fast.progress import Progress
+    from bpo_fast.sweep import RESULTS_FILE, Sweep, default_jobs, row_words
+
+    path = find_grid(grid)
+    specs = read_grid(path, configs.parse_assignments(set_ or []))
+    found = Sweep(specs, out or Path("sweeps") / path.stem)
+    if dry_run:
+        for spec in specs:
+            print(row_words(found.rows[spec.name]) if spec.name in found.rows else spec.name)
+        print(f"{len(specs)} runs, {len(found.waiting)} to do")
+        return
+    with Progress() as progress:
+        found.run(jobs or default_jobs(specs), progress)
+    print(found.folder / RESULTS_FILE)
+    if found.num_failed:
+        raise RuntimeError(f"{found.num_failed} of {len(specs)} runs failed; the same command tries them again")
+
+
+@app.command()
+@reports_errors
 def report(runs: Annotated[list[Path], typer.Argument(help="run folders")]) -> None:
     """Write report.html of each run anew and print where it is."""
     from bpo_fast.report import write_report

@@ -69,11 +69,10 @@ class Collector:
                 prompts, params, run_seed=self._config.run.seed, policy_version=version, on_done=task.advance
             )
         flat = [c for both in completions for c in both]
-        owners = [p for p in prompts for _ in range(2)]
         with self._run.timed("annotate"), self._progress.task(title + "scoring", len(flat)) as task:
-            scores = self._annotator.score(owners, flat)
+            scores = self._annotator.duel(prompts, *zip(*completions, strict=True)) if completions else []
             task.advance(len(flat))
-        pairs, counts = make_pairs(prompts, completions, list(zip(scores[::2], scores[1::2], strict=True)))
+        pairs, counts = make_pairs(prompts, completions, scores)
         return pairs, flat, counts
 
 

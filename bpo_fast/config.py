@@ -80,8 +80,15 @@ class SamplingConfig:
 class AnnotatorConfig:
     """Who picks the better completion."""
 
-    path: str | None = knob(None, "reward model folder or Hub id, module:function, or a .jsonl of recorded labels")
+    path: str | None = knob(
+        None,
+        "reward model folder or Hub id, module:function, a .jsonl of recorded labels, or http://HOST/v1#MODEL, a chat"
+        " model that compares two completions",
+    )
     batch_tokens: int = knob(16384, "padded tokens a reward-model batch", ge=1)
+    timeout_s: float = knob(60.0, "limit of one request to an endpoint", gt=0)
+    retries: int = knob(4, "times a request to an endpoint is sent again before the pair stays unjudged", ge=0)
+    requests: int = knob(8, "requests to an endpoint in flight", ge=1, le=256)
     refill: bool = knob(False, "replace tied and identical pairs by pairs of further prompts")
 
 
@@ -212,7 +219,7 @@ def load(path: str | Path | None = None, overrides: Mapping[str, Any] | None = N
             raise ValueError(f"--config {path}: {error.strerror or error}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"--config {path}: not TOML: {error}") from None
-        values.update(_flatten(tree))
+        values.update(flatten(tree))
     return replace(Config(), values | dict(overrides or {}))
 
 
@@ -263,11 +270,12 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested TOML tables as dotted name to value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -44,12 +44,7 @@ def judge_greedy(
     outputs = [
         c[0] for c in engine.generate(prompts, params, run_seed=0, policy_version=policy_version, on_done=task.advance)
     ]
-    labelled = [p for p in prompts if p.label]
-    references = [reference_completion(p) for p in labelled]
-    scores = {j.name: j.score(prompts, outputs) for j in judges}
-    label_scores = {
-        j.name: dict(zip((p.id for p in labelled), j.score(labelled, references), strict=True)) for j in judges
-    }
+    judged = {j.name: against_labels(j, prompts, outputs) for j in judges}
     return [
         {
             "when": when,
@@ -61,11 +56,26 @@ def judge_greedy(
             "ids": list(output.ids),
             "num_tokens": len(output.ids),
             "truncated": output.truncated,
-            "scores": {name: values[i] for name, values in scores.items()},
-            "label_scores": {name: values.get(prompt.id) for name, values in label_scores.items()},
+            "scores": {name: both[i][0] for name, both in judged.items()},
+            "label_scores": {name: both[i][1] for name, both in judged.items()},
         }
         for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
     ]
+
+
+def against_labels(
+    judge: Checked, prompts: Sequence[Prompt], outputs: Sequence[Completion]
+) -> list[tuple[float | None, float | None]]:
+    """Scores of (output, reference text) under one judge; None without a reference, or without an opinion."""
+    labelled = [i for i, prompt in enumerate(prompts) if prompt.label]
+    owners = [prompts[i] for i in labelled]
+    references = [reference_completion(p) for p in owners]
+    if judge.is_pairwise:
+        duels = dict(zip(labelled, judge.duel(owners, [outputs[i] for i in labelled], references), strict=True))
+        return [duels.get(i, (None, None)) for i in range(len(prompts))]
+    scores = judge.score(prompts, outputs)
+    label_scores = dict(zip(labelled, judge.score(owners, references), strict=True))
+    return [(score, label_scores.get(i)) for i, score in enumerate(scores)]
 
 
 def summarise(rows: Sequence[EvalRow], judges: Sequence[str]) -> dict[str, Any]:

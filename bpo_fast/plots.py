@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from bpo_fast.run_folder import RunFolder, bootstrap, judges, printable, results, wins
+from bpo_fast.run_folder import RunFolder, judges, printable, results, wins
+from bpo_fast.stats import bootstrap
 
 # Okabe and Ito's palette, told apart by every common kind of color vision; the page swaps in its variables.
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"

@@ -23,7 +23,7 @@ PROMPT_COLUMNS = ("prompt", "question", "query", "post", "messages", "chosen")
 LABEL_COLUMNS = ("label", "completion", "response", "answer", "summary", "chosen")
 SPLIT_STEMS = {"train": ("train", "prompts"), "test": ("test", "dev", "eval", "validation")}
 _TURN = re.compile(r"\s*\n\n(Human|Assistant):[ ]?")
-_SLICE = re.compile(r"^(?P<name>.*)\[:(?P<n>\d+)\]$")
+_SLICE = re.compile(r"^(?P<name>.*)\[(?P<start>\d*):(?P<stop>\d*)\]$")
 
 # an annotator callable gets these from the run, never from a row
 RESERVED_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")
@@ -55,7 +55,7 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
 
     Args:
         source: path of a .jsonl, .jsonl.gz or .parquet file, a folder of such files, or a Hub id `owner/name` (with
-            `/folder` inside it if need be); `[:n]` at the end takes the first n rows.
+            `/folder` inside it if need be); `[:n]` at the end takes the first n rows, `[m:n]` those after the first m.
         split: which file of a folder or data set: train or test.
 
     Returns:
@@ -65,14 +65,15 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
         ValueError: nothing there, an empty file, invalid JSON or a row that is no object (file and line named).
     """
     match = _SLICE.match(source)
-    limit = int(match["n"]) if match else None
+    start, stop = (int(match["start"] or 0), int(match["stop"]) if match["stop"] else None) if match else (0, None)
     name = match["name"] if match else source
     rows: list[Row] = []
     for path in _files(name, split):
         for row in _parquet_rows(path) if path.name.endswith(".parquet") else _json_rows(path):
-            if limit is not None and len(rows) >= limit:
+            if stop is not None and len(rows) >= stop:
                 break
             rows.append(row)
+    rows = rows[start:]
     if not rows:
         raise ValueError(f"{source}: no rows")
     return rows

@@ -15,7 +15,6 @@ from bpo_fast.files import write_atomic
 from bpo_fast.run_folder import (
     Example,
     RunFolder,
-    bootstrap,
     examples,
     judges,
     measures,
@@ -27,6 +26,7 @@ from bpo_fast.run_folder import (
     results,
     wins,
 )
+from bpo_fast.stats import bootstrap
 from bpo_fast.tasks import ASSETS
 
 REPORT_FILE = "report.html"

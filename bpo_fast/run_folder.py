@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 METHOD_NAMES = {
     ("policy", "behavior"): "BPO",
     ("policy", "initial"): "online",
@@ -72,15 +70,6 @@ class Measure:
         """Before, after and change as a person reads them."""
         change = None if self.before is None or self.after is None else self.after - self.before
         return number_text(self.before, self.kind), number_text(self.after, self.kind), _change_text(change, self.kind)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95% percentile-bootstrap interval over prompts."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -216,21 +205,6 @@ def measures(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Measur
         row("unique outputs", "share", "unique"),
     ]
     return [measure for measure in rows if measure.before is not None or measure.after is not None]
-
-
-def bootstrap(values: Sequence[float], *, num_resamples: int = 2000, seed: int = 0) -> Interval:
-    """Mean of one value a prompt with its 95% percentile-bootstrap interval.
-
-    Args:
-        values: at least one.
-        num_resamples: bootstrap samples.
-        seed: of the resampling.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = [generator.choice(array, array.size).mean() for _ in range(num_resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(array.mean()), float(low), float(high))
 
 
 def wins(run: RunFolder, when: str, judge: str) -> dict[int, float]:

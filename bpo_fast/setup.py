@@ -169,12 +169,7 @@ def _annotator(config: Config, device: torch.device) -> Checked:
 
 
 def _load_scorer(spec: str, config: Config, device: torch.device) -> Checked:
-    return load_annotator(
-        spec,
-        device=str(device),
-        batch_tokens=config.annotator.batch_tokens,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    return load_annotator(spec, config.annotator, device=str(device), trust_remote_code=config.model.trust_remote_code)
 
 
 def _train_prompts(config: Config, policy: Policy, progress: Progress) -> tuple[Prompt, ...]:

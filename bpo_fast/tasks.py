@@ -136,7 +136,7 @@ def _default_eval(data: str | None, task: Task) -> str | None:
     """Held-out rows for training data: of the task, of the same Hub data set, or dev.jsonl and the like beside it."""
     if data is None:
         return task.eval_data
-    path = Path(re.sub(r"\[:\d+\]$", "", data))
+    path = Path(re.sub(r"\[\d*:\d*\]$", "", data))
     if not path.exists():
         return str(path)
     folder = path if path.is_dir() else path.parent

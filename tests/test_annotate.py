@@ -8,6 +8,7 @@ import toy_annotator
 from tiny_world import write_rows
 
 from bpo_fast.annotate import CallableAnnotator, Checked, RecordedAnnotator, judge_name, load_annotator
+from bpo_fast.config import AnnotatorConfig
 from bpo_fast.types import Completion, Prompt
 
 PROMPTS = [Prompt(7, "Q7 Assistant:", (1,), columns={"topic": "x"}), Prompt(9, "Q9 Assistant:", (2,), columns={"n": 3})]
@@ -15,7 +16,7 @@ COMPLETIONS = [Completion(7, 0, (4, 5), " yes", False, 0, 0), Completion(9, 1, (
 
 
 def score(spec):
-    return load_annotator(spec, device="cpu", batch_tokens=100).score(PROMPTS, COMPLETIONS)
+    return load_annotator(spec, AnnotatorConfig(batch_tokens=100), device="cpu").score(PROMPTS, COMPLETIONS)
 
 
 class Fixed:

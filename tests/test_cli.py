@@ -21,7 +21,7 @@ from bpo_fast.cli import app
 from bpo_fast.config import KNOBS, load
 from bpo_fast.pairs import read_pairs
 
-COMMANDS = ("train", "knobs", "doctor", "report", "export", "sample", "sft", "reward")
+COMMANDS = ("train", "knobs", "doctor", "sweep", "report", "export", "sample", "sft", "reward")
 
 
 def call(*args):

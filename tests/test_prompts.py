@@ -456,3 +456,10 @@ def test_an_unreachable_hub_is_one_clear_line(offline, reason, tmp_path):
     (line,) = read_in_subprocess(tmp_path, "http://127.0.0.1:9", [("owner/chats", "train")], HF_HUB_OFFLINE=offline)
     assert line.startswith("owner/chats: no such file or folder, and the Hub did not give it: ")
     assert reason in line
+
+
+@pytest.mark.parametrize(("cut", "rows"), [("[1:]", ROWS[1:]), ("[1:2]", ROWS[1:2]), ("[:]", ROWS)])
+def test_rows_after_the_first_ones(tmp_path, cut, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in ROWS), encoding="utf-8")
+    assert read_rows(f"{path}{cut}") == rows

@@ -1,5 +1,8 @@
 """Annotators for tests, named `toy_annotator:NAME` on a command line."""
 
+import os
+import signal
+
 
 def letters(prompts, completions, completion_ids, **columns):
     """Share of ASCII letters, then the sum of the ids: no ties between different completions, or hardly any."""
@@ -35,6 +38,10 @@ def words(prompts, completions, completion_ids, **columns):
 
 def raising(prompts, completions, completion_ids, **columns):
     raise KeyError("score of the reward service")
+
+
+def killed(prompts, completions, completion_ids, **columns):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 NOT_A_FUNCTION = 3

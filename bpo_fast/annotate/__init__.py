@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from bpo_fast.annotate.pairwise import HttpJudge
+from bpo_fast.config import AnnotatorConfig
 from bpo_fast.prompts import read_rows
 from bpo_fast.tasks import TASKS
 from bpo_fast.types import Completion, Prompt
@@ -23,6 +25,16 @@ class Annotator(Protocol):
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Sequence[float | None]:
         """One score for each (prompt, completion), in order; None where there is no opinion."""
+        ...
+
+
+class PairwiseJudge(Protocol):
+    """Prefers one of two completions; it has no score of a single one."""
+
+    def compare(
+        self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
+    ) -> Sequence[float | None]:
+        """How far each first completion is preferred to the second, from 0 to 1; None where there is no opinion."""
         ...
 
 
@@ -80,8 +92,13 @@ class RecordedAnnotator:
 class Checked:
     """An annotator whose answers are checked: the right number of them, each a finite number or None."""
 
-    def __init__(self, name: str, inner: Annotator):
+    def __init__(self, name: str, inner: Annotator | PairwiseJudge):
         self.name, self._inner = name, inner
+
+    @property
+    def is_pairwise(self) -> bool:
+        """True if it compares completions and scores none of them alone."""
+        return hasattr(self._inner, "compare")
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
         """See `Annotator.score`.
@@ -89,29 +106,58 @@ class Checked:
         Raises:
             ValueError: another number of scores, or one that is no finite number.
         """
-        scores = self._inner.score(prompts, completions) if prompts else []
-        if len(scores) != len(completions):
-            raise ValueError(f"annotator {self.name}: {len(scores)} scores for {len(completions)} completions")
+        return self._checked(prompts, self._inner.score(prompts, completions) if prompts else [])
+
+    def duel(
+        self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
+    ) -> list[tuple[float | None, float | None]]:
+        """Two completions of each prompt against each other.
+
+        Returns:
+            Scores of both, the higher one better. Those of a pairwise judge are its preference and one minus that.
+
+        Raises:
+            ValueError: as `score`.
+        """
+        if self.is_pairwise:
+            shares = self._checked(prompts, self._inner.compare(prompts, firsts, seconds) if prompts else [])
+            return [(None, None) if share is None else (share, 1.0 - share) for share in shares]
+        owners = [p for p in prompts for _ in range(2)]
+        scores = self.score(owners, [c for both in zip(firsts, seconds, strict=True) for c in both])
+        return list(zip(scores[::2], scores[1::2], strict=True))
+
+    def notes(self) -> list[str]:
+        """What a reader of its results must know, one sentence each."""
+        return self._inner.notes() if hasattr(self._inner, "notes") else []
+
+    def _checked(self, prompts: Sequence[Prompt], scores: Sequence[Any]) -> list[float | None]:
+        if len(scores) != len(prompts):
+            raise ValueError(f"annotator {self.name}: {len(scores)} scores for {len(prompts)} completions")
         for prompt, score in zip(prompts, scores, strict=True):
             if score is not None and not _is_finite(score):
                 raise ValueError(f"annotator {self.name}: score {score!r} for a completion of prompt {prompt.id}")
         return [None if s is None else float(s) for s in scores]
 
 
-def load_annotator(spec: str, *, device: str, batch_tokens: int, trust_remote_code: bool = False) -> Checked:
+def load_annotator(
+    spec: str, config: AnnotatorConfig, *, device: str = "auto", trust_remote_code: bool = False
+) -> Checked:
     """Loads what `--annotator` and `--judge` name.
 
     Args:
-        spec: a reward-model folder or Hub id, `module:function`, or a .jsonl file of recorded labels; `name=spec` gives
-            it a name for tables.
+        spec: a reward-model folder or Hub id, `module:function`, a .jsonl file of recorded labels, or the endpoint of a
+            pairwise judge, `http://HOST/v1#MODEL`; `name=spec` gives it a name for tables.
+        config: batches of reward models, limits of an endpoint.
         device: for reward models.
-        batch_tokens: padded tokens of a reward-model batch.
         trust_remote_code: for reward models.
 
     Raises:
         ValueError: nothing of that kind there.
     """
     name, spec = _named(spec)
+    if spec.startswith(("http://", "https://")):
+        limits = {"timeout_s": config.timeout_s, "retries": config.retries, "requests": config.requests}
+        return Checked(name, HttpJudge(spec, **limits))
     if Path(spec).is_file():
         return Checked(name, RecordedAnnotator(Path(spec)))
     if spec.endswith(".jsonl"):
@@ -120,7 +166,7 @@ def load_annotator(spec: str, *, device: str, batch_tokens: int, trust_remote_co
         return Checked(name, CallableAnnotator(_import(spec), name))
     from bpo_fast.annotate.reward_model import RewardModel
 
-    model = RewardModel(spec, device=device, batch_tokens=batch_tokens, trust_remote_code=trust_remote_code)
+    model = RewardModel(spec, device=device, batch_tokens=config.batch_tokens, trust_remote_code=trust_remote_code)
     return Checked(name, model)
 
 

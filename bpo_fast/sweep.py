@@ -1,0 +1,264 @@
+"""`bpo-fast sweep`: the runs of a grid, in a few worker processes, one results file; stopped at any point it goes on.
+
+SWEEP/results.jsonl  runs/NAME/ (run folders)  logs/worker-N.log
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from bpo_fast import config as configs
+from bpo_fast.config import Config
+from bpo_fast.files import remove_temporaries, write_atomic
+from bpo_fast.grid import RunSpec
+from bpo_fast.progress import Progress
+from bpo_fast.run_folder import number_text
+
+RESULTS_FILE = "results.jsonl"
+FINISHED, FAILED = "finished", "failed"
+# of summary.json; the rest is in the run folder
+KEPT = ("before", "after", "pairs", "steps", "seconds", "num_tokens", "tokens_per_s", "peak_memory_gib", "judges")
+# may differ between a grid and the run it names: what the data allow, where it is, which engine auto is
+MAY_DIFFER = ("run.output_dir", "method.pairs", "sampling.engine", "method.golden")
+WAIT_S = 30.0
+Row = dict[str, Any]
+
+
+class Sweep:
+    """The state of a sweep: what is done, what runs, what waits.
+
+    Args:
+        specs: runs in order.
+        folder: of the sweep; finished runs in it are taken as they are.
+
+    Raises:
+        ValueError: a run in the folder that has other settings than the grid says, by knob.
+    """
+
+    def __init__(self, specs: Sequence[RunSpec], folder: Path):
+        self.specs, self.folder = list(specs), folder
+        self.rows: dict[str, Row] = {}
+        self._lock = threading.Condition()
+        self._running: set[str] = set()
+        self._stopped = False
+        for spec in self.specs:
+            _check_same(spec, self.run_dir(spec.name))
+            if (summary := _summary(self.run_dir(spec.name))) is not None:
+                self.rows[spec.name] = _row(spec, FINISHED, summary=summary)
+
+    @property
+    def waiting(self) -> list[RunSpec]:
+        """Runs that have neither finished nor failed in this sweep."""
+        return [s for s in self.specs if s.name not in self.rows]
+
+    @property
+    def num_failed(self) -> int:
+        """Runs that failed in this sweep."""
+        return sum(row["status"] == FAILED for row in self.rows.values())
+
+    def run_dir(self, name: str) -> Path:
+        """Folder of a run."""
+        return self.folder / "runs" / name
+
+    def run(self, num_jobs: int, progress: Progress) -> None:
+        """Makes every waiting run; a failure is recorded and the rest goes on.
+
+        Args:
+            num_jobs: worker processes, one thread each.
+            progress: shows how far the sweep is.
+
+        Raises:
+            KeyboardInterrupt: after the workers have written their checkpoints.
+        """
+        remove_temporaries(self.folder)
+        self._write()
+        todo = self.waiting
+        with progress.task("sweep", len(self.specs)) as task:
+            task.advance(len(self.specs) - len(todo))
+            workers = [_Worker(self.folder / "logs" / f"worker-{n}.log") for n in range(min(num_jobs, len(todo)))]
+
+            def tell(row: Row) -> None:
+                progress.print(f"[{len(self.rows)}/{len(self.specs)}] {row_words(row)}")
+                task.advance(1, note=f"{self.num_failed} failed" if self.num_failed else "")
+
+            threads = [threading.Thread(target=self._serve, args=(w, tell), daemon=True) for w in workers]
+            for thread in threads:
+                thread.start()
+            try:
+                with _terminable():
+                    for thread in threads:
+                        while thread.is_alive():  # join() without a limit would keep signals waiting
+                            thread.join(0.2)
+            except KeyboardInterrupt:
+                with self._lock:
+                    self._stopped = True
+                    self._lock.notify_all()
+                progress.print("interrupted: the runs write checkpoints; the same command goes on")
+                raise
+            finally:
+                for worker in workers:
+                    worker.stop()
+
+    def _serve(self, worker: "_Worker", tell: Callable[[Row], None]) -> None:
+        """Feeds one worker until nothing is left for it."""
+        while (spec := self._next()) is not None:
+            golden = str(self.run_dir(spec.needs)) if spec.needs else None
+            request = {"out": str(self.run_dir(spec.name)), "values": dict(spec.values), "golden": golden}
+            answer = worker.ask(request)
+            with self._lock:
+                self._running.discard(spec.name)
+                if answer["status"] in (FINISHED, FAILED) and not self._stopped:
+                    self._done(_row(spec, **answer), tell)
+                self._lock.notify_all()
+
+    def _next(self) -> RunSpec | None:
+        """The first run that can start now; waits for one that it needs."""
+        with self._lock:
+            while not self._stopped:
+                ready = [s for s in self.waiting if s.name not in self._running]
+                for spec in ready:
+                    need = self.rows.get(spec.needs or "", {}).get("status")
+                    if spec.needs is None or need in (FINISHED, FAILED):
+                        self._running.add(spec.name)
+                        return spec
+                if not ready:
+                    return None
+                self._lock.wait(1.0)
+            return None
+
+    def _done(self, row: Row, tell: Callable[[Row], None]) -> None:
+        self.rows[row["run"]] = row
+        self._write()
+        tell(row)
+
+    def _write(self) -> None:
+        done = [self.rows[s.name] for s in self.specs if s.name in self.rows]
+        write_atomic(self.folder / RESULTS_FILE, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in done))
+
+
+class _Worker:
+    """A process that makes one run after the other; started when first asked, and again if it died."""
+
+    def __init__(self, log: Path):
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a request; a worker that dies over it has failed it."""
+        process = self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        line = ""
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        if line.endswith("\n"):
+            return json.loads(line)
+        code = process.wait()
+        self._process = None
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        last = next((text for text in reversed(self._log_lines()) if text.strip()), "")
+        return {"status": FAILED, "error": f"the process ended with {how}: {last.strip()}", "summary": None}
+
+    def stop(self) -> None:
+        """Ends the process; a run in it writes a checkpoint first."""
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        assert process.stdin is not None
+        process.send_signal(signal.SIGTERM)
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(WAIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _started(self) -> "subprocess.Popen[str]":
+        if self._process is None:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+            with self._log.open("a", encoding="utf-8") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "bpo_fast.sweep_worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=os.environ | threads | {"TOKENIZERS_PARALLELISM": "false"},
+                    start_new_session=True,  # Ctrl-C is for the sweep, which asks its workers to stop
+                )
+        return self._process
+
+    def _log_lines(self) -> list[str]:
+        return self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def default_jobs(specs: Sequence[RunSpec]) -> int:
+    """A worker a core if every run is on the CPU, else one."""
+    if any(s.values.get("run.device") != "cpu" for s in specs):
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_results(path: Path) -> list[Row]:
+    """Rows of a results file; ValueError if it is not one."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a results file: {error}") from None
+    if not all(isinstance(row, dict) and "run" in row and "status" in row for row in rows):
+        raise ValueError(f"{path}: not a results file: a row without run and status")
+    return rows
+
+
+def row_words(row: Row) -> str:
+    """One line on a run that has ended."""
+    if row["status"] != FINISHED:
+        return f"{row['run']}: FAILED: {row['error']}"
+    after = row.get("after") or {}
+    words = [f"{judge} {number_text(rate, 'share')}" for judge, rate in (after.get("win_rate") or {}).items()]
+    words += [f"KL {number_text(after.get('kl'), 'score')}"] if after.get("kl") is not None else []
+    words += [f"{number_text((row.get('seconds') or {}).get('total'), 'tenth')} s"]
+    return f"{row['run']}: {', '.join(words)}"
+
+
+def _row(spec: RunSpec, status: str, *, error: str | None = None, summary: Mapping[str, Any] | None = None) -> Row:
+    row = spec.place() | {"status": status, "error": error}
+    return row | {key: (summary or {}).get(key) for key in KEPT}
+
+
+def _summary(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _check_same(spec: RunSpec, run_dir: Path) -> None:
+    if not (run_dir / "config.toml").is_file():
+        return
+    there = configs.to_flat(configs.load(run_dir / "config.toml"))
+    wanted = configs.to_flat(configs.replace(Config(), spec.values))
+    for name in spec.values:
+        if name not in MAY_DIFFER and wanted[name] != there[name]:
+            raise ValueError(
+                f"{name} = {wanted[name]}: the run in {run_dir} has {there[name]}; choose another --out or remove it"
+            )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a sweep as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

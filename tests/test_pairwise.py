@@ -1,0 +1,171 @@
+import json
+import socket
+import time
+
+import pytest
+from judge_server import by_length, endpoint, said
+
+from bpo_fast.annotate import Checked, judge_name, load_annotator
+from bpo_fast.annotate.pairwise import DOWN_AFTER, KEY_VARIABLE, HttpJudge
+from bpo_fast.config import AnnotatorConfig
+from bpo_fast.evaluate import against_labels
+from bpo_fast.types import Completion, Prompt
+
+PROMPTS = [Prompt(i, f"Q{i}?", (1,), label="four words of text") for i in range(3)]
+
+
+def completions(*texts):
+    return [Completion(i, 0, (1,), f" {text}", False, 0, 0) for i, text in enumerate(texts)]
+
+
+FIRST = completions("the longer answer", "no", "same")
+SECOND = completions("short", "a longer one", "sAme")
+
+
+def judge(spec, **options):
+    return HttpJudge(spec, **{"timeout_s": 5.0, "retries": 2, "requests": 4, "backoff_s": 0.01} | options)
+
+
+def test_both_orders_are_asked_and_agree():
+    with endpoint(by_length) as server:
+        asked = judge(server.spec)
+        assert asked.compare(PROMPTS, FIRST, SECOND) == [1.0, 0.0, 0.5]
+    questions = sorted(body["messages"][-1]["content"] for _, _, body in server.seen)
+    assert len(questions) == len(set(questions)) == 6
+    path, headers, body = server.seen[0]
+    assert (path, body["model"], body["temperature"]) == ("/v1/chat/completions", "some/model", 0)
+    assert "Authorization" not in headers
+    assert asked.notes() == ["0% of 3 verdicts went with the position and count as ties"]
+
+
+def test_a_judge_that_likes_a_position_has_no_preference():
+    with endpoint(lambda q, n: said("[[A]]")) as server:
+        asked = judge(server.spec)
+        assert asked.compare(PROMPTS, FIRST, SECOND) == [0.5, 0.5, 0.5]
+    assert asked.tally.swapped == 3
+
+
+def test_half_a_preference():
+    def tie_or_longer(question, number):
+        return said("[[C]]") if "\nno\n\n[Answer B]" in question else by_length(question, number)
+
+    with endpoint(tie_or_longer) as server:
+        assert judge(server.spec).compare(PROMPTS, FIRST, SECOND) == [1.0, 0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        said("I would rather not say."),
+        said("[[A]] or perhaps [[B]]"),
+        said("[[D]]"),
+        said(""),
+        (200, "<html>Welcome</html>"),
+        (200, json.dumps({"choices": []})),
+        (200, json.dumps({"choices": [{"message": {"content": None}}]})),
+        (200, json.dumps([1])),
+        (500, "busy"),
+        (429, "slow down", {"Retry-After": "0"}),
+    ],
+    ids=lambda a: a[1][:30],
+)
+def test_nonsense_is_asked_again_then_left_unjudged(nonsense):
+    with endpoint(lambda q, n: nonsense if "Q1" in q else by_length(q, n)) as server:
+        asked = judge(server.spec)
+        assert asked.compare(PROMPTS, FIRST, SECOND) == [1.0, None, 0.5]
+    assert sum("Q1" in body["messages"][-1]["content"] for *_, body in server.seen) == 3
+    assert (asked.tally.judged, asked.tally.unjudged, asked.tally.retries) == (2, 1, 2)
+    assert asked.notes()[0].startswith("1 pairs unjudged, the last because: ")
+
+
+def test_a_verdict_on_the_second_try_counts():
+    with endpoint(lambda q, n: by_length(q, n) if n % 2 else (503, "")) as server:
+        assert judge(server.spec, requests=1).compare(PROMPTS, FIRST, SECOND) == [1.0, 0.0, 0.5]
+    assert len(server.seen) == 12
+
+
+def test_a_bare_letter_is_a_verdict():
+    with endpoint(lambda q, n: said(" C\n")) as server:
+        assert judge(server.spec).compare(PROMPTS, FIRST, SECOND) == [0.5, 0.5, 0.5]
+
+
+def test_silence_ends_at_the_limit():
+    def silent(question, number):
+        time.sleep(0.6 if "Q0" in question else 0)
+        return by_length(question, number)
+
+    with endpoint(silent) as server:
+        asked = judge(server.spec, timeout_s=0.2, retries=1)
+        start = time.monotonic()
+        assert asked.compare(PROMPTS, FIRST, SECOND) == [None, 0.0, 0.5]
+        assert time.monotonic() - start < 3
+    assert asked.tally.last_error == "no answer within 0.2 s"
+
+
+def test_an_endpoint_that_is_down_is_given_up():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        spec = f"http://127.0.0.1:{free.getsockname()[1]}/v1#m"
+    asked = judge(spec, retries=0, requests=1)
+    prompts = [Prompt(i, "Q", (1,)) for i in range(DOWN_AFTER + 5)]
+    answers = completions(*["a"] * len(prompts))
+    assert asked.compare(prompts, answers, answers) == [None] * len(prompts)
+    assert "was given up after" in asked.tally.last_error
+    with pytest.raises(ValueError, match="no credentials"):
+        judge("http://me:secret@host/v1#m")
+
+
+@pytest.mark.parametrize(("status", "word"), [(401, "Unauthorized"), (404, "Not Found")])
+def test_a_refusal_ends_at_once_and_keeps_the_key_to_itself(monkeypatch, status, word):
+    monkeypatch.setenv(KEY_VARIABLE, "sk-very-secret")
+    with (
+        endpoint(lambda q, n: (status, "wrong key sk-very-secret")) as server,
+        pytest.raises(ValueError, match=rf"^judge http://127.0.0.1:\d+/v1#some/model: status {status} {word}") as error,
+    ):
+        judge(server.spec, requests=1).compare(PROMPTS, FIRST, SECOND)
+    assert "secret" not in str(error.value)
+    assert server.seen[0][1]["Authorization"] == "Bearer sk-very-secret"
+
+
+def test_a_redirect_is_not_followed():
+    with endpoint(by_length) as other, endpoint(lambda q, n: (307, "", {"Location": other.spec})) as server:
+        assert judge(server.spec).compare(PROMPTS, FIRST, SECOND) == [None] * 3
+    assert other.seen == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("http://host/v1", "expected http://HOST/v1#MODEL"),
+        ("http://#m", "expected http://HOST/v1#MODEL"),
+        ("http://host:x/v1#m", "not a port"),
+        ("https://host/v1?api_key=abc#m", f"no credentials or queries in the address; set {KEY_VARIABLE}"),
+    ],
+)
+def test_bad_addresses(spec, words):
+    with pytest.raises(ValueError, match=words) as error:
+        load_annotator(spec, AnnotatorConfig())
+    assert "abc" not in str(error.value)
+
+
+def test_names():
+    assert judge_name("http://host/v1#Qwen/Qwen3-8B") == "Qwen3-8B"
+    assert judge_name("big=http://host/v1#m") == "big"
+
+
+def test_as_annotator_and_as_judge():
+    with endpoint(by_length) as server:
+        found = load_annotator(f"llm={server.spec}", AnnotatorConfig())
+        assert found.name == "llm"
+        assert found.duel(PROMPTS, FIRST, SECOND) == [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]
+        unlabelled = [*PROMPTS[:2], Prompt(2, "Q2?", (1,))]
+        longer = completions("a very much longer answer", "no", "same")
+        assert against_labels(found, unlabelled, longer) == [(1.0, 0.0), (0.0, 1.0), (None, None)]
+
+
+def test_scorers_duel_by_their_scores():
+    class Length:
+        def score(self, prompts, completions):
+            return [None if c.text == " no" else len(c.text) for c in completions]
+
+    assert Checked("length", Length()).duel(PROMPTS, FIRST, SECOND) == [(18.0, 6.0), (None, 13.0), (5.0, 5.0)]

@@ -1,0 +1,141 @@
+"""Sweeps as a user runs them, with real worker processes on the tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_world import run_cli
+
+from bpo_fast.grid import RunSpec
+from bpo_fast.sweep import Sweep, read_results, row_words
+
+SPEC = RunSpec("a", "helpfulness", "dpo", "bpo", 2, 1, 42, values={"method.beta": 0.1})
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model_dir, tiny_data):
+    """[set] of a grid whose runs take a second or two."""
+    knobs = {
+        "model.path": str(tiny_model_dir),
+        "model.lora_r": 4,
+        "data.path": str(tiny_data.train),
+        "data.eval_path": str(tiny_data.eval),
+        "annotator.path": "toy_annotator:letters",
+        "method.pairs": 24,
+        "method.batch_pairs": 4,
+        "sampling.max_new_tokens": 8,
+        "sampling.engine": "hf",
+        "optim.learning_rate": 1e-3,
+        "eval.prompts": 6,
+        "eval.kl_prompts": 4,
+        "run.device": "cpu",
+    }
+    return "[set]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in knobs.items())
+
+
+@pytest.fixture(scope="module")
+def swept(settings, tmp_path_factory):
+    """A sweep in which two of six runs fail: (folder, its process)."""
+    folder = tmp_path_factory.mktemp("sweep")
+    grid = (
+        settings
+        + '[[grid]]\nF = [1, 2]\n[[grid]]\nname = "again"\n'
+        + '[[grid]]\nannotator.path = ["toy_annotator:killed", "toy_annotator:raising"]\n'
+        + '[[grid]]\nmethod = "golden"\nset.method.golden = "run:helpfulness-dpo-bpo-F2-M1-s42"\n'
+    )
+    (folder / "g.toml").write_text(grid, encoding="utf-8")
+    return folder, run_cli(["sweep", "g.toml", "--jobs", "2"], folder)
+
+
+def test_a_failing_run_is_recorded_and_the_rest_goes_on(swept):
+    folder, done = swept
+    assert done.returncode == 1, done.stderr
+    assert "error: 2 of 6 runs failed; the same command tries them again" in done.stderr
+    rows = {r["run"].removeprefix("helpfulness-"): r for r in read_results(folder / "sweeps" / "g" / "results.jsonl")}
+    assert {name: r["status"] for name, r in rows.items()} == {
+        "dpo-offline-F1-M1-s42": "finished",
+        "dpo-bpo-F2-M1-s42": "finished",
+        "again-helpfulness-dpo-bpo-F2-M1-s42": "finished",
+        "dpo-bpo-F2-M1-s42-path=toy_annotator_killed": "failed",
+        "dpo-bpo-F2-M1-s42-path=toy_annotator_raising": "failed",
+        "dpo-golden-F2-M1-s42": "finished",
+    }
+    assert rows["dpo-bpo-F2-M1-s42-path=toy_annotator_killed"]["error"].startswith("the process ended with SIGKILL")
+    raised = rows["dpo-bpo-F2-M1-s42-path=toy_annotator_raising"]
+    assert raised["error"].startswith("annotator raising: KeyError: 'score of the reward service'")
+    assert raised["extra"] == {"annotator.path": "toy_annotator:raising"}
+    finished = rows["dpo-bpo-F2-M1-s42"]
+    assert (finished["F"], finished["seed"], finished["steps"], finished["error"]) == (2, 42, 6, None)
+    assert finished["after"]["win_rate"].keys() == {"letters"}
+
+
+def test_a_run_is_the_same_after_another_one_in_its_process(swept):
+    runs = swept[0] / "sweeps" / "g" / "runs"
+    first, again = (runs / f"{n}helpfulness-dpo-bpo-F2-M1-s42" / "eval.jsonl" for n in ("", "again-"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_finished_runs_are_skipped_and_failed_ones_tried_again(swept):
+    folder, _ = swept
+    summaries = {p: p.stat().st_mtime_ns for p in (folder / "sweeps" / "g" / "runs").rglob("summary.json")}
+    listed = run_cli(["sweep", "g.toml", "--dry-run"], folder)
+    assert listed.stdout.endswith("6 runs, 2 to do\n")
+    assert "helpfulness-dpo-offline-F1-M1-s42: letters " in listed.stdout
+    done = run_cli(["sweep", "g.toml", "--jobs", "2"], folder)
+    assert done.returncode == 1
+    assert {p: p.stat().st_mtime_ns for p in summaries} == summaries
+
+
+def test_other_settings_in_the_same_folder_are_refused(swept):
+    folder, _ = swept
+    done = run_cli(["sweep", "g.toml", "--set", "method.beta=0.7"], folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: method.beta = 0.7: the run in sweeps/g/runs/helpfulness-dpo-offline")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupted_sweep_goes_on(settings, tmp_path):
+    (tmp_path / "g.toml").write_text(settings + "[grid]\nF = ['T']\nseed = [1, 2]\nmethod.pairs = 60\n")
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "bpo_fast", "sweep", "g.toml", "--jobs", "1"]
+    started = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+    )
+    steps = tmp_path / "sweeps" / "g" / "runs" / "helpfulness-dpo-bpo-FT-M1-s1-pairs=60" / "metrics.jsonl"
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit and not (steps.exists() and '"step"' in steps.read_text()):
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 130, err
+    assert "interrupted" in err
+    assert read_results(tmp_path / "sweeps" / "g" / "results.jsonl") == []
+    done = run_cli(command[3:], tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = read_results(tmp_path / "sweeps" / "g" / "results.jsonl")
+    assert [(r["seed"], r["status"], r["steps"]) for r in rows] == [(1, "finished", 15), (2, "finished", 15)]
+
+
+def test_one_line_of_a_run():
+    row = SPEC.place() | {"status": "failed", "error": "no data"}
+    assert row_words(row) == "a: FAILED: no data"
+    row |= {"status": "finished", "after": {"win_rate": {"rm": 0.5}, "kl": 1.25}, "seconds": {"total": 9.94}}
+    assert row_words(row) == "a: rm 50.0%, KL 1.250, 9.9 s"
+
+
+@pytest.mark.parametrize("text", ["no json\n", "[1]\n", '{"run": "a"}\n'])
+def test_what_is_no_results_file(tmp_path, text):
+    path = tmp_path / "results.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="not a results file"):
+        read_results(path)
+
+
+def test_a_sweep_of_nothing_yet(tmp_path):
+    sweep = Sweep([SPEC], tmp_path)
+    assert (sweep.waiting, sweep.num_failed) == ([SPEC], 0)
