@@ -1,5 +1,6 @@
 """Collecting a phase: sample two completions a prompt from the behavior, score them, keep the pairs that differ."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from bpo_fast.policy import Policy
 from bpo_fast.progress import Progress
 from bpo_fast.reference import Reference
 from bpo_fast.run import Run
+from bpo_fast.scoring import PairScorer
 from bpo_fast.types import Completion, Pair, Prompt
 
 
@@ -26,13 +28,17 @@ class Collector:
         config: sampling, annotator and seed.
         engine: samples the behavior.
         annotator: scores completions.
-        run: its stages are timed.
+        run: its stages are timed: `annotate` is the wait for scores once everything is sampled.
         progress: where progress is shown.
+
+    Attributes:
+        overlapped_s: seconds that the annotator has worked during the sampling of the last phase.
     """
 
     def __init__(self, config: Config, engine: Engine, annotator: Checked, run: Run, progress: Progress):
         self._config, self._engine, self._annotator = config, engine, annotator
         self._run, self._progress = run, progress
+        self.overlapped_s = 0.0
 
     def collect(self, phase: Phase, prompts: Sequence[Prompt], spare: Sequence[Prompt], version: int) -> PhasePairs:
         """The pairs of a phase, and, with `annotator.refill`, of spare prompts in place of the dropped ones.
@@ -43,6 +49,7 @@ class Collector:
             spare: prompts that no phase owns.
             version: optimizer steps of the weights that sample.
         """
+        self.overlapped_s = 0.0
         pairs, completions, counts = self._sample(phase, prompts, version)
         num_spare = 0
         while self._config.annotator.refill and len(pairs) < len(prompts) and num_spare < len(spare):
@@ -54,26 +61,38 @@ class Collector:
         return PhasePairs(phase.index, version, tuple(pairs), counts, metrics, num_spare)
 
     def _sample(self, phase: Phase, prompts: Sequence[Prompt], version: int):
+        config = self._config
+        title, num = f"phase {phase.index + 1}: ", 2 * len(prompts)
+        with PairScorer(self._annotator, prompts, overlap=config.annotator.overlap) as scorer:
+            with self._run.timed("rollout"), self._progress.task(title + "sampling", num) as task:
+
+                def take(done: Sequence[Completion]) -> None:
+                    task.advance(len(done))
+                    scorer.add(done)
+
+                completions = self._engine.generate(
+                    prompts, self._params(), run_seed=config.run.seed, policy_version=version, on_done=take
+                )
+            start = time.perf_counter()
+            with self._run.timed("annotate"), self._progress.task(title + "scoring", num) as task:
+                scores = scorer.scores()
+                task.advance(num)
+            self.overlapped_s += max(0.0, scorer.busy_s - (time.perf_counter() - start))
+        pairs, counts = make_pairs(prompts, completions, [scores[p.id] for p in prompts])
+        return pairs, [c for both in completions for c in both], counts
+
+    def _params(self) -> SamplingParams:
         sampling = self._config.sampling
         assert sampling.max_new_tokens, "resolve() has set it"
-        params = SamplingParams(
+        return SamplingParams(
             max_new_tokens=sampling.max_new_tokens,
             n=2,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            stop=sampling.stop or (),
+            single_members=sampling.members == "single" and self._config.model.members > 1,
         )
-        title = f"phase {phase.index + 1}: "
-        with self._run.timed("rollout"), self._progress.task(title + "sampling", 2 * len(prompts)) as task:
-            completions = self._engine.generate(
-                prompts, params, run_seed=self._config.run.seed, policy_version=version, on_done=task.advance
-            )
-        flat = [c for both in completions for c in both]
-        with self._run.timed("annotate"), self._progress.task(title + "scoring", len(flat)) as task:
-            scores = self._annotator.duel(prompts, *zip(*completions, strict=True)) if completions else []
-            task.advance(len(flat))
-        pairs, counts = make_pairs(prompts, completions, scores)
-        return pairs, flat, counts
 
 
 def microbatches(pairs: Sequence[Pair], policy: Policy, max_tokens: int) -> list[PairBatch]:

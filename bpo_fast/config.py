@@ -69,6 +69,14 @@ class SamplingConfig:
     temperature: float = knob(1.0, "softmax temperature of the sampler", gt=0)
     top_p: float = knob(1.0, "nucleus mass; 1 is off", gt=0, le=1)
     top_k: int = knob(0, "0 is off", ge=0)
+    stop: tuple[str, ...] | None = knob(
+        None, "strings that end a completion and are left out of it, found on its ids; none: the task's own"
+    )
+    members: str = knob(
+        "average",
+        "whom completions come from: the exact average, or single members, drawn by the seed of the completion",
+        choices=("average", "single"),
+    )
     batch_size: int = knob(128, "sequences decoded together by the hf engine", ge=1)
     kv_cache_gib: float | None = knob(None, "KV cache of vLLM; none: what a full batch needs, if it is free", gt=0)
     merge_lora: bool | None = knob(
@@ -89,6 +97,7 @@ class AnnotatorConfig:
     timeout_s: float = knob(60.0, "limit of one request to an endpoint", gt=0)
     retries: int = knob(4, "times a request to an endpoint is sent again before the pair stays unjudged", ge=0)
     requests: int = knob(8, "requests to an endpoint in flight", ge=1, le=256)
+    overlap: bool = knob(True, "score finished completions, in a thread, while the rest is being sampled")
     refill: bool = knob(False, "replace tied and identical pairs by pairs of further prompts")
 
 
@@ -331,10 +340,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
 
 def _as_type(value: Any, option: Any) -> Any:
     if typing.get_origin(option) is tuple:
-        items = value.split(",") if isinstance(value, str) else list(value)
-        return tuple(
-            _as_type(i.strip() if isinstance(i, str) else i, typing.get_args(option)[0]) for i in items if i != ""
-        )
+        return tuple(_as_type(i, typing.get_args(option)[0]) for i in _items(value) if i != "")
     if option is bool:
         if isinstance(value, bool):
             return value
@@ -350,6 +356,18 @@ def _as_type(value: Any, option: Any) -> Any:
     if option is str and isinstance(value, str):
         return value
     raise ValueError
+
+
+def _items(value: Any) -> list[Any]:
+    """The items of a list: as it is, JSON in brackets (which keeps blanks and commas), or split at commas."""
+    if not isinstance(value, str):
+        return list(value)
+    if not value.lstrip().startswith("["):
+        return [item.strip() for item in value.split(",")]
+    found = json.loads(value)
+    if not isinstance(found, list):
+        raise ValueError
+    return found
 
 
 def _lower(value: Any) -> str:

@@ -22,6 +22,7 @@ def judge_greedy(
     judges: Sequence[Checked],
     *,
     max_new_tokens: int,
+    stop: tuple[str, ...] = (),
     policy_version: int,
     when: str,
     task,
@@ -33,6 +34,7 @@ def judge_greedy(
         prompts: held-out prompts; those without a label are judged by score alone.
         judges: scorers, each with a name.
         max_new_tokens: completion limit.
+        stop: strings that end a completion.
         policy_version: optimizer steps taken.
         when: "before", "after" or "step".
         task: progress task; it advances by one a prompt.
@@ -40,10 +42,11 @@ def judge_greedy(
     Returns:
         One row a prompt, as RUN/eval.jsonl holds them.
     """
-    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
-    outputs = [
-        c[0] for c in engine.generate(prompts, params, run_seed=0, policy_version=policy_version, on_done=task.advance)
-    ]
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0, stop=stop)
+    sampled = engine.generate(
+        prompts, params, run_seed=0, policy_version=policy_version, on_done=lambda done: task.advance(len(done))
+    )
+    outputs = [c[0] for c in sampled]
     judged = {j.name: against_labels(j, prompts, outputs) for j in judges}
     return [
         {

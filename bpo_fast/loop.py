@@ -124,6 +124,8 @@ class Loop:
         values |= {f"pairs/{k}": v for k, v in vars(found.counts).items()}
         values |= found.metrics
         values |= {f"timing/{stage}_s": seconds.get(stage, 0.0) for stage in ("rollout", "annotate", "ref", "train")}
+        if self._parts.annotator is not None:
+            values["timing/annotate_overlapped_s"] = self._collector.overlapped_s
         values |= {"perf/tokens_per_s": num_tokens / max(1e-9, seconds.get("rollout", 0.0))}
         values |= {"perf/peak_memory_gib": peak_memory_gib()}
         if phase.num_steps > 1 or phase.index == 0:
@@ -153,6 +155,7 @@ class Loop:
                     parts.held_out,
                     parts.judges,
                     max_new_tokens=config.sampling.max_new_tokens,
+                    stop=config.sampling.stop or (),
                     policy_version=self.num_steps,
                     when=when,
                     task=task,
@@ -284,12 +287,16 @@ class Loop:
             return None
         sampling = self._config.sampling
         assert sampling.max_new_tokens, "resolve() has set it"
-        params = SamplingParams(max_new_tokens=sampling.max_new_tokens, n=2, temperature=sampling.temperature)
+        params = SamplingParams(
+            max_new_tokens=sampling.max_new_tokens, n=2, temperature=sampling.temperature, stop=sampling.stop or ()
+        )
         # another run seed: held-out prompts have ids of their own and must not share streams with the training's
         sampled = self._parts.engine.generate(
             prompts, params, run_seed=self._config.run.seed + 1, policy_version=self.num_steps
         )
-        pairs = [Pair(p, a, b, 1.0, 0.0) for p, (a, b) in zip(prompts, sampled, strict=True)]
+        pairs = [Pair(p, a, b, 1.0, 0.0) for p, (a, b) in zip(prompts, sampled, strict=True) if a.ids and b.ids]
+        if not pairs:
+            return None
         self._kl = divergence(pairs, self._policy, self._config.optim.microbatch_tokens)["kl"]
         return self._kl
 

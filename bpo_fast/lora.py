@@ -106,10 +106,14 @@ class LoraEnsemble(nn.Module):
                 tensor.copy_(state[name])
 
     @torch.no_grad()
-    def delta(self, name: str) -> Tensor:
-        """Average delta of one layer, in the layout of its weight, float32."""
+    def delta(self, name: str, member: int | None = None) -> Tensor:
+        """Delta of one layer, of a member or on average, in the layout of its weight, float32."""
         a, b = self._averaged(None)[name]
-        delta = (b.float() @ a.float()) * (self.scale / self.num_members)
+        scale = self.scale / self.num_members
+        if member is not None:
+            layer = self.names.index(name)
+            a, b, scale = self.a[layer][member], self.b[layer][member], self.scale
+        delta = (b.float() @ a.float()) * scale
         return delta.T if isinstance(self.linears[name], Conv1D) else delta
 
     @contextmanager

@@ -20,10 +20,10 @@ RowReader = Callable[[str], tuple[list[Any], Sequence[Prompt]]]
 
 @dataclass(frozen=True)
 class PairCounts:
-    """What became of the prompts of a phase: kept + tied + identical + unscored + aborted of them were sampled.
+    """What became of the prompts of a phase: kept + tied + identical + unscored + aborted + empty of them were sampled.
 
-    `aborted`: the engine gave up a completion, twice. `truncated` counts kept pairs in which a completion ended at the
-    length limit.
+    `aborted`: the engine gave up a completion, twice. `empty`: a completion began with a stop string. `truncated`
+    counts kept pairs in which a completion ended at the length limit.
     """
 
     kept: int = 0
@@ -32,6 +32,7 @@ class PairCounts:
     unscored: int = 0
     truncated: int = 0
     aborted: int = 0
+    empty: int = 0
 
     def __add__(self, other: "PairCounts") -> "PairCounts":
         return PairCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -73,10 +74,12 @@ def make_pairs(
     Returns:
         (kept pairs in the order of the prompts, counts)
     """
-    pairs, tied, identical, unscored, aborted = [], 0, 0, 0, 0
+    pairs, tied, identical, unscored, aborted, empty = [], 0, 0, 0, 0, 0
     for prompt, (first, second), (a, b) in zip(prompts, completions, scores, strict=True):
-        if not first.ids or not second.ids:
+        if any(not c.ids and not c.stopped for c in (first, second)):
             aborted += 1
+        elif not first.ids or not second.ids:
+            empty += 1
         elif first.ids == second.ids:
             identical += 1
         elif a is None or b is None:
@@ -88,7 +91,7 @@ def make_pairs(
         else:
             pairs.append(Pair(prompt, second, first, b, a))
     truncated = sum(p.chosen.truncated or p.rejected.truncated for p in pairs)
-    return pairs, PairCounts(len(pairs), tied, identical, unscored, truncated, aborted)
+    return pairs, PairCounts(len(pairs), tied, identical, unscored, truncated, aborted, empty)
 
 
 def write_pairs(path: Path, phase: PhasePairs) -> None:

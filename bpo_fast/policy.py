@@ -109,9 +109,11 @@ class Policy:
         """Forwards inside run the exact average of the members."""
         return self.lora.average() if self.lora else nullcontext()
 
-    def merged(self) -> AbstractContextManager[None]:
-        """Forwards inside run the behavior as dense weights."""
-        return self.lora.merged() if self.lora else nullcontext()
+    def merged(self, member: int | None = None) -> AbstractContextManager[None]:
+        """Forwards inside run the behavior, or one member, as dense weights."""
+        if self.lora is None:
+            return nullcontext()
+        return self.lora.merged(None if member is None else {n: self.lora.delta(n, member) for n in self.lora.names})
 
     @contextmanager
     def initial(self) -> Iterator[None]:

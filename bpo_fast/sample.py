@@ -36,10 +36,19 @@ def sample(config: Config, out: Path, *, n: int, temperature: float) -> None:
         prompts = data.load_prompts(
             rows, config.data, get_task(config.task), policy.tokenizer, source=source, seed=None
         ).prompts
-        params = SamplingParams(max_new_tokens=config.sampling.max_new_tokens, n=n, temperature=temperature)
+        params = SamplingParams(
+            max_new_tokens=config.sampling.max_new_tokens,
+            n=n,
+            temperature=temperature,
+            stop=config.sampling.stop or (),
+        )
         with progress.task("sampling", n * len(prompts)) as task:
             completions = engine.generate(
-                prompts, params, run_seed=config.run.seed, policy_version=0, on_done=task.advance
+                prompts,
+                params,
+                run_seed=config.run.seed,
+                policy_version=0,
+                on_done=lambda done: task.advance(len(done)),
             )
         engine.close()
     lines = [

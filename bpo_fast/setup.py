@@ -154,7 +154,8 @@ def load_learner(
     engine = HfEngine(
         policy.model,
         policy.tokenizer,
-        behavior=policy.merged,
+        view=policy.merged,
+        num_members=policy.num_members,
         eos_ids=policy.eos_ids,
         pad_id=policy.pad_id,
         batch_size=config.sampling.batch_size,

@@ -7,6 +7,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bpo_fast.config import ON_POLICY, Config, did_you_mean
 
@@ -24,6 +25,7 @@ class Task:
         pairs: annotation budget in prompts.
         data, eval_data: Hub data sets used when a model but no data is named.
         suffix: what a bare question is closed with to become a prompt.
+        stop: where a completion would go on with a turn or a post of its own.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Task:
     data: str
     eval_data: str
     suffix: str
+    stop: tuple[str, ...]
 
 
 TASKS = {
@@ -48,8 +51,9 @@ TASKS = {
             "Anthropic/hh-rlhf/helpful-base",
             "Anthropic/hh-rlhf/helpful-base",
             " Assistant:",
+            ("\n\nHuman:",),
         ),
-        Task("tldr", 512, 128, 16, 10_000, "trl-lib/tldr", "trl-lib/tldr", "\nTL;DR:"),
+        Task("tldr", 512, 128, 16, 10_000, "trl-lib/tldr", "trl-lib/tldr", "\nTL;DR:", ("\nSUBREDDIT:", "\n\nPOST:")),
         Task(
             "harmlessness",
             256,
@@ -59,6 +63,7 @@ TASKS = {
             "Anthropic/hh-rlhf/harmless-base",
             "Anthropic/hh-rlhf/harmless-base",
             " assistant:",
+            ("\n\nHuman:", " user:"),
         ),
     )
 }
@@ -82,12 +87,12 @@ def resolve(config: Config) -> Config:
     embedded = config.model.path is None
     if embedded and config.task != "helpfulness":
         raise ValueError(f"task = {config.task!r}: only helpfulness has an embedded policy; name one with --model")
-    base = {"pairs": task.pairs, "batch_pairs": task.batch_pairs, "r": 256, "eval": 512}
-    base |= {"lr": 1e-6 if config.model.full else 5e-5}
+    base: dict[str, Any] = {"pairs": task.pairs, "batch_pairs": task.batch_pairs, "r": 256, "eval": 512}
+    base |= {"lr": 1e-6 if config.model.full else 5e-5, "new": task.max_new_tokens, "stop": task.stop}
     if embedded:
         config = _embed(config)
         base |= {"pairs": 1024, "batch_pairs": 16, "r": 16, "eval": 128}
-        base |= {"lr": 3e-4 if config.model.full else 3e-3}
+        base |= {"lr": 3e-4 if config.model.full else 3e-3, "new": 64, "stop": ()}
     r = config.model.lora_r or base["r"]
     config = dataclasses.replace(
         config,
@@ -99,7 +104,9 @@ def resolve(config: Config) -> Config:
             max_prompt_length=config.data.max_prompt_length or task.max_prompt_length,
         ),
         sampling=dataclasses.replace(
-            config.sampling, max_new_tokens=config.sampling.max_new_tokens or (64 if embedded else task.max_new_tokens)
+            config.sampling,
+            max_new_tokens=config.sampling.max_new_tokens or base["new"],
+            stop=base["stop"] if config.sampling.stop is None else config.sampling.stop,
         ),
         method=dataclasses.replace(
             config.method,
@@ -156,6 +163,8 @@ def _check(config: Config) -> None:
         raise ValueError(
             f"model.adapters = {', '.join(model.adapters)}: {len(model.adapters)} for model.members = {model.members}"
         )
+    if config.sampling.members == "single" and config.sampling.merge_lora:
+        raise ValueError("sampling.merge_lora = true: what is merged is the average, not sampling.members = single")
     if (method.ref == "golden") != (method.golden is not None):
         raise ValueError(f"method.golden = {method.golden!r}: method.ref = golden and method.golden go together")
     if method.label_smoothing and method.loss != "dpo":

@@ -37,10 +37,12 @@ class Completion:
         sample_id: 0, 1, ... among the answers to that prompt.
         ids: sampled token ids, EOS included if and only if the sampler emitted it.
         text: the ids decoded without special tokens.
-        truncated: True if sampling stopped at the length limit, without EOS.
+        truncated: True if sampling ended at the length limit: without EOS and without a stop string.
         policy_version: optimizer steps taken by the weights that sampled it.
         seed: seed of this request.
         logps: sampler log-probs of `ids` in nats, when asked for.
+        stopped: a stop string ended it; `ids` are those before the string, and no EOS follows them.
+        member: the member of the ensemble that sampled it; None for their average.
     """
 
     prompt_id: int
@@ -51,6 +53,8 @@ class Completion:
     policy_version: int
     seed: int
     logps: tuple[float, ...] | None = None
+    stopped: bool = False
+    member: int | None = None
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,11 @@ import torch
 from tiny_world import question
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
+from bpo_fast.config import ModelConfig
 from bpo_fast.engine import SamplingParams, request_seed
 from bpo_fast.engine.hf import HfEngine, _Chooser
+from bpo_fast.engine.stopping import StopStrings
+from bpo_fast.policy import load_policy
 from bpo_fast.types import Prompt
 
 EOS = 5  # of the toy model: a token that its rows are likely to sample
@@ -31,8 +34,8 @@ def toy():
     return GPT2LMHeadModel(config).double().eval()
 
 
-def engine_of(model, tokenizer, *, eos_ids=(EOS,), batch_size=64, behavior=nullcontext):
-    return HfEngine(model, tokenizer, behavior=behavior, eos_ids=eos_ids, pad_id=0, batch_size=batch_size)
+def engine_of(model, tokenizer, *, eos_ids=(EOS,), batch_size=64, view=nullcontext):
+    return HfEngine(model, tokenizer, view=view, eos_ids=eos_ids, pad_id=0, batch_size=batch_size)
 
 
 def sample(engine, prompts, *, run_seed=1, policy_version=0, **params):
@@ -252,8 +255,58 @@ def test_progress_counts_every_completion_once(model, tokenizer, prompts):
     engine_of(model, tokenizer, batch_size=4).generate(
         prompts, SamplingParams(2, n=2), run_seed=0, policy_version=0, on_done=done.append
     )
-    assert sum(done) == 2 * len(prompts)
-    assert max(done) == 4
+    assert sorted((c.prompt_id, c.sample_id) for part in done for c in part) == [
+        (p.id, s) for p in prompts for s in range(2)
+    ]
+    assert max(map(len, done)) == 4
+
+
+def test_a_stop_string_ends_a_completion_where_it_would_have_begun(model, tokenizer, prompts):
+    engine = engine_of(model, tokenizer, batch_size=5)
+    free = [c for both in sample(engine, prompts, n=3, max_new_tokens=12, logps=True) for c in both]
+    text = tokenizer.decode(free[4].ids, skip_special_tokens=False)
+    strings = (text[len(text) // 2 :][:3], free[1].text[:1])  # in the middle of a completion, and at the start of one
+    stop = StopStrings(tokenizer, strings)
+    cut = [c for both in sample(engine, prompts, n=3, max_new_tokens=12, logps=True, stop=strings) for c in both]
+    assert any(c.stopped and not c.ids for c in cut)
+    assert any(c.stopped and c.ids for c in cut)
+    assert any(not c.stopped for c in cut)
+    for whole, short in zip(free, cut, strict=True):
+        kept = stop.cut(whole.ids)
+        if kept is None:
+            assert short == whole
+            continue
+        assert short.ids == whole.ids[:kept]
+        assert (short.stopped, short.truncated) == (True, False)
+        assert EOS not in short.ids
+        assert short.logps == pytest.approx(whole.logps[:kept])
+        assert short.text == tokenizer.decode(short.ids, skip_special_tokens=True)
+
+
+def test_single_members_are_sampled_side_by_side(tiny_model_dir):
+    torch.manual_seed(0)
+    config = ModelConfig(path=str(tiny_model_dir), members=3, lora_r=4, lora_alpha=8.0)
+    policy = load_policy(config, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
+    with torch.no_grad():
+        for b in policy.lora.b:
+            b.normal_(std=0.5)
+    engine = HfEngine(
+        policy.model, policy.tokenizer, view=policy.merged, num_members=3, eos_ids=(EOS,), pad_id=0, batch_size=4
+    )
+    questions = [Prompt(i, "", (3 + i, 7, 1)) for i in range(12)]
+    found = sample(engine, questions, n=2, single_members=True, logps=True)
+    assert {c.member for both in found for c in both} == {0, 1, 2}
+    assert any(a.member != b.member for a, b in found)
+    for prompt, both in zip(questions, found, strict=True):
+        for c in both:
+            assert c.member == c.seed % 3
+            with policy.member(c.member), torch.no_grad():
+                logps = policy.model(input_ids=torch.tensor([prompt.ids + c.ids])).logits[0].log_softmax(-1)
+            own = logps[len(prompt.ids) - 1 : -1].gather(1, torch.tensor(c.ids)[:, None]).squeeze(1)
+            torch.testing.assert_close(torch.tensor(c.logps), own, rtol=1e-3, atol=1e-3)
+    averaged = sample(engine, questions, n=2)
+    assert {c.member for both in averaged for c in both} == {None}
+    assert ids_of(averaged) != ids_of(found)
 
 
 def test_no_prompts_give_no_completions(model, tokenizer):
@@ -264,7 +317,8 @@ def test_the_behavior_is_what_samples_and_dropout_is_off(model, tokenizer, promp
     inside = []
 
     @contextmanager
-    def behavior():
+    def behavior(member):
+        assert member is None
         weight = model.get_output_embeddings().weight
         with torch.no_grad():
             weight.neg_()
@@ -275,7 +329,7 @@ def test_the_behavior_is_what_samples_and_dropout_is_off(model, tokenizer, promp
 
     model.train()
     try:
-        other = ids_of(sample(engine_of(model, tokenizer, behavior=behavior), prompts, temperature=0.0))
+        other = ids_of(sample(engine_of(model, tokenizer, view=behavior), prompts, temperature=0.0))
         assert model.training
     finally:
         model.eval()

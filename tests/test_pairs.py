@@ -74,10 +74,25 @@ def test_a_completion_that_the_engine_gave_up_drops_its_pair():
         assert make_pairs([Prompt(0, "", (1,))], [sides], [(1.0, 2.0)]) == ([], PairCounts(aborted=1))
 
 
+def test_a_completion_that_began_with_a_stop_string_drops_its_pair():
+    empty = Completion(0, 0, (), "", False, 0, 0, stopped=True)
+    whole = Completion(0, 1, (5, 1), "a", False, 0, 1)
+    given_up = Completion(0, 1, (), "", True, 0, 1)
+    assert make_pairs([Prompt(0, "", (1,))], [(empty, whole)], [(1.0, 2.0)]) == ([], PairCounts(empty=1))
+    assert make_pairs([Prompt(0, "", (1,))], [(empty, empty)], [(1.0, 2.0)]) == ([], PairCounts(empty=1))
+    assert make_pairs([Prompt(0, "", (1,))], [(empty, given_up)], [(1.0, 2.0)]) == ([], PairCounts(aborted=1))
+
+
 def test_every_prompt_has_one_fate():
     draw = random.Random(0)
     prompts = [Prompt(i, "", (1,)) for i in range(500)]
-    sides = [[completion(i, s, [draw.randrange(3)] * (draw.random() < 0.9)) for s in range(2)] for i in range(500)]
+    sides = [
+        [
+            dataclasses.replace(completion(i, s, [draw.randrange(3)] * (draw.random() < 0.9)), stopped=stopped)
+            for s in range(2)
+        ]
+        for i, stopped in enumerate(draw.choices([False, True], k=500))
+    ]
     scores = [[draw.choice([None, 0.0, 1.0]) for _ in range(2)] for _ in range(500)]
     _, counts = make_pairs(prompts, sides, scores)
     fates = dataclasses.asdict(counts)

@@ -43,6 +43,20 @@ def test_what_the_user_sets_is_kept():
         assert getattr(getattr(after, section), leaf) == value, name
 
 
+def test_stop_strings_are_the_task_s_unless_the_user_says_so():
+    assert resolved(task="helpfulness").sampling.stop == ("\n\nHuman:",)
+    assert resolved(task="tldr").sampling.stop == ("\nSUBREDDIT:", "\n\nPOST:")
+    assert resolved(task="harmlessness").sampling.stop == ("\n\nHuman:", " user:")
+    assert resolved(sampling__stop="").sampling.stop == ()
+    assert resolved(sampling__stop="END").sampling.stop == ("END",)
+    assert resolve(Config()).sampling.stop == ()  # the embedded policy ends with EOS
+
+
+def test_single_members_are_not_merged():
+    with pytest.raises(ValueError, match=r"sampling\.merge_lora = true: .* sampling\.members = single"):
+        resolved(sampling__members="single", sampling__merge_lora=True)
+
+
 def test_resolve_twice_changes_nothing():
     for config in (Config(), replace(Config(), {"model.path": "m", "task": "tldr"})):
         once = resolve(config)

@@ -9,9 +9,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from bpo_fast.engine import SamplingParams, request_seed
+from bpo_fast.engine import OnDone, Request, SamplingParams, in_order, make_requests
+from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.types import Completion, Prompt
 
 
@@ -21,7 +28,8 @@ class HfEngine:
     Args:
         model: the policy's model, one that can generate.
         tokenizer: its tokenizer.
-        behavior: context manager under which a forward of `model` is the behavior (the average of the members).
+        view: context manager under which a forward of `model` is a member, or, for None, the average of the members.
+        num_members: of the ensemble.
         eos_ids: ids that end a completion.
         pad_id: id that fills batches.
         batch_size: sequences decoded together.
@@ -34,12 +42,13 @@ class HfEngine:
         model: Any,
         tokenizer: Any,
         *,
-        behavior: Callable[[], AbstractContextManager],
+        view: Callable[[int | None], AbstractContextManager],
+        num_members: int = 1,
         eos_ids: tuple[int, ...],
         pad_id: int,
         batch_size: int,
     ):
-        self._model, self._tokenizer, self._behavior = model, tokenizer, behavior
+        self._model, self._tokenizer, self._view, self._num_members = model, tokenizer, view, num_members
         self._eos_ids, self._pad_id, self._batch_size = eos_ids, pad_id, batch_size
 
     def refresh(self, policy_version: int) -> None:
@@ -55,44 +64,48 @@ class HfEngine:
         *,
         run_seed: int,
         policy_version: int,
-        on_done: Callable[[int], None] | None = None,
+        on_done: OnDone | None = None,
     ) -> list[list[Completion]]:
-        """See `Engine.generate`; prompts of like length share a batch."""
-        requests = [(p, s, request_seed(run_seed, policy_version, p.id, s)) for p in prompts for s in range(params.n)]
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i][0].ids), i))
+        """See `Engine.generate`; prompts of like length share a batch, and so do completions of one member."""
+        requests = make_requests(
+            prompts, params, run_seed=run_seed, policy_version=policy_version, num_members=self._num_members
+        )
+        stop = StopStrings(self._tokenizer, params.stop)
         done: dict[int, Completion] = {}
         was_training = self._model.training
         self._model.eval()
-        with torch.inference_mode(), self._behavior():
-            for start in range(0, len(order), self._batch_size):
-                batch = order[start : start + self._batch_size]
-                sampled = self._decode([requests[i] for i in batch], params)
-                for i, (ids, logps) in zip(batch, sampled, strict=True):
-                    prompt, sample_id, seed = requests[i]
-                    done[i] = Completion(
-                        prompt_id=prompt.id,
-                        sample_id=sample_id,
-                        ids=ids,
-                        text=self._tokenizer.decode(ids, skip_special_tokens=True),
-                        truncated=not ids or ids[-1] not in self._eos_ids,
-                        policy_version=policy_version,
-                        seed=seed,
-                        logps=logps,
-                    )
-                if on_done:
-                    on_done(len(batch))
+        for member in sorted({r.member for r in requests}, key=lambda m: -1 if m is None else m):
+            mine = [i for i, r in enumerate(requests) if r.member == member]
+            with torch.inference_mode(), self._view(member):
+                for start in range(0, len(mine), self._batch_size):
+                    batch = mine[start : start + self._batch_size]
+                    sampled = self._decode([requests[i] for i in batch], params, stop)
+                    for i, (ids, logps) in zip(batch, sampled, strict=True):
+                        done[i] = requests[i].completion(
+                            ids,
+                            logps,
+                            tokenizer=self._tokenizer,
+                            eos_ids=self._eos_ids,
+                            stop=stop,
+                            policy_version=policy_version,
+                        )
+                    if on_done:
+                        on_done([done[i] for i in batch])
         self._model.train(was_training)
-        return [[done[i * params.n + s] for s in range(params.n)] for i in range(len(prompts))]
+        return in_order(prompts, params.n, [done[i] for i in range(len(requests))])
 
-    def _decode(self, requests, params: SamplingParams) -> list[tuple[tuple[int, ...], tuple[float, ...] | None]]:
+    def _decode(
+        self, requests: Sequence[Request], params: SamplingParams, stop: StopStrings
+    ) -> list[tuple[tuple[int, ...], tuple[float, ...] | None]]:
         device = self._model.device
-        width = max(len(p.ids) for p, _, _ in requests)
+        width = max(len(r.prompt.ids) for r in requests)
         input_ids = torch.full((len(requests), width), self._pad_id, dtype=torch.int64)
         mask = torch.zeros((len(requests), width), dtype=torch.int64)
-        for row, (prompt, _, _) in enumerate(requests):
-            input_ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
-            mask[row, width - len(prompt.ids) :] = 1
-        chooser = _Chooser([seed for _, _, seed in requests], params, device)
+        for row, request in enumerate(requests):
+            ids = request.prompt.ids
+            input_ids[row, width - len(ids) :] = torch.tensor(ids)
+            mask[row, width - len(ids) :] = 1
+        chooser = _Chooser([r.seed for r in requests], params, device)
         # generate() fills whatever a call leaves open from the model's own generation config (repetition penalties
         # and the like), which would bend the distribution that is trained: for the call, the model has none
         own = self._model.generation_config
@@ -106,6 +119,7 @@ class HfEngine:
                 eos_token_id=list(self._eos_ids),
                 pad_token_id=self._pad_id,
                 logits_processor=LogitsProcessorList([chooser]),
+                stopping_criteria=StoppingCriteriaList([_AtStopString(stop, width)] if stop else []),
             )
         finally:
             self._model.generation_config = own
@@ -118,6 +132,17 @@ class HfEngine:
     def _cut(self, tokens: list[int], logps: list[float] | None):
         end = next((i + 1 for i, t in enumerate(tokens) if t in self._eos_ids), len(tokens))
         return tuple(tokens[:end]), None if logps is None else tuple(logps[:end])
+
+
+class _AtStopString(StoppingCriteria):
+    """Ends the rows whose newest token completes a stop string."""
+
+    def __init__(self, stop: StopStrings, prompt_width: int):
+        self._stop, self._prompt_width = stop, prompt_width
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **options: Any) -> torch.BoolTensor:
+        found = [self._stop.found(row) for row in input_ids[:, self._prompt_width :].tolist()]
+        return torch.tensor(found, device=input_ids.device)
 
 
 class _Chooser(LogitsProcessor):

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from bpo_fast.engine.member_rows import MemberRows
 from bpo_fast.engine.shared_weights import NotShareableError, locate_linear
 
 LOAD_FORMAT = "bpo_fast"
@@ -29,31 +30,35 @@ class LiveLora:
         num_members: M.
         r: rank of one member.
         scale: what multiplies the sum of the members' B A x, alpha / (r M).
+        rows: who each row of a batch comes from; None: the average everywhere.
     """
 
     names: tuple[str, ...]
     num_members: int
     r: int
     scale: float
+    rows: MemberRows | None = None
 
 
 class PlainLinear(UnquantizedLinearMethod):
     """A linear layer on weights that are never repacked, plus the average of the members where it has any."""
 
-    def __init__(self, scale: float = 0.0) -> None:
-        self._scale = scale
+    def __init__(self, scale: float = 0.0, rows: MemberRows | None = None) -> None:
+        self._scale, self._rows = scale, rows
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing: the trainer shares the weight."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + bias + scale * sum_m B_m A_m x, for the rows that have members."""
+        """x W^T + bias + scale * sum_m w_m B_m A_m x, for the rows of W that have members; w is of the row of x."""
         out = F.linear(x, layer.weight, bias)
         for rows, a, b in getattr(layer, "lora_parts", ()):
-            num_members, r, _ = a.shape
-            inner = F.linear(x, a.flatten(0, 1).to(x.dtype)).unflatten(-1, (num_members, r))
-            for m in range(num_members):
-                out[..., rows].add_(F.linear(inner[..., m, :], b[m].to(x.dtype)), alpha=self._scale)
+            inner = F.linear(x, a.flatten(0, 1).to(x.dtype))  # one adapter of rank M r
+            if self._rows is not None:
+                weights = self._rows.weights[: inner.shape[0], :, None].to(inner.dtype)
+                inner = (inner.unflatten(-1, (len(a), -1)) * weights).flatten(-2)
+            side_by_side = b.permute(1, 0, 2).flatten(1, 2).to(x.dtype)
+            out[..., rows].add_(F.linear(inner, side_by_side), alpha=self._scale)
         return out
 
 
@@ -106,7 +111,7 @@ def add_live_lora_(model: nn.Module, lora: LiveLora) -> None:
         a = torch.zeros(lora.num_members, lora.r, num_in, dtype=torch.float32, device=device)
         b = torch.zeros(lora.num_members, num_out, lora.r, dtype=torch.float32, device=device)
         layer.lora_parts = (*getattr(layer, "lora_parts", ()), (rows, a, b))
-        layer.quant_method = PlainLinear(lora.scale)
+        layer.quant_method = PlainLinear(lora.scale, lora.rows)
 
 
 def live_lora_storage(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:

@@ -22,12 +22,12 @@ NUM_PROMPTS = 3
 LIMITS = {torch.float32: (1e-4, 5e-3), torch.bfloat16: (2e-2, 0.1), torch.float16: (5e-3, 0.03)}
 SLACK = 8.0
 
-Sampler = Callable[[Sequence[Prompt], int], tuple[list[tuple[int, ...]], list[tuple[float, ...]]]]
+Sampler = Callable[[Sequence[Prompt], Sequence[int | None], int], tuple[list[tuple[int, ...]], list[tuple[float, ...]]]]
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Mean and maximum |difference| of a token's log-prob, in nats, and the mean at which the run fails."""
+    """Mean (of the worst view) and maximum |difference| of a token's log-prob, in nats, and the mean that fails."""
 
     mean: float
     max: float
@@ -39,13 +39,17 @@ class Probe:
 
     Args:
         policy: the trainer's side.
-        sample: draws tokens at temperature 1 after prompts and gives their log-probs.
+        sample: draws tokens at temperature 1 after prompts, each from a member (None: the average); gives log-probs.
         max_length: of prompt plus completion, in tokens.
         block_size: tokens of a block of the prefix cache; prompts are longer, so that a stale block is noticed.
+        members: those that are sampled from alone, and so compared alone, beside the average.
     """
 
-    def __init__(self, policy: Policy, sample: Sampler, *, max_length: int, block_size: int):
+    def __init__(
+        self, policy: Policy, sample: Sampler, *, max_length: int, block_size: int, members: Sequence[int] = ()
+    ):
         self._policy, self._sample = policy, sample
+        self._views: tuple[int | None, ...] = (None, *members)
         self._limit: float | None = None
         self._num_new = min(NUM_NEW_TOKENS, max(1, max_length // 2))
         width = max(1, min(2 * block_size + 3, max_length - self._num_new))
@@ -61,20 +65,26 @@ class Probe:
 
     def run(self) -> ProbeResult:
         """Compares the engines once; the first call sets the limit of this model on this machine."""
-        drawn, sampler_logps = self._sample(self._prompts, self._num_new)
+        prompts = [p for _ in self._views for p in self._prompts]
+        owners = [m for m in self._views for _ in self._prompts]
+        drawn, sampler_logps = self._sample(prompts, owners, self._num_new)
         ours = self._trainer_logps(drawn)
         difference = (torch.tensor(sampler_logps) - ours.cpu()).abs()
-        mean, floor, ceiling = float(difference.mean()), *LIMITS[self._policy.model.dtype]
+        mean = float(difference.unflatten(0, (len(self._views), -1)).mean((1, 2)).max())
+        floor, ceiling = LIMITS[self._policy.model.dtype]
         if self._limit is None:
             self._limit = min(ceiling, max(floor, SLACK * mean))
         return ProbeResult(mean, float(difference.max()), self._limit)
 
     @torch.no_grad()
     def _trainer_logps(self, drawn: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        """[num_prompts, num_new] float32."""
-        model = self._policy.model
-        ids = torch.tensor([p.ids + d for p, d in zip(self._prompts, drawn, strict=True)], device=model.device)
-        with self._policy.behavior():
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=self._num_new + 1).logits
-        logps = logits[:, :-1].float().log_softmax(-1)
-        return logps.gather(2, ids[:, -self._num_new :, None]).squeeze(2)
+        """[num_views num_prompts, num_new] float32."""
+        model, found = self._policy.model, []
+        for i, member in enumerate(self._views):
+            part = drawn[i * len(self._prompts) : (i + 1) * len(self._prompts)]
+            ids = torch.tensor([p.ids + d for p, d in zip(self._prompts, part, strict=True)], device=model.device)
+            with self._policy.behavior() if member is None else self._policy.member(member):
+                logits = model(input_ids=ids, use_cache=False, logits_to_keep=self._num_new + 1).logits
+            logps = logits[:, :-1].float().log_softmax(-1)
+            found.append(logps.gather(2, ids[:, -self._num_new :, None]).squeeze(2))
+        return torch.cat(found)

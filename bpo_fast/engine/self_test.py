@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bpo_fast import config as configs
@@ -42,12 +43,12 @@ def self_test(device: torch.device) -> list[Verdict]:
     found = [
         Verdict("version", True, f"{version}, {f'tested ({tested})' if tested else 'in range, not itself tested'}")
     ]
-    from bpo_fast.engine.vllm import load_learner
-
     with tempfile.TemporaryDirectory() as folder:
         _write_model(Path(folder))
         knobs = {"model.path": folder, "model.full": True, "sampling.max_new_tokens": 8}
         try:
+            from bpo_fast.engine.vllm import load_learner
+
             policy, engine = load_learner(configs.load(None, knobs), device, MAX_LENGTH, lambda line: None)
         except (ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
             return [*found, Verdict("start", False, f"{type(error).__name__}: {str(error).splitlines()[0]}")]
@@ -103,5 +104,6 @@ def _write_model(folder: Path) -> None:
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
+    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

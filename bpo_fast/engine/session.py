@@ -2,8 +2,8 @@
 
 import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bpo_fast.config import Config, ModelConfig
+from bpo_fast.config import Config
 from bpo_fast.engine import versions
 from bpo_fast.engine.host_state import guest_functions, preserved, quiet_stderr
+from bpo_fast.engine.member_rows import MemberRows
 from bpo_fast.engine.shared_weights import NotShareableError, Views, adopt_, find_views, strays
 from bpo_fast.lora import find_linears
 from bpo_fast.policy import Policy
@@ -54,6 +55,7 @@ class Session:
         live_lora: vLLM's layers read the members' own tensors.
         kv_bytes: budget of the KV cache.
         logps_temperature: temperature of the log-probs that vLLM returns.
+        member_rows: opened for sampling from single members.
     """
 
     llm: Any
@@ -67,6 +69,7 @@ class Session:
     block_size: int
     logps_temperature: float
     own_group: bool
+    member_rows: MemberRows | None
     policy: Policy | None = field(default=None)
 
     def attach(self, policy: Policy) -> None:
@@ -107,6 +110,10 @@ class Session:
         """Forgets the KV of older weights; vLLM does not do it when weights change."""
         done = self.llm.reset_prefix_cache()
         assert done, "no request is running"
+
+    def drawn_from(self, member_of: Mapping[int, int | None]) -> AbstractContextManager[None]:
+        """Inside, requests are drawn from these members; None is the average."""
+        return self.member_rows.requests(member_of) if self.member_rows else nullcontext()
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -171,17 +178,37 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
             f"sampling.engine = vllm: {config.model.path}: {reason}; choose sampling.engine = hf"
         )
     lora_names = () if config.model.full else tuple(find_linears(model, config.model.lora_targets))
-    live = bool(lora_names) and not merges_lora(config, device)
+    live = _live_lora(config, device, lora_names, max_length)
     kv_bytes = kv_budget(config, model, device, max_length)
     own_group = not torch.distributed.is_initialized()
     loader.register()
-    loader.PolicyLoader.live_lora = _live_lora(config.model, lora_names) if live else None
+    loader.PolicyLoader.live_lora = live
     try:
         llm = _start(config, model, device, max_length, kv_bytes)
     except NotShareableError as error:
         raise ValueError(f"sampling.merge_lora = false: {error}") from None
     try:
-        _open = _share(llm, config, model, device, lora_names, live, kv_bytes, own_group)
+        module = llm.apply_model(lambda m: m)[0]
+        merged = set() if live else {f"{name}.weight" for name in lora_names}
+        views, shared, copied, why = _share(module, model, merged)
+        model.to(device)
+        rows = live.rows if live else None
+        if rows:
+            rows.attach(llm.collective_rpc(lambda worker: worker.model_runner)[0])
+        _open = Session(
+            llm=llm,
+            module=module,
+            views=views,
+            shared=shared,
+            copied=copied,
+            why_copied=why,
+            live_lora=live is not None,
+            kv_bytes=kv_bytes,
+            block_size=llm.llm_engine.vllm_config.cache_config.block_size,
+            logps_temperature=config.sampling.temperature,
+            own_group=own_group,
+            member_rows=rows,
+        )
     except BaseException:
         _shut_down(llm, own_group)
         raise
@@ -189,40 +216,18 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
 
 
 def _share(
-    llm: Any,
-    config: Config,
-    model: PreTrainedModel,
-    device: torch.device,
-    lora_names: tuple[str, ...],
-    live: bool,
-    kv_bytes: int,
-    own_group: bool,
-) -> Session:
-    """Puts the trainer's model on the device, into vLLM's storages where that can be."""
-    module = llm.apply_model(lambda m: m)[0]
-    merged = set() if live else {f"{name}.weight" for name in lora_names}
-    names = [n for n, _ in model.named_parameters()]
-    shared, why = tuple(n for n in names if n not in merged), None
+    module: nn.Module, model: PreTrainedModel, merged: set[str]
+) -> tuple[Views, tuple[str, ...], tuple[str, ...], str | None]:
+    """Puts the trainer's weights, but for the merged ones, into vLLM's storages: views, the names of the shared and of
+    the copied parameters, and, where sharing is impossible, why; all are copied then."""
+    names = tuple(n for n, _ in model.named_parameters())
+    shared = tuple(n for n in names if n not in merged)
     try:
         views = find_views(module, dict(model.named_parameters()))
         adopt_(model, views, shared)
     except NotShareableError as error:
-        views, shared, merged, why = {}, (), set(names), str(error)
-    model.to(device)
-    session = Session(
-        llm=llm,
-        module=module,
-        views=views,
-        shared=shared,
-        copied=tuple(n for n in names if n in merged),
-        why_copied=why,
-        live_lora=live,
-        kv_bytes=kv_bytes,
-        block_size=llm.llm_engine.vllm_config.cache_config.block_size,
-        logps_temperature=config.sampling.temperature,
-        own_group=own_group,
-    )
-    return session
+        return {}, (), names, str(error)
+    return views, shared, tuple(n for n in names if n in merged), None
 
 
 def unsupported(model: PreTrainedModel, device: torch.device) -> str | None:
@@ -244,9 +249,16 @@ def unsupported(model: PreTrainedModel, device: torch.device) -> str | None:
 
 def merges_lora(config: Config, device: torch.device) -> bool:
     """Whether the average of the members is merged into a copy of the linear layers, or read from the members."""
+    if single_members(config):
+        return False  # a merged copy is one policy, not several
     if config.sampling.merge_lora is not None:
         return config.sampling.merge_lora
     return device.type == "cpu"
+
+
+def single_members(config: Config) -> bool:
+    """Whether completions come from single members: one alone is the average."""
+    return config.sampling.members == "single" and config.model.members > 1
 
 
 def kv_budget(config: Config, model: PreTrainedModel, device: torch.device, max_length: int) -> int:
@@ -281,9 +293,11 @@ def _start(config: Config, model: PreTrainedModel, device: torch.device, max_len
     on_gpu = device.type == "cuda"
     options: dict[str, Any] = {"worker_cls": "bpo_fast.engine.worker.KvPoolWorker"} if on_gpu else {}
     plain = config.sampling.temperature == 1.0
-    local = {"HF_HUB_OFFLINE": "1"} if Path(str(config.model.path)).exists() else {}
+    environ = ENVIRON | ({"HF_HUB_OFFLINE": "1"} if Path(str(config.model.path)).exists() else {})
+    if single_members(config):
+        environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # MemberRows hooks into the first one
     quiet = nullcontext() if "VLLM_LOGGING_LEVEL" in os.environ else quiet_stderr()
-    with preserved(ENVIRON | local), quiet:
+    with preserved(environ), quiet:
         _import_architecture(model)
         if on_gpu:
             torch.cuda.set_device(device)
@@ -301,7 +315,7 @@ def _start(config: Config, model: PreTrainedModel, device: torch.device, max_len
                 block_size=BLOCK_SIZE[device.type],
                 # a seeded request whose prompt is cut over two steps fails on a CPU, whose generators cannot step back
                 enable_chunked_prefill=False,
-                max_num_batched_tokens=max(MAX_BATCHED_TOKENS, max_length),
+                max_num_batched_tokens=_batched_tokens(max_length),
                 kv_cache_memory_bytes=kv_bytes,
                 gpu_memory_utilization=0.1,  # only checked against what is free; the line above decides
                 enable_prefix_caching=True,
@@ -339,11 +353,20 @@ def _architecture(model: PreTrainedModel) -> str:
     return (model.config.architectures or [type(model).__name__])[0]
 
 
-def _live_lora(config: ModelConfig, names: tuple[str, ...]) -> loader.LiveLora:
-    assert config.lora_r, "resolve() has set it"
-    assert config.lora_alpha, "resolve() has set it"
-    scale = config.lora_alpha / (config.lora_r * config.members)
-    return loader.LiveLora(names, config.members, config.lora_r, scale)
+def _live_lora(config: Config, device: torch.device, names: tuple[str, ...], max_length: int) -> loader.LiveLora | None:
+    """The members as vLLM's layers are to read them, or None where they are merged or there are none."""
+    if not names or merges_lora(config, device):
+        return None
+    model = config.model
+    assert model.lora_r, "resolve() has set it"
+    assert model.lora_alpha, "resolve() has set it"
+    rows = MemberRows(_batched_tokens(max_length), model.members, device) if single_members(config) else None
+    return loader.LiveLora(names, model.members, model.lora_r, model.lora_alpha / (model.lora_r * model.members), rows)
+
+
+def _batched_tokens(max_length: int) -> int:
+    """Longest batch of one step."""
+    return max(MAX_BATCHED_TOKENS, max_length)
 
 
 def _head_size(config: Any) -> int:

@@ -9,15 +9,17 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from bpo_fast.config import Config
-from bpo_fast.engine import SamplingParams, request_seed
+from bpo_fast.engine import OnDone, Request, SamplingParams, in_order, make_requests, request_seed
 from bpo_fast.engine.diagnose import first_difference
 from bpo_fast.engine.host_state import Interrupts, preserved, preserved_random
 from bpo_fast.engine.probe import Probe, ProbeResult
 from bpo_fast.engine.session import Session, open_session
+from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.policy import Policy, load_policy
 from bpo_fast.types import Completion, Prompt
 
@@ -33,15 +35,6 @@ class Refresh:
     seconds: float
     bytes_copied: int
     probe: ProbeResult
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One completion to sample."""
-
-    prompt: Prompt
-    sample_id: int
-    seed: int
 
 
 def load_learner(
@@ -92,7 +85,10 @@ class VllmEngine:
 
     def __init__(self, policy: Policy, session: Session, *, max_length: int):
         self._policy, self._session, self._max_length = policy, session, max_length
-        self._probe = Probe(policy, self._draw_probe, max_length=max_length, block_size=session.block_size)
+        members = tuple(range(policy.num_members)) if session.member_rows else ()
+        self._probe = Probe(
+            policy, self._draw_probe, max_length=max_length, block_size=session.block_size, members=members
+        )
         # at exit, too, and then before vLLM's own shutdown, which would miss the functions it put into torch
         self._close = weakref.finalize(self, session.close)
         self.num_retried = 0
@@ -128,7 +124,7 @@ class VllmEngine:
         *,
         run_seed: int,
         policy_version: int,
-        on_done: Callable[[int], None] | None = None,
+        on_done: OnDone | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`; continuous batching, all prompts in one call.
 
@@ -138,18 +134,20 @@ class VllmEngine:
             ValueError: a prompt that leaves no room for the completion.
         """
         self._check(prompts, params)
-        requests = [
-            _Request(p, s, request_seed(run_seed, policy_version, p.id, s)) for p in prompts for s in range(params.n)
-        ]
-        done = self._run(dict(enumerate(requests)), params, self._policy.eos_ids, on_done)
+        requests = make_requests(
+            prompts, params, run_seed=run_seed, policy_version=policy_version, num_members=self._policy.num_members
+        )
+        call = _Call(params, self._policy.eos_ids, StopStrings(self._policy.tokenizer, params.stop), policy_version)
+        done = self._run(dict(enumerate(requests)), call, on_done)
         missing = {i: r for i, r in enumerate(requests) if i not in done}
         if missing:
             self.num_retried += len(missing)
-            done |= self._run(missing, params, self._policy.eos_ids, on_done)
-        flat = [
-            self._completion(request, done.get(i, ((), None)), policy_version) for i, request in enumerate(requests)
-        ]
-        return [flat[i * params.n : (i + 1) * params.n] for i in range(len(prompts))]
+            done |= self._run(missing, call, on_done)
+            dropped = {i: self._completion(r, (), None, call) for i, r in missing.items() if i not in done}
+            done |= dropped
+            if on_done and dropped:
+                on_done(list(dropped.values()))
+        return in_order(prompts, params.n, [done[i] for i in range(len(requests))])
 
     def close(self) -> None:
         """Shuts vLLM down; the policy's weights stay usable."""
@@ -164,32 +162,46 @@ class VllmEngine:
                 )
         if params.logps and params.temperature not in (0.0, self._session.logps_temperature):
             raise ValueError(f"temperature = {params.temperature}: log-probs are of {self._session.logps_temperature}")
+        if params.single_members and not self._session.member_rows:
+            raise ValueError("sampling.members: vLLM was not opened for single members")
 
-    def _run(
-        self,
-        requests: dict[int, _Request],
-        params: SamplingParams,
-        stop_ids: Sequence[int],
-        on_done: Callable[[int], None] | None = None,
-    ) -> dict[int, tuple[tuple[int, ...], tuple[float, ...] | None]]:
-        """(ids, log-probs) of the requests that finish, by their keys."""
-        engine = self._session.llm.llm_engine
-        done: dict[int, tuple[tuple[int, ...], tuple[float, ...] | None]] = {}
-        with self._session.awake(), preserved_random(), Interrupts() as interrupts, self._emptied(requests):
+    def _run(self, requests: dict[int, Request], call: "_Call", on_done: OnDone | None = None) -> dict[int, Completion]:
+        """The completions of the requests that finish, by their keys."""
+        engine, session = self._session.llm.llm_engine, self._session
+        drawn = {key: _Drawn() for key in requests}
+        done: dict[int, Completion] = {}
+        with (
+            session.awake(),
+            preserved_random(),
+            session.drawn_from({key: r.member for key, r in requests.items()}),
+            Interrupts() as interrupts,
+            self._emptied(requests),
+        ):
             for key, request in requests.items():
-                prompt = {"prompt_token_ids": list(request.prompt.ids)}
-                engine.add_request(str(key), prompt, _vllm_params(params, request.seed, stop_ids))
+                # a block of the prefix cache holds states of one member, or of the average
+                salt = {} if request.member is None else {"cache_salt": str(request.member)}
+                prompt = {"prompt_token_ids": list(request.prompt.ids), **salt}
+                engine.add_request(str(key), prompt, call.vllm_params(request.seed))
             while engine.has_unfinished_requests():
-                finished = [o for o in engine.step() if o.finished and o.outputs[0].finish_reason != "abort"]
-                for output in finished:
-                    done[int(output.request_id)] = _ids_and_logps(output.outputs[0])
+                finished, stopped = [], []
+                for output in engine.step():
+                    key = int(output.request_id)
+                    drawn[key].add(output.outputs[0])
+                    if call.stop and not output.finished and call.stop.found(drawn[key].ids):
+                        stopped.append(str(key))
+                    elif not output.finished or output.outputs[0].finish_reason == "abort":
+                        continue
+                    done[key] = self._completion(requests[key], drawn[key].ids, drawn[key].logps, call)
+                    finished.append(done[key])
+                if stopped:
+                    engine.abort_request(stopped)
                 interrupts.deliver()
                 if on_done and finished:
-                    on_done(len(finished))
+                    on_done(finished)
         return done
 
     @contextmanager
-    def _emptied(self, requests: dict[int, _Request]) -> Iterator[None]:
+    def _emptied(self, requests: dict[int, Request]) -> Iterator[None]:
         """Nothing of a call that was cut short stays in vLLM's queues."""
         engine = self._session.llm.llm_engine
         try:
@@ -200,43 +212,65 @@ class VllmEngine:
                 while engine.has_unfinished_requests():
                     engine.step()
 
-    def _completion(self, request: _Request, sampled, policy_version: int) -> Completion:
-        ids, logps = sampled
-        return Completion(
-            prompt_id=request.prompt.id,
-            sample_id=request.sample_id,
-            ids=ids,
-            text=self._policy.tokenizer.decode(ids, skip_special_tokens=True),
-            truncated=not ids or ids[-1] not in self._policy.eos_ids,
-            policy_version=policy_version,
-            seed=request.seed,
-            logps=logps,
+    def _completion(
+        self, request: Request, ids: Sequence[int], logps: Sequence[float] | None, call: "_Call"
+    ) -> Completion:
+        return request.completion(
+            tuple(ids),
+            None if logps is None else tuple(logps),
+            tokenizer=self._policy.tokenizer,
+            eos_ids=self._policy.eos_ids,
+            stop=call.stop,
+            policy_version=call.policy_version,
         )
 
-    def _draw_probe(self, prompts: Sequence[Prompt], num_new: int):
-        params = SamplingParams(max_new_tokens=num_new, logps=True)
-        requests = {p.id: _Request(p, 0, request_seed(0, 0, p.id, 0)) for p in prompts}
-        done = self._run(requests, params, stop_ids=())
-        return [done[p.id][0] for p in prompts], [done[p.id][1] for p in prompts]
+    def _draw_probe(self, prompts: Sequence[Prompt], members: Sequence[int | None], num_new: int):
+        call = _Call(SamplingParams(num_new, logps=True), (), StopStrings(self._policy.tokenizer, ()), 0)
+        requests = {
+            i: Request(p, 0, request_seed(0, 0, p.id, 0), m)
+            for i, (p, m) in enumerate(zip(prompts, members, strict=True))
+        }
+        done = self._run(requests, call)
+        return [done[i].ids for i in requests], [done[i].logps for i in requests]
 
 
-def _vllm_params(params: SamplingParams, seed: int, stop_ids: Sequence[int]) -> VllmParams:
-    return VllmParams(
-        max_tokens=params.max_new_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        seed=seed if params.temperature > 0 else None,
-        stop_token_ids=list(stop_ids),
-        ignore_eos=True,  # the ids above are all that end a completion
-        logprobs=0 if params.logps else None,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+@dataclass(frozen=True)
+class _Call:
+    """What the requests of one call share."""
+
+    params: SamplingParams
+    eos_ids: Sequence[int]
+    stop: StopStrings
+    policy_version: int
+
+    def vllm_params(self, seed: int) -> VllmParams:
+        params = self.params
+        return VllmParams(
+            max_tokens=params.max_new_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            seed=seed if params.temperature > 0 else None,
+            stop_token_ids=list(self.eos_ids),
+            ignore_eos=True,  # the ids above and the stop strings are all that end a completion
+            logprobs=0 if params.logps else None,
+            detokenize=False,
+            # stop strings are looked for after every token; without them the end is soon enough
+            output_kind=RequestOutputKind.DELTA if self.stop else RequestOutputKind.FINAL_ONLY,
+        )
 
 
-def _ids_and_logps(output) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
-    ids = tuple(output.token_ids)
-    if output.logprobs is None:
-        return ids, None
-    return ids, tuple(at[token].logprob for token, at in zip(ids, output.logprobs, strict=True))
+class _Drawn:
+    """Ids of one request so far, and their log-probs if they were asked for."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.logps: list[float] | None = None
+
+    def add(self, output: Any) -> None:
+        """Takes what one step of vLLM has brought."""
+        ids = list(output.token_ids)
+        self.ids += ids
+        if output.logprobs is not None:
+            new = [at[token].logprob for token, at in zip(ids, output.logprobs, strict=True)]
+            self.logps = (self.logps or []) + new

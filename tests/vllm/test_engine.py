@@ -9,6 +9,7 @@ import torch
 from tiny_vllm import MAX_LENGTH, greedy_by_transformers, prompts, settings
 
 from bpo_fast.engine import SamplingParams, request_seed
+from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.setup import load_learner
 from bpo_fast.types import Prompt
 
@@ -37,7 +38,9 @@ def test_completions_come_in_order_with_what_names_them(full):
     groups = engine.generate(
         questions, SamplingParams(16, n=2, logps=True), run_seed=5, policy_version=9, on_done=done.append
     )
-    assert sum(done) == 14
+    finished = [c for part in done for c in part]
+    assert len(finished) == 14
+    assert {(c.prompt_id, c.sample_id): c for c in finished} == {(c.prompt_id, c.sample_id): c for c in flat(groups)}
     for prompt, group in zip(questions, groups, strict=True):
         for sample_id, c in enumerate(group):
             assert (c.prompt_id, c.sample_id, c.policy_version) == (prompt.id, sample_id, 9)
@@ -116,6 +119,8 @@ def test_what_does_not_fit_is_named(full):
         draw(engine, [long])
     with pytest.raises(ValueError, match=r"temperature = 0\.5: log-probs are of 1\.0"):
         draw(engine, prompts(1), temperature=0.5, logps=True)
+    with pytest.raises(ValueError, match=r"sampling\.members: vLLM was not opened for single members"):
+        draw(engine, prompts(1), single_members=True)
 
 
 @pytest.mark.parametrize("num_aborts", [1, 2])
@@ -198,3 +203,28 @@ def test_generators_are_left_alone(full):
 def test_a_second_engine_is_refused(full, llama_dir):
     with pytest.raises(RuntimeError, match="has a vLLM engine already; close it"):
         load_learner(settings(llama_dir), torch.device("cpu"), MAX_LENGTH, lambda line: None)
+
+
+def test_a_stop_string_ends_a_completion_where_it_would_have_begun(full):
+    policy, engine = full
+    questions = prompts(12)
+    free = flat(draw(engine, questions, logps=True))
+    text = policy.tokenizer.decode(free[4].ids, skip_special_tokens=False)
+    strings = (text[len(text) // 2 :][:3], free[1].text[:1])  # in the middle of a completion, and at the start of one
+    stop, done = StopStrings(policy.tokenizer, strings), []
+    params = SamplingParams(16, n=2, logps=True, stop=strings)
+    cut = flat(engine.generate(questions, params, run_seed=1, policy_version=3, on_done=done.extend))
+    assert len(done) == len(cut)
+    assert any(c.stopped and not c.ids for c in cut)
+    assert any(c.stopped and c.ids for c in cut)
+    assert any(not c.stopped for c in cut)
+    for whole, short in zip(free, cut, strict=True):
+        kept = stop.cut(whole.ids)
+        if kept is None:
+            assert short.ids == whole.ids
+            continue
+        assert short.ids == whole.ids[:kept]
+        assert (short.stopped, short.truncated) == (True, False)
+        assert not set(policy.eos_ids) & set(short.ids)
+        assert len(short.logps) == kept
+    assert not engine._session.llm.llm_engine.has_unfinished_requests()

@@ -1,5 +1,10 @@
-import torch
+import io
 
+import torch
+from rich.console import Console
+
+from bpo_fast import doctor
+from bpo_fast.engine import self_test as module
 from bpo_fast.engine import versions
 from bpo_fast.engine.probe import Probe
 from bpo_fast.engine.self_test import self_test
@@ -28,3 +33,15 @@ def test_a_vllm_that_does_not_start_or_does_not_follow_is_told(monkeypatch):
         patch.setattr(Probe, "_trainer_logps", lambda self, drawn: torch.zeros(len(drawn), len(drawn[0])))
         failed = [v for v in self_test(CPU) if not v.ok]
         assert [v.name for v in failed] == ["policy = sampler"]
+
+
+def test_doctor_runs_it(monkeypatch):
+    console = Console(file=io.StringIO(), width=400)
+    doctor.print_doctor(console)
+    [line] = [line for line in console.file.getvalue().splitlines() if "vllm self-test" in line]
+    assert line.startswith("ok")
+    assert "0 bytes copied at a refresh" in line
+    monkeypatch.setattr(module, "self_test", lambda device: [module.Verdict("start", False, "AttributeError: gone")])
+    check = {check.name: check for check in doctor.diagnose()}["vllm self-test"]
+    assert (check.status, check.detail) == ("warn", "start: AttributeError: gone")
+    assert "sampling.engine = hf" in check.advice

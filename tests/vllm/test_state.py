@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import signal
+import subprocess
 import sys
 import warnings
 
@@ -110,6 +111,56 @@ def test_a_process_group_that_was_there_stays(llama_dir, learner, tmp_path):
         assert value.tolist() == [1.0, 1.0]
     finally:
         torch.distributed.destroy_process_group()
+
+
+RANK = """
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny_vllm import MAX_LENGTH, prompts, settings
+
+from bpo_fast.engine import SamplingParams
+from bpo_fast.setup import load_learner
+
+dist.init_process_group("gloo")
+policy, engine = load_learner(
+    settings(Path(sys.argv[1]), model__full=True), torch.device("cpu"), MAX_LENGTH, lambda line: None
+)
+with torch.no_grad():  # what data-parallel training does: the same step everywhere
+    for parameter in policy.parameters():
+        parameter.mul_(1.01)
+engine.refresh(1)
+mine = prompts(8)[dist.get_rank() :: 2]
+drawn = engine.generate(mine, SamplingParams(8), run_seed=0, policy_version=1)
+every = [None, None]
+dist.all_gather_object(every, {c.prompt_id: c.ids for [c] in drawn})
+alone = engine.generate(prompts(8), SamplingParams(8), run_seed=0, policy_version=1)
+assert {c.prompt_id: c.ids for [c] in alone} == every[0] | every[1]
+engine.close()
+value = torch.ones(2) * (1 + dist.get_rank())
+dist.all_reduce(value)
+assert value.tolist() == [3.0, 3.0]
+dist.destroy_process_group()
+print("rank is done")
+"""
+
+
+def test_two_processes_of_torchrun_have_an_engine_each(llama_dir, tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "rank.py"), str(llama_dir)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("rank is done") == 2
 
 
 def test_what_is_preserved_is_put_back_after_an_error():
