@@ -343,16 +343,19 @@ def bench_kernels(
 @bench.command("sampling")
 @reports_errors
 def bench_sampling(
-    model: Annotated[str, typer.Option(help="policy folder")],
-    data: Annotated[str, typer.Option(help="prompts")],
+    model: Annotated[str | None, typer.Option(help="policy folder; none: the embedded one")] = None,
+    data: Annotated[str | None, typer.Option(help="prompts; none: the embedded ones")] = None,
+    form: Annotated[list[str] | None, typer.Option(help="such as 'full' or 'lora 5, merged'; all by default")] = None,
     rounds: Annotated[int, typer.Option(help="turns of both engines", min=1)] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them alone", min=0)] = 0,
     json_path: Annotated[str | None, typer.Option("--json", help="where the measurements go")] = None,
 ) -> None:
     """Time engine vllm against engine hf on the same model, prompts and lengths."""
-    from bpo_fast_bench.sampling import SamplingBench, run, table
+    from bpo_fast_bench.sampling import FORMS, SamplingBench, run, table
 
-    print(table(run(SamplingBench(model, data, rounds=rounds, threads=threads, json_path=json_path))))
+    forms = tuple(form or FORMS)
+    options = SamplingBench(model, data, forms, rounds=rounds, threads=threads, json_path=json_path)
+    print(table(run(options)))
 
 
 @bench.command("step")

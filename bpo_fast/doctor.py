@@ -86,6 +86,7 @@ def diagnose() -> list[Check]:
         _flash_attn(packages["flash-attn"], machine),
         _compiler(),
         _nvcc(machine),
+        *_vllm_self_test(packages["vllm"], machine),
         _sampling_path(packages["vllm"]),
         _kernel_path(machine),
         _attention_path(machine, packages["flash-attn"]),
@@ -352,6 +353,22 @@ def _sampling_path(vllm: Check) -> Check:
     if vllm.status == "ok" and find_spec("bpo_fast.engine.vllm") is not None:
         return Check("sampling path", "ok", "vllm, in this process")
     return Check("sampling path", "ok", "hf: generate of transformers with a KV cache")
+
+
+def _vllm_self_test(vllm: Check, machine: Machine) -> list[Check]:
+    """Opens vLLM on a tiny model, where it is installed; takes some seconds."""
+    if vllm.status != "ok" or not machine.torch_imports or find_spec("bpo_fast.engine.self_test") is None:
+        return []
+    import torch
+
+    from bpo_fast.engine.self_test import self_test
+
+    verdicts = self_test(torch.device("cuda" if machine.cuda_works else "cpu"))
+    failed = [v for v in verdicts if not v.ok]
+    if failed:
+        advice = f"sample with sampling.engine = hf, or pip install {_requirement('vllm')}"
+        return [Check("vllm self-test", "warn", f"{failed[0].name}: {failed[0].detail}", advice)]
+    return [Check("vllm self-test", "ok", "; ".join(v.detail for v in verdicts))]
 
 
 def _kernel_path(machine: Machine) -> Check:

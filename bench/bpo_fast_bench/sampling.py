@@ -1,7 +1,8 @@
 """`bpo-fast bench sampling`: vLLM on the trainer's weights against generate of transformers, same model and prompts.
 
 Every form of training runs in a process of its own (a process has one vLLM): correctness first, then the engines take
-turns on the same requests, with the lengths that the policy gives them. `python -m bpo_fast_bench.sampling --help`.
+turns on the same requests, with the lengths that the policy gives them. Memory and refresh are measured on a random
+model that is large enough to see a copy of the weights. `python -m bpo_fast_bench.sampling --help`.
 """
 
 import argparse
@@ -9,7 +10,9 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,26 +21,32 @@ from typing import Any
 from unittest import mock
 
 import torch
+import transformers
 
 from bpo_fast import config as configs
 from bpo_fast import prompts as data
+from bpo_fast.annotate import Checked
 from bpo_fast.config import Config
 from bpo_fast.doctor import environment
 from bpo_fast.engine import Engine, SamplingParams
 from bpo_fast.engine.hf import HfEngine
 from bpo_fast.loading import pick_device
 from bpo_fast.policy import Policy
+from bpo_fast.scoring import PairScorer
 from bpo_fast.setup import load_learner
-from bpo_fast.tasks import get_task, resolve
-from bpo_fast.types import Prompt
+from bpo_fast.tasks import ASSETS, get_task, resolve
+from bpo_fast.types import Completion, Prompt
 
 FORMS: dict[str, dict[str, Any]] = {
     "full": {"model.full": True},
-    "full, two copies": {"model.full": True},
-    "lora, merged": {"model.members": 5, "sampling.merge_lora": True},
-    "lora, in place": {"model.members": 5, "sampling.merge_lora": False},
+    "lora 1, merged": {"model.members": 1, "sampling.merge_lora": True},
+    "lora 1, in place": {"model.members": 1, "sampling.merge_lora": False},
+    "lora 5, merged": {"model.members": 5, "sampling.merge_lora": True},
+    "lora 5, in place": {"model.members": 5, "sampling.merge_lora": False},
+    "lora 5, single": {"model.members": 5, "sampling.members": "single"},
 }
-TWO_COPIES = "full, two copies"  # the baseline of peak memory: what everyone else does
+TWO_COPIES = "full, two copies"  # the baseline of memory: what everyone else does
+MEMORY_FORMS: dict[str, dict[str, Any]] = {name: {"model.full": True} for name in ("full", TWO_COPIES)}
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,10 @@ class SamplingBench:
     """What to measure.
 
     Attributes:
-        model: policy folder.
-        data: prompts, as `data.path`.
+        model: policy folder; None: the embedded one.
+        data: prompts, as `data.path`; None: the embedded ones.
         forms: of FORMS.
+        memory_hidden: hidden size of the model that memory is measured on, 12 layers; 0 leaves memory out.
         num_prompts: two completions of each are sampled.
         max_new_tokens: limit of a completion.
         lora_r: rank of one of five members.
@@ -57,9 +67,10 @@ class SamplingBench:
         json_path: where the measurements go.
     """
 
-    model: str
-    data: str
+    model: str | None = None
+    data: str | None = None
     forms: tuple[str, ...] = tuple(FORMS)
+    memory_hidden: int = 768
     num_prompts: int = 128
     max_new_tokens: int = 64
     lora_r: int = 16
@@ -73,17 +84,20 @@ def run(options: SamplingBench) -> dict[str, Any]:
     """Measures every form in a fresh process and writes the JSON; returns what it holds.
 
     Raises:
+        ValueError: an unknown form.
         RuntimeError: the engines do not agree, or a process failed.
     """
-    results = {}
-    for form in options.forms:
-        single = replace(options, forms=(form,), json_path=None)
-        command = [sys.executable, "-m", "bpo_fast_bench.sampling", "--one", json.dumps(asdict(single))]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"bench sampling, {form}: the process failed")
-        results[form] = json.loads(done.stdout.splitlines()[-1])
-    out = {"options": asdict(options), "environment": environment(), "forms": results}
+    unknown = [form for form in options.forms if form not in FORMS]
+    if unknown:
+        raise ValueError(f"bench.form = {unknown[0]}: not one of {'; '.join(FORMS)}")
+    results = {form: _in_a_process(replace(options, forms=(form,), memory_hidden=0)) for form in options.forms}
+    memory = {}
+    if options.memory_hidden:
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(Path(folder), options.memory_hidden)
+            for form in MEMORY_FORMS:
+                memory[form] = _in_a_process(replace(options, model=folder, forms=(form,)))
+    out = {"options": asdict(options), "environment": environment(), "forms": results, "memory": memory}
     if options.json_path:
         Path(options.json_path).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json_path).write_text(json.dumps(out, indent=2) + "\n", encoding="utf-8")
@@ -92,34 +106,48 @@ def run(options: SamplingBench) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The measurements as text, one line a form."""
-    lines = [f"{'form':<18} {'vllm':>9} {'hf':>9}  ratio  (CPU)  start   refresh    copied  weights   peak"]
+    lines = [f"{'tokens a second':<18} {'vllm':>7} {'hf':>7}  ratio  (CPU)  start    refresh     copied"]
+    overlap = ""
     for form, r in results["forms"].items():
         lines.append(
-            f"{form:<18} {r['vllm']['tokens_per_s']:>7.0f}/s {r['hf']['tokens_per_s']:>7.0f}/s {r['ratio']:>5.2f}x"
-            f" {r['ratio_cpu']:>5.2f}x {r['start_s']:>5.1f} s {1e3 * r['refresh_s']:>6.2f} ms"
-            f" {r['bytes_copied'] / 2**20:>5.1f} MiB {r['weight_bytes'] / 2**20:>5.1f} MiB {r['peak_gib']:>5.2f} GiB"
+            f"{form:<18} {r['vllm']['tokens_per_s']:>7.0f} {r['hf']['tokens_per_s']:>7.0f} {r['ratio']:>5.2f}x"
+            f" {r['ratio_cpu']:>5.2f}x {r['start_s']:>5.1f} s {1e3 * r['refresh_s']:>7.2f} ms"
+            f" {r['bytes_copied'] / 2**20:>6.1f} MiB"
+        )
+        if "overlap" in r:
+            o = r["overlap"]
+            overlap = (
+                f"\nannotator overlap, {o['num_pairs']} pairs, a service of {o['service_s']:.2f} s: sampling alone"
+                f" {o['sampling_s']:.2f} s, then scoring {o['in_turn_s']:.2f} s, at once {o['overlapped_s']:.2f} s"
+            )
+    lines += [overlap] if overlap else []
+    if results["memory"]:
+        lines.append(f"\n{'memory':<18} {'weights':>11} {'resident':>10} {'peak':>10}    refresh     copied")
+    for form, r in results["memory"].items():
+        lines.append(
+            f"{form:<18} {r['weight_bytes'] / 2**20:>7.0f} MiB {r['resident_gib']:>6.2f} GiB {r['peak_gib']:>6.2f} GiB"
+            f" {1e3 * r['refresh_s']:>7.2f} ms {r['bytes_copied'] / 2**20:>6.1f} MiB"
         )
     return "\n".join(lines)
 
 
+def _in_a_process(options: SamplingBench) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bpo_fast_bench.sampling", "--one", json.dumps(asdict(options))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"bench sampling, {options.forms[0]}: the process failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def measure(options: SamplingBench) -> dict[str, Any]:
-    """One form in this process."""
+    """One form in this process: speed of the engines in turn."""
     [form] = options.forms
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    config = _config(options, form)
-    device = pick_device("run.device", config.run.device)
-    assert config.data.max_prompt_length, "resolve() has set it"
-    max_length = config.data.max_prompt_length + options.max_new_tokens
-    start = time.perf_counter()
-    with mock.patch("bpo_fast.engine.session.find_views", _refuse) if form == TWO_COPIES else nullcontext():
-        policy, engine = load_learner(config, device, max_length, lambda line: None)
-    engine.refresh(0)
-    start_s = time.perf_counter() - start
+    config, policy, engine, start_s = _open(options, FORMS[form])
     by_hf = HfEngine(
         policy.model,
         policy.tokenizer,
-        behavior=policy.merged,
+        view=policy.merged,
+        num_members=policy.num_members,
         eos_ids=policy.eos_ids,
         pad_id=policy.pad_id,
         batch_size=config.sampling.batch_size,
@@ -129,24 +157,79 @@ def measure(options: SamplingBench) -> dict[str, Any]:
     prompts = _prompts(config, policy)[: options.num_prompts]
     agreement = _check(engine, by_hf, prompts[:16])
     timings = {"vllm": _Timings(), "hf": _Timings()}
-    params = SamplingParams(max_new_tokens=options.max_new_tokens, n=2)
+    params = SamplingParams(
+        max_new_tokens=options.max_new_tokens,
+        n=2,
+        stop=config.sampling.stop or (),
+        single_members=config.sampling.members == "single",
+    )
     for turn in range(options.rounds + 1):
         for name, sampler in (("vllm", engine), ("hf", by_hf)):
             timings[name].add(sampler, prompts, params, turn)
-    refreshes = [_refresh(engine) for _ in range(5)]
     vllm, hf = (timings[name].summary() for name in ("vllm", "hf"))
+    out = {"start_s": start_s, "vllm": vllm, "hf": hf, "ratio": vllm["tokens_per_s"] / hf["tokens_per_s"]}
+    out |= {"ratio_cpu": vllm["tokens_per_cpu_s"] / hf["tokens_per_cpu_s"], "greedy_agreement": agreement}
+    out |= _refreshes(engine)
+    if form == "full":
+        out["overlap"] = _overlap(engine, _prompts(config, policy)[: 4 * options.num_prompts], params)
+    engine.close()
+    return out
+
+
+def measure_memory(options: SamplingBench) -> dict[str, Any]:
+    """One form in this process: what the weights take, with one copy of them or with two."""
+    [form] = options.forms
+    with mock.patch("bpo_fast.engine.session.find_views", _refuse) if form == TWO_COPIES else nullcontext():
+        _, policy, engine, _ = _open(options, MEMORY_FORMS[form])
+    prompts = [Prompt(i, "", (5, 6, 7 + i)) for i in range(4)]
+    engine.generate(prompts, SamplingParams(max_new_tokens=8), run_seed=0, policy_version=0)
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
         for p in (*policy.model.parameters(), *engine._session.module.parameters())
     }
-    on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else _peak_rss_gib()
-    out = {"start_s": start_s, "vllm": vllm, "hf": hf, "ratio": vllm["tokens_per_s"] / hf["tokens_per_s"]}
-    out |= {"ratio_cpu": vllm["tokens_per_cpu_s"] / hf["tokens_per_cpu_s"], "greedy_agreement": agreement}
-    out |= {"refresh_s": median(refreshes), "bytes_copied": engine.last_refresh.bytes_copied}
-    out |= {"probe_mean": engine.last_refresh.probe.mean, "weight_bytes": sum(storages.values()), "peak_gib": peak}
+    on_gpu = policy.device.type == "cuda"
+    out = _refreshes(engine) | {
+        "weight_bytes": sum(storages.values()),
+        "resident_gib": torch.cuda.memory_allocated() / 2**30 if on_gpu else _resident_gib(),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else _peak_rss_gib(),
+    }
     engine.close()
     return out
+
+
+def write_model(folder: Path, hidden: int) -> None:
+    """A random Llama of 12 layers with the embedded tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / "policy")
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=12,
+        num_attention_heads=hidden // 64,
+        head_dim=64,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _open(options: SamplingBench, form: dict[str, Any]) -> tuple[Config, Policy, Any, float]:
+    """Settings, policy and engine of a form, and the seconds that opening took (vLLM imported before)."""
+    import bpo_fast.engine.vllm  # noqa: F401
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    config = _config(options, form)
+    assert config.data.max_prompt_length, "resolve() has set it"
+    max_length = config.data.max_prompt_length + options.max_new_tokens
+    start = time.perf_counter()
+    policy, engine = load_learner(config, pick_device("run.device", config.run.device), max_length, lambda line: None)
+    start_s = time.perf_counter() - start
+    engine.refresh(0)
+    return config, policy, engine, start_s
 
 
 class _Timings:
@@ -173,7 +256,7 @@ class _Timings:
         }
 
 
-def _config(options: SamplingBench, form: str) -> Config:
+def _config(options: SamplingBench, form: dict[str, Any]) -> Config:
     knobs = {
         "model.path": options.model,
         "model.lora_r": options.lora_r,
@@ -182,7 +265,7 @@ def _config(options: SamplingBench, form: str) -> Config:
         "sampling.max_new_tokens": options.max_new_tokens,
         "run.device": options.device,
     }
-    return resolve(configs.load(None, knobs | FORMS[form]))
+    return resolve(configs.load(None, knobs | form))
 
 
 def _prompts(config: Config, policy: Policy) -> list[Prompt]:
@@ -209,15 +292,51 @@ def _check(engine: Engine, by_hf: Engine, prompts: list[Prompt]) -> float:
     return share
 
 
-def _refresh(engine) -> float:
-    engine.refresh(1)
-    return engine.last_refresh.seconds
+def _refreshes(engine: Any) -> dict[str, Any]:
+    """Median of five, without the probe."""
+    seconds = []
+    for _ in range(5):
+        engine.refresh(1)
+        seconds.append(engine.last_refresh.seconds)
+    last = engine.last_refresh
+    return {"refresh_s": median(seconds), "bytes_copied": last.bytes_copied, "probe_mean": last.probe.mean}
+
+
+def _overlap(engine: Any, prompts: list[Prompt], params: SamplingParams) -> dict[str, float]:
+    """Seconds to sample and score pairs with a service that takes 5 ms a pair: in turn, and at the same time."""
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    found, rollout = [], []
+    for turn in range(3):
+        for overlap in seconds:
+            start = time.perf_counter()
+            with PairScorer(Checked("service", _SlowService()), prompts, overlap=overlap) as scorer:
+                engine.generate(prompts, params, run_seed=turn, policy_version=1, on_done=scorer.add)
+                rollout.append(time.perf_counter() - start)
+                found.append(scorer.scores())
+            seconds[overlap].append(time.perf_counter() - start)
+        if found[-1] != found[-2]:
+            raise RuntimeError("scores depend on the overlap")
+    out = {"num_pairs": len(prompts), "service_s": 0.005 * len(prompts), "sampling_s": median(rollout[::2])}
+    return out | {"in_turn_s": median(seconds[False]), "overlapped_s": median(seconds[True])}
+
+
+class _SlowService:
+    """Stands in for a judge behind a network."""
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+        time.sleep(0.0025 * len(completions))
+        return [sum(c.ids) % 97 for c in completions]
 
 
 def _refuse(*args: Any) -> None:
     from bpo_fast.engine.shared_weights import NotShareableError
 
     raise NotShareableError("the baseline keeps two copies")
+
+
+def _resident_gib() -> float:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**30
 
 
 def _peak_rss_gib() -> float:
@@ -229,21 +348,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
     parser.add_argument("--data")
+    parser.add_argument("--form", action="append", choices=FORMS)
     parser.add_argument("--rounds", type=int, default=SamplingBench.rounds)
     parser.add_argument("--prompts", type=int, default=SamplingBench.num_prompts)
+    parser.add_argument("--memory-hidden", type=int, default=SamplingBench.memory_hidden)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", default=SamplingBench.json_path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.one:
         one = json.loads(flags.one)
-        print(json.dumps(measure(SamplingBench(**one | {"forms": tuple(one["forms"])}))))
+        options = SamplingBench(**one | {"forms": tuple(one["forms"])})
+        print(json.dumps(measure_memory(options) if options.memory_hidden else measure(options)))
         return
-    if not flags.model or not flags.data:
-        parser.error("--model and --data are required")
     options = SamplingBench(
         model=flags.model,
         data=flags.data,
+        forms=tuple(flags.form or FORMS),
+        memory_hidden=flags.memory_hidden,
         rounds=flags.rounds,
         num_prompts=flags.prompts,
         threads=flags.threads,
