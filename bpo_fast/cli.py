@@ -172,6 +172,60 @@ def doctor() -> None:
     print_doctor(Console())
 
 
+@app.command("eval")
+@reports_errors
+def evaluate(
+    source: Annotated[
+        str | None, typer.Argument(help="run folder, checkpoint, model or adapter folder, Hub id", show_default=False)
+    ] = None,
+    outputs: Annotated[
+        str | None, typer.Option("--outputs", help="judge these texts instead: a line a row of the data, or JSONL")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="head to head with another model, run or file of outputs")
+    ] = None,
+    task: Annotated[str | None, _flag("--task", "task")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="rows to evaluate on; none: the run's or task's own")
+    ] = None,
+    judge: Annotated[list[str] | None, _flag("--judge", "eval.judges")] = None,
+    prompts: Annotated[str | None, _flag("--prompts", "eval.prompts")] = None,
+    max_new_tokens: Annotated[str | None, _flag("--max-new-tokens", "sampling.max_new_tokens")] = None,
+    max_prompt_tokens: Annotated[str | None, _flag("--max-prompt-tokens", "data.max_prompt_length")] = None,
+    engine: Annotated[str | None, _flag("--engine", "sampling.engine")] = None,
+    device: Annotated[str | None, _flag("--device", "run.device")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="any knob, as NAME=VALUE; see bpo-fast knobs")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder to write; none: evals/<time>")] = None,
+) -> None:
+    """Judge greedy answers of a model against the reference text, or two models against each other."""
+    if (source is None) == (outputs is None):
+        raise ValueError("eval: name a model or run, or --outputs FILE, and not both")
+    if outputs is not None and not Path(outputs).is_file():
+        raise ValueError(f"--outputs {outputs}: no such file")
+    flags = {
+        "task": task,
+        "data.eval_path": data,
+        "eval.judges": tuple(judge) if judge else None,
+        "eval.prompts": prompts,
+        "sampling.max_new_tokens": max_new_tokens,
+        "data.max_prompt_length": max_prompt_tokens,
+        "sampling.engine": engine,
+        "run.device": device,
+    }
+    given = configs.parse_assignments(set_ or []) | {k: v for k, v in flags.items() if v is not None}
+    _quiet_libraries()
+    from rich.console import Console
+
+    from bpo_fast.contest import base_config
+    from bpo_fast.contest import evaluate as run_evaluate
+    from bpo_fast.contest_table import print_evaluation
+
+    settings = configs.replace(base_config(*filter(None, (source, against))), given)
+    found = run_evaluate(settings, source or str(outputs), against, out)
+    print_evaluation(found, Console())
+    print(found["out"])
+
+
 @app.command()
 @reports_errors
 def sweep(
@@ -205,14 +259,22 @@ def sweep(
 
 @app.command()
 @reports_errors
-def report(runs: Annotated[list[Path], typer.Argument(help="run folders")]) -> None:
-    """Write report.html of each run anew and print where it is."""
-    from bpo_fast.report import write_report
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run folders, sweep folders or results files")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder of the report of many runs; none: the sweep's, else report")
+    ] = None,
+) -> None:
+    """Write the report of a run anew, or one page and figures of many runs, and print where it is."""
+    if len(runs) == 1 and (runs[0] / "config.toml").is_file() and out is None:
+        from bpo_fast.report import write_report
 
-    for run in runs:
-        if not (run / "config.toml").is_file():
-            raise ValueError(f"{run}: not a run folder (no config.toml)")
-        print(write_report(run))
+        print(write_report(runs[0]))
+        return
+    from bpo_fast.sweep_report import write_sweep_report
+
+    own = runs[0] if len(runs) == 1 and runs[0].is_dir() else Path("report")
+    print(write_sweep_report(runs, out or own))
 
 
 @app.command()
@@ -380,6 +442,22 @@ def bench_step(
         out=str(json_path) if json_path else None,
     )
     run(options)
+
+
+@bench.command("study")
+@reports_errors
+def bench_study(
+    out: Annotated[Path, typer.Option("--out", help="folder of the runs")] = Path("sweeps/helpdesk"),
+    results: Annotated[Path, typer.Option(help="folder of the numbers and figures")] = Path("bench/results/helpdesk"),
+    jobs: Annotated[int, typer.Option("--jobs", help="processes, one thread each", min=1)] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs")] = False,
+) -> None:
+    """Make the study of bench/studies/helpdesk.md, or go on with it."""
+    from bpo_fast_bench.study import StudyOptions, run, table
+
+    found = run(StudyOptions(out=out, results=results, jobs=jobs, dry_run=dry_run))
+    if found is not None:
+        print(table(found))
 
 
 def _settings(flags: dict[str, Any], path: Path | None, assignments: list[str], resume: Path | None) -> Config:

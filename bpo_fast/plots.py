@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -51,6 +52,8 @@ STYLE: dict[Any, Any] = {
     "ytick.labelcolor": INK,
 }
 WIDTH_IN = 4.4
+WIDE_FROM_IN = 5.0
+PNG_DPI = 160
 MAX_POINTS = 1000
 MAX_MARKED_PHASES = 16
 MAX_BARS = 48
@@ -64,6 +67,20 @@ class Plot:
     title: str
     caption: str
     figure: Figure
+
+    @property
+    def is_wide(self) -> bool:
+        """True if it needs more than a column."""
+        return self.figure.get_figwidth() > WIDE_FROM_IN
+
+    def save(self, stem: Path) -> list[Path]:
+        """Writes STEM.png and STEM.svg on white, for use outside the page."""
+        paths = [stem.with_suffix(ending) for ending in (".png", ".svg")]
+        for path in paths:
+            with matplotlib.rc_context({**STYLE, "savefig.transparent": False, "svg.hashsalt": stem.name}):
+                metadata = {"Date": None} if path.suffix == ".svg" else None
+                self.figure.savefig(path, dpi=PNG_DPI, facecolor="white", metadata=metadata)
+        return paths
 
     def svg(self, prefix: str) -> str:
         """The drawing as an `<svg>` element for a page; `prefix` keeps its ids apart from those of its neighbors."""

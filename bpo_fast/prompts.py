@@ -108,7 +108,7 @@ def load_prompts(
     if data.label_column and not any(data.label_column in row for row in rows):
         near = did_you_mean(data.label_column, rows[0])
         raise ValueError(f"data.label_column = {data.label_column}: {source} has no such column{near}")
-    texts = [_to_text(row, i, data, task, tokenizer, source) for i, row in enumerate(rows)]
+    texts = [row_text(row, i, data, task, tokenizer, source) for i, row in enumerate(rows)]
     seen, excluded = set(), set(exclude)
     kept, num_duplicates, num_excluded = [], 0, 0
     for i, (text, _, _) in enumerate(texts):
@@ -118,7 +118,7 @@ def load_prompts(
             kept.append(i)
         if dedupe:
             seen.add(text)
-    encoded = _encode([texts[i][0] for i in kept], [texts[i][2] for i in kept], tokenizer)
+    encoded = encode_prompts([texts[i][0] for i in kept], [texts[i][2] for i in kept], tokenizer)
     limit = data.max_prompt_length
     assert limit is not None, "resolve() has set the limit"
     prompts, num_too_long, num_truncated = [], 0, 0
@@ -155,7 +155,7 @@ def split_answer(text: str) -> tuple[list[dict[str, str]], str | None]:
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-def _to_text(
+def row_text(
     row: Row, index: int, data: DataConfig, task: Task, tokenizer: Any, source: str
 ) -> tuple[str, str | None, bool]:
     """(prompt text, label, True if the text comes from a chat template and holds its special tokens)."""
@@ -165,7 +165,7 @@ def _to_text(
     # a bare answer in "chosen" holds no prompt
     if not value or (isinstance(value, str) and not (value.strip() if column != "chosen" else is_turns)):
         raise ValueError(f"{source}: row {index + 1} has no prompt (column {data.prompt_column or 'prompt'})")
-    label = _label(row, data, column)
+    label = row_label(row, data, column)
     if isinstance(value, str) and is_turns:
         value, answer = split_answer(value)
         label = label or answer
@@ -187,7 +187,8 @@ def _to_text(
     return _plain(messages, task), label, False
 
 
-def _label(row: Row, data: DataConfig, prompt_column: str | None) -> str | None:
+def row_label(row: Row, data: DataConfig, prompt_column: str | None) -> str | None:
+    """The reference text of a row, from the label column or the first of the usual ones; None if it has none."""
     names = (data.label_column,) if data.label_column else [c for c in LABEL_COLUMNS if c != prompt_column]
     value = next((row[c] for c in names if row.get(c)), None)
     if isinstance(value, str):
@@ -223,8 +224,8 @@ def _plain(messages: list[dict[str, str]], task: Task) -> str:
     return " ".join(turns) + task.suffix
 
 
-def _encode(texts: list[str], templated: list[bool], tokenizer: Any) -> list[list[int]]:
-    """Token ids; special tokens are added to plain text only, and never an EOS at the end."""
+def encode_prompts(texts: list[str], templated: list[bool], tokenizer: Any) -> list[list[int]]:
+    """Token ids of prompts; special tokens are added to plain text only, and never an EOS at the end."""
     found: dict[int, list[int]] = {}
     for want in (False, True):
         group = [i for i, is_templated in enumerate(templated) if is_templated == want]

@@ -71,26 +71,31 @@ def write_report(run_dir: Path) -> Path:
     no_figures = [f"No numbers for the figures: {', '.join(undrawn)}."] if undrawn else []
     sections = [
         _header(run),
-        _missing(run.missing + _no_win_rate(run) + no_figures),
+        notice(run.missing + _no_win_rate(run) + no_figures),
         _result_table(run),
         _phase_table(run),
-        _figures(drawn),
+        figures(drawn),
         _all_examples(run),
         _settings(run),
         _files(run),
     ]
+    title = f"bpo-fast: {html(_about(run).get('task', run_dir.resolve().name))}"
+    page = html_page(title, sections)
+    path = run_dir / REPORT_FILE
+    write_atomic(path, page)
+    return path
+
+
+def html_page(title: str, sections: Sequence[str]) -> str:
+    """A page that needs nothing but itself; title and sections are HTML already."""
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    title = f"bpo-fast: {_html(_about(run).get('task', run_dir.resolve().name))}"
-    page = (
+    return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         # Completions are untrusted: even if one got past the escaping, it could run and load nothing.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         f"<style>\n{css}</style>\n</head>\n<body>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
     )
-    path = run_dir / REPORT_FILE
-    write_atomic(path, page)
-    return path
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
@@ -215,8 +220,8 @@ def _header(run: RunFolder) -> str:
     total = sum(plots.stage_seconds(run).values())
     facts["length"] = ", ".join(_length_words(run, total))
     facts["command"] = env.get("command")
-    rows = "".join(f"<dt>{_html(k)}</dt><dd>{_html(v)}</dd>" for k, v in facts.items() if v)
-    task = _html(about.get("task", run.path.resolve().name))
+    rows = "".join(f"<dt>{html(k)}</dt><dd>{html(v)}</dd>" for k, v in facts.items() if v)
+    task = html(about.get("task", run.path.resolve().name))
     return f"<h1>bpo-fast: {task}</h1>\n{_headline(run)}<dl>{rows}</dl>"
 
 
@@ -250,7 +255,7 @@ def _headline(run: RunFolder) -> str:
         change = bootstrap([after[prompt_id] - before[prompt_id] for prompt_id in both])
         was, now = (sum(side[prompt_id] for prompt_id in both) / len(both) for side in (before, after))
         lines.append(
-            f'<p class="headline">Win rate against the reference text under <b>{_html(judge)}</b>: '
+            f'<p class="headline">Win rate against the reference text under <b>{html(judge)}</b>: '
             f"{100 * was:.1f}% before, <b>{100 * now:.1f}%</b> after "
             f'<span class="soft">({100 * change.mean:+.1f} points, 95% interval {100 * change.low:+.1f} to '
             f"{100 * change.high:+.1f}, {len(both)} held-out prompts)</span></p>\n"
@@ -264,10 +269,11 @@ def _no_win_rate(run: RunFolder) -> list[str]:
     return []
 
 
-def _missing(sentences: Sequence[str]) -> str:
+def notice(sentences: Sequence[str]) -> str:
+    """A box with what is not in the report."""
     if not sentences:
         return ""
-    items = "".join(f"<li>{_html(sentence)}</li>" for sentence in sentences)
+    items = "".join(f"<li>{html(sentence)}</li>" for sentence in sentences)
     return f'<div class="notice"><b>Not in this report</b><ul>{items}</ul></div>'
 
 
@@ -276,11 +282,11 @@ def _result_table(run: RunFolder) -> str:
     if not found:
         return "<h2>Results</h2>\n<p>The run folder has no evaluation.</p>"
     rows = "".join(
-        "<tr>" + "".join(f"<td>{_html(text)}</td>" for text in (measure.name, *measure.texts())) + "</tr>\n"
+        "<tr>" + "".join(f"<td>{html(text)}</td>" for text in (measure.name, *measure.texts())) + "</tr>\n"
         for measure in found
     )
     pairs = pairs_words(run.summary.get("pairs") or {})
-    note = f'<p class="soft">Pairs: {_html(pairs)}.</p>' if pairs else ""
+    note = f'<p class="soft">Pairs: {html(pairs)}.</p>' if pairs else ""
     head = "<tr><th>held-out prompts, greedy decoding</th><th>before</th><th>after</th><th>change</th></tr>\n"
     return f"<h2>Results</h2>\n<table>{head}{rows}</table>\n{note}"
 
@@ -293,16 +299,18 @@ def _phase_table(run: RunFolder) -> str:
     head = "".join(f"<th>{number}</th>" for number in range(1, len(run.phases) + 1))
     rows = ""
     for name, kind, key in present:
-        cells = "".join(f"<td>{_html(number_text(line.get(key), kind))}</td>" for line in run.phases)
-        rows += f"<tr><td>{_html(name)}</td>{cells}</tr>\n"
+        cells = "".join(f"<td>{html(number_text(line.get(key), kind))}</td>" for line in run.phases)
+        rows += f"<tr><td>{html(name)}</td>{cells}</tr>\n"
     return f'<h2>Phases</h2>\n<div class="wide"><table><tr><th>phase</th>{head}</tr>\n{rows}</table></div>'
 
 
-def _figures(drawn: Sequence[plots.Plot]) -> str:
+def figures(drawn: Sequence[plots.Plot]) -> str:
+    """Figures in columns; a wide one has a row of its own."""
     if not drawn:
         return ""
     items = [
-        f"<figure><h3>{_html(plot.title)}</h3><figcaption>{_html(plot.caption)}</figcaption>"
+        f"<figure{' class=wide' if plot.is_wide else ''}><h3>{html(plot.title)}</h3>"
+        f"<figcaption>{html(plot.caption)}</figcaption>"
         f"{plot.svg(f'f{number}')}</figure>"
         for number, plot in enumerate(drawn)
     ]
@@ -323,7 +331,7 @@ def _all_examples(run: RunFolder) -> str:
         (f"Most improved of the others, by {judge}", better),
         (f"Most worsened of the others, by {judge}", worse),
     )
-    parts = [f"<h3>{_html(title)}</h3>" + "".join(map(_example, group)) for title, group in groups if group]
+    parts = [f"<h3>{html(title)}</h3>" + "".join(map(_example, group)) for title, group in groups if group]
     return "<h2>Completions before and after</h2>\n" + "\n".join(parts) if parts else ""
 
 
@@ -336,38 +344,41 @@ def _example(example: Example) -> str:
     row = example.after or example.before or {}
     label = ""
     if example.label is not None:
-        scores = _scores(row.get("label_scores"))
-        label = f"<details><summary>reference text</summary>{_text(example.label)}{_badges(scores)}</details>"
-    prompt = f'<div class="prompt">{_text(example.prompt)}</div>'
+        scores = score_notes(row.get("label_scores"))
+        label = f"<details><summary>reference text</summary>{html_text(example.label)}{badges(scores)}</details>"
+    prompt = f'<div class="prompt">{html_text(example.prompt)}</div>'
     return f'<div class="example">{prompt}<div class="sides">{sides}</div>{label}</div>\n'
 
 
 def _side(row: Mapping[str, Any]) -> str:
-    notes = _scores(row.get("scores"))
+    notes = score_notes(row.get("scores"))
     notes += [f"{row['num_tokens']} tokens"] if "num_tokens" in row else []
     notes += ["truncated"] if row.get("truncated") else []
-    return _text(row["output"]) + _badges(notes)
+    return html_text(row["output"]) + badges(notes)
 
 
-def _scores(scores: Mapping[str, float | None] | None) -> list[str]:
+def score_notes(scores: Mapping[str, float | None] | None) -> list[str]:
+    """Scores in words, one a judge."""
     return [f"{judge} {'unjudged' if score is None else f'{score:+.2f}'}" for judge, score in (scores or {}).items()]
 
 
-def _text(text: str) -> str:
-    return f'<div class="text">{_html(text.strip())}</div>'
+def html_text(text: str) -> str:
+    """A text of a model as a block."""
+    return f'<div class="text">{html(text.strip())}</div>'
 
 
-def _badges(notes: Sequence[str]) -> str:
-    return f'<div class="badges">{_html(" · ".join(notes))}</div>' if notes else ""
+def badges(notes: Sequence[str]) -> str:
+    """Small words under a block."""
+    return f'<div class="badges">{html(" · ".join(notes))}</div>' if notes else ""
 
 
 def _settings(run: RunFolder) -> str:
     parts = []
     if run.config_text:
-        parts.append(f"<details><summary>config.toml</summary><pre>{_html(run.config_text)}</pre></details>")
+        parts.append(f"<details><summary>config.toml</summary><pre>{html(run.config_text)}</pre></details>")
     if run.env:
         env = "\n".join(f"{name} = {value}" for name, value in run.env.items() if value is not None)
-        parts.append(f"<details><summary>env.json</summary><pre>{_html(env)}</pre></details>")
+        parts.append(f"<details><summary>env.json</summary><pre>{html(env)}</pre></details>")
     return "<h2>Settings and environment</h2>\n" + "\n".join(parts) if parts else ""
 
 
@@ -375,10 +386,10 @@ def _files(run: RunFolder) -> str:
     names = ["config.toml", "env.json", "metrics.jsonl", "eval.jsonl", "summary.json"]
     names += sorted(str(path.relative_to(run.path)) for path in run.path.glob("pairs/*.jsonl"))
     names += sorted(path.name + "/" for path in run.path.glob("checkpoint-*") if path.is_dir())
-    links = [f'<a href="{_html(quote(name))}">{_html(name)}</a>' for name in names if (run.path / name).exists()]
+    links = [f'<a href="{html(quote(name))}">{html(name)}</a>' for name in names if (run.path / name).exists()]
     return "<h2>Files</h2>\n<p>" + " · ".join(links) + "</p>" if links else ""
 
 
-def _html(value: Any) -> str:
+def html(value: Any) -> str:
     """Untrusted text as HTML text or attribute."""
     return escape(printable(str(value)))

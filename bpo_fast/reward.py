@@ -16,7 +16,7 @@ from bpo_fast.config import DataConfig
 from bpo_fast.files import new_folder
 from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device
 from bpo_fast.progress import Progress
-from bpo_fast.prompts import _label, _to_text, read_rows
+from bpo_fast.prompts import read_rows, row_label, row_text
 from bpo_fast.stage_config import RewardConfig
 from bpo_fast.stages import (
     check_new,
@@ -262,7 +262,7 @@ def _preference_pairs(rows: Sequence[dict], config: RewardConfig, source: str) -
     pairs = []
     for index, row in enumerate(rows):
         prompt, chosen = _prompt_and_answer(row, index, config, config.chosen_column, source)
-        rejected = _label(row, DataConfig(label_column=config.rejected_column), None)
+        rejected = row_label(row, DataConfig(label_column=config.rejected_column), None)
         if rejected is None:
             raise ValueError(f"{source}: row {index + 1} has no {config.rejected_column}")
         pairs.append(TextPair(prompt, chosen, with_leading_space(prompt, rejected)))
@@ -271,7 +271,7 @@ def _preference_pairs(rows: Sequence[dict], config: RewardConfig, source: str) -
 
 def _prompt_and_answer(row: dict, index: int, config: RewardConfig, column: str | None, source: str) -> tuple[str, str]:
     columns = DataConfig(prompt_column=config.prompt_column, label_column=column)
-    prompt, answer, _ = _to_text(row, index, columns, get_task(config.task), None, source)
+    prompt, answer, _ = row_text(row, index, columns, get_task(config.task), None, source)
     if answer is None:
         raise ValueError(f"{source}: row {index + 1} has no {column or 'label'}")
     return prompt, with_leading_space(prompt, answer)
@@ -285,7 +285,7 @@ def _sample_pairs(rows: Sequence[dict], config: RewardConfig) -> list[TextPair]:
     pairs = []
     for index, row in enumerate(read_rows(config.samples)):
         columns = DataConfig(prompt_column=config.prompt_column)
-        prompt, _, _ = _to_text(row, index, columns, get_task(config.task), None, config.samples)
+        prompt, _, _ = row_text(row, index, columns, get_task(config.task), None, config.samples)
         sample = row.get("completion")  # may be empty: EOS can be the first token
         if not isinstance(sample, str):
             raise ValueError(f"{config.samples}: row {index + 1} has no completion")

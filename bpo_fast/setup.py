@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -69,7 +70,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     budget = config.method.pairs
     assert budget, "resolve() has set it"
     if from_pairs is None:
-        usable = _train_prompts(config, policy, progress)
+        usable = train_prompts(config, policy.tokenizer, progress)
         replayed = None
         num_pairs = min(budget, len(usable))
         if num_pairs < budget:
@@ -85,7 +86,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     judges = config.eval.judges or ((config.annotator.path,) if config.annotator.path else ())
     if len({judge_name(j) for j in judges}) < len(judges):
         raise ValueError(f"eval.judges = {', '.join(judges)}: two have one name; give names, as in --judge NAME=JUDGE")
-    held_out = _held_out(config, policy, usable, progress) if judges else ()
+    held_out = held_out_prompts(config, policy.tokenizer, usable, progress) if judges else ()
     return Parts(
         config=replace(
             config,
@@ -98,7 +99,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
         reference=reference,
         optimizer=optimizer,
         annotator=None if replayed is not None else _annotator(config, device),
-        judges=tuple(_load_scorer(j, config, device) for j in judges) if held_out else (),
+        judges=tuple(load_scorer(j, config, device) for j in judges) if held_out else (),
         prompts=usable[:num_pairs],
         spare=usable[num_pairs:] if replayed is None else (),
         held_out=held_out,
@@ -166,20 +167,22 @@ def load_learner(
 def _annotator(config: Config, device: torch.device) -> Checked:
     if config.annotator.path is None:
         raise ValueError("annotator.path: no annotator; name a reward model, module:function or file with --annotator")
-    return _load_scorer(config.annotator.path, config, device)
+    return load_scorer(config.annotator.path, config, device)
 
 
-def _load_scorer(spec: str, config: Config, device: torch.device) -> Checked:
+def load_scorer(spec: str, config: Config, device: torch.device) -> Checked:
+    """The annotator or judge called `spec`."""
     return load_annotator(spec, config.annotator, device=str(device), trust_remote_code=config.model.trust_remote_code)
 
 
-def _train_prompts(config: Config, policy: Policy, progress: Progress) -> tuple[Prompt, ...]:
+def train_prompts(config: Config, tokenizer: Any, progress: Progress) -> tuple[Prompt, ...]:
+    """Every usable prompt of the training data, in the order of the run's seed."""
     source = str(config.data.path)
     found = data.load_prompts(
         data.read_rows(source, config.data.split),
         config.data,
         get_task(config.task),
-        policy.tokenizer,
+        tokenizer,
         source=source,
         seed=config.run.seed,
     )
@@ -187,7 +190,8 @@ def _train_prompts(config: Config, policy: Policy, progress: Progress) -> tuple[
     return found.prompts
 
 
-def _held_out(config: Config, policy: Policy, train: Sequence[Prompt], progress: Progress) -> tuple[Prompt, ...]:
+def held_out_prompts(config: Config, tokenizer: Any, train: Sequence[Prompt], progress: Progress) -> tuple[Prompt, ...]:
+    """The first `eval.prompts` prompts of the evaluation data that are not among those of the training."""
     source, num_wanted = config.data.eval_path, config.eval.prompts
     if source is None:
         progress.print("evaluation: no held-out data (--eval-data)")
@@ -197,7 +201,7 @@ def _held_out(config: Config, policy: Policy, train: Sequence[Prompt], progress:
         data.read_rows(source, config.data.eval_split),
         config.data,
         get_task(config.task),
-        policy.tokenizer,
+        tokenizer,
         source=source,
         seed=None,
         exclude=(p.text for p in train),

@@ -17,7 +17,7 @@ from bpo_fast.files import new_folder
 from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.progress import Progress
-from bpo_fast.prompts import _encode, _to_text, read_rows
+from bpo_fast.prompts import encode_prompts, read_rows, row_text
 from bpo_fast.stage_config import SftConfig
 from bpo_fast.stages import (
     check_new,
@@ -125,7 +125,7 @@ def _to_texts(rows: Sequence[dict], config: SftConfig, tokenizer: Any, source: s
     )
     texts = []
     for index, row in enumerate(rows):
-        prompt, label, templated = _to_text(row, index, columns, get_task(config.task), tokenizer, source)
+        prompt, label, templated = row_text(row, index, columns, get_task(config.task), tokenizer, source)
         if label is None:
             raise ValueError(f"{source}: row {index + 1} has no completion (column {config.label_column or 'label'})")
         texts.append((prompt, label if templated else with_leading_space(prompt, label), templated))
@@ -143,7 +143,7 @@ def encode_examples(
     Returns:
         The examples, the number of cut prompts, the number of cut completions.
     """
-    prompts = _encode([p for p, _, _ in texts], [t for _, _, t in texts], tokenizer)
+    prompts = encode_prompts([p for p, _, _ in texts], [t for _, _, t in texts], tokenizer)
     completions = tokenizer([c for _, c, _ in texts], add_special_tokens=False)["input_ids"] if texts else []
     examples, num_cut_prompts, num_cut_completions = [], 0, 0
     for prompt, completion in zip(prompts, completions, strict=True):

@@ -1,0 +1,361 @@
+"""`bpo-fast eval`: greedy answers of a model, or published ones, judged against the reference text and head to head.
+
+EVAL/outputs.jsonl  against.jsonl  rows.jsonl  eval.json
+Answers are on disk before the first judge is asked.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from bpo_fast import prompts as data
+from bpo_fast.annotate import Checked, judge_name
+from bpo_fast.checkpoint import complete_checkpoints
+from bpo_fast.config import Config
+from bpo_fast.engine import SamplingParams
+from bpo_fast.evaluate import against_labels
+from bpo_fast.files import write_atomic
+from bpo_fast.loading import pick_device
+from bpo_fast.progress import Progress
+from bpo_fast.run import check_free, saved_config
+from bpo_fast.setup import held_out_prompts, load_learner, load_scorer, train_prompts
+from bpo_fast.stats import bootstrap, length_controlled
+from bpo_fast.tasks import get_task, resolve
+from bpo_fast.tokenizer import with_leading_space
+from bpo_fast.types import Completion, Prompt
+
+RESULT_FILE = "eval.json"
+OUTPUT_COLUMNS = ("completion", "output")
+ADAPTER_FILE = "adapter_config.json"
+Score = float | None
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Answers to evaluate.
+
+    Attributes:
+        name: for tables.
+        prompts, outputs: by `Prompt.id`, the row of the data.
+        sampled: False for texts from a file, whose tokens nobody knows.
+    """
+
+    name: str
+    prompts: dict[int, Prompt]
+    outputs: dict[int, Completion]
+    sampled: bool
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one judge said of one contestant, in the order of the prompts: (its score, the reference text's)."""
+
+    scores: list[tuple[Score, Score]]
+
+    @property
+    def wins(self) -> list[Score]:
+        """1 where the output is strictly above the reference text, else 0; None where one of them has no score."""
+        return [None if a is None or b is None else float(a > b) for a, b in self.scores]
+
+
+def base_config(*sources: str) -> Config:
+    """The settings that an evaluation starts from: those of the first source that is a run or a checkpoint of one."""
+    runs = filter(None, map(_run_of, sources))
+    return next(map(saved_config, runs), Config())
+
+
+def evaluate(config: Config, source: str, against: str | None, out: Path | None) -> Summary:
+    """Decodes, judges and compares.
+
+    Args:
+        config: judges, data, lengths; see `base_config`.
+        source: a run folder, a checkpoint, a model or adapter folder, a Hub id, or a file of outputs: text with a line
+            a row of the data, or JSONL with `completion` (null: not judged).
+        against: the same, for a head-to-head comparison.
+        out: folder to write; none: evals/<time>.
+
+    Returns:
+        What EVAL/eval.json holds.
+
+    Raises:
+        ValueError: bad models, data or judges by name; outputs that do not line up with the data, with both counts.
+    """
+    config = _resolved(config, source)
+    out = out or Path("evals") / time.strftime("%Y%m%d-%H%M%S")
+    check_free(out)
+    judge_specs = config.eval.judges or ((config.annotator.path,) if config.annotator.path else ())
+    if not judge_specs:
+        raise ValueError("eval.judges: no judge; name one with --judge")
+    if len({judge_name(j) for j in judge_specs}) < len(judge_specs):
+        raise ValueError(f"eval.judges = {', '.join(judge_specs)}: two have one name; give names, as in NAME=JUDGE")
+    with Progress() as progress:
+        sides = [_contestant(s, config, progress) for s in (source, against) if s is not None]
+        ids = _common(sides, config)
+        for side, name in zip(sides, ("outputs", "against"), strict=False):
+            _write_outputs(out / f"{name}.jsonl", side, config)
+        progress.print(f"answers: {out}")
+        device = pick_device("run.device", config.run.device)
+        judges = [load_scorer(j, config, device) for j in judge_specs]
+        judged: dict[str, list[Judged]] = {}
+        duels: dict[str, list[tuple[Score, Score]]] = {}
+        with progress.task("judging", len(judges)) as task:
+            for judge in judges:
+                judged[judge.name] = [_judge(judge, side, ids) for side in sides]
+                if len(sides) == 2:
+                    duels[judge.name] = _duel(judge, sides, judged[judge.name], ids)
+                task.advance()
+    found = {
+        "data": config.data.eval_path,
+        "task": config.task,
+        "num_prompts": len(ids),
+        "judges": {j.name: {"spec": spec, "notes": j.notes()} for j, spec in zip(judges, judge_specs, strict=True)},
+        "contestants": [
+            {
+                "name": side.name,
+                **shape(side, ids),
+                "judges": {n: _rates(side, both[i], ids) for n, both in judged.items()},
+            }
+            for i, side in enumerate(sides)
+        ],
+    }
+    if len(sides) == 2:
+        found["head_to_head"] = {n: head_to_head(duels[n], judged[n], sides, ids) for n in duels}
+    rows = [_row(i, at, sides, judged, duels) for at, i in enumerate(ids)]
+    write_atomic(out / "rows.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    write_atomic(out / RESULT_FILE, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    return found | {"out": str(out)}
+
+
+def shape(side: Contestant, ids: Sequence[int]) -> Summary:
+    """Length, truncation and diversity: distinct-n is the share of distinct n-grams of words among all."""
+    texts = [side.outputs[i].text.split() for i in ids]
+    found: Summary = {
+        "mean_words": sum(map(len, texts)) / len(ids),
+        "mean_characters": sum(len(side.outputs[i].text.strip()) for i in ids) / len(ids),
+        "unique": len({tuple(t) for t in texts}) / len(ids),
+    }
+    bigrams = [list(pairwise(t)) for t in texts]
+    trigrams = [list(zip(t, t[1:], t[2:], strict=False)) for t in texts]
+    for n, grams in enumerate((texts, bigrams, trigrams), 1):
+        flat = [g for row in grams for g in row]
+        found[f"distinct_{n}"] = len(set(flat)) / max(1, len(flat))
+    if side.sampled:
+        found["mean_tokens"] = sum(len(side.outputs[i].ids) for i in ids) / len(ids)
+        found["clipped_ratio"] = sum(side.outputs[i].truncated for i in ids) / len(ids)
+    return found
+
+
+def head_to_head(
+    duels: Sequence[tuple[Score, Score]], judged: Sequence[Judged], sides: Sequence[Contestant], ids: Sequence[int]
+) -> Summary:
+    """Wins of the first contestant over the second under one judge.
+
+    Returns:
+        wins, ties, losses, unjudged; win_rate with ties as halves, the same at equal length, and the paired difference
+        of the win rates against the reference text; each with its interval over prompts.
+    """
+    known = [(i, a, b) for i, (a, b) in zip(ids, duels, strict=True) if a is not None and b is not None]
+    points = [1.0 if a > b else 0.0 if a < b else 0.5 for _, a, b in known]
+    found: Summary = {"wins": points.count(1.0), "ties": points.count(0.5), "losses": points.count(0.0)}
+    found["unjudged"] = len(ids) - len(known)
+    if known:
+        lengths = [[len(side.outputs[i].text.strip()) for i, _, _ in known] for side in sides]
+        found["win_rate"] = _interval(bootstrap, points)
+        found["length_controlled_win_rate"] = _interval(
+            length_controlled, points, [a - b for a, b in zip(*lengths, strict=True)]
+        )
+    both = [(a, b) for a, b in zip(judged[0].wins, judged[1].wins, strict=True) if a is not None and b is not None]
+    if both:
+        found["win_rate_difference"] = _interval(bootstrap, [a - b for a, b in both])
+    return found
+
+
+def read_outputs(source: str, num_rows: int, where: str) -> list[str | None]:
+    """The outputs of a file, one a row of the data.
+
+    Raises:
+        ValueError: another number of them than rows, both named; a JSONL row without one.
+    """
+    path = Path(source)
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        texts = [_output(row, number, source) for number, row in enumerate(data.read_rows(source), 1)]
+    else:
+        try:
+            # not splitlines(): a text may hold U+2028
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{source}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+        texts = [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    if len(texts) != num_rows:
+        raise ValueError(f"{source}: {len(texts)} outputs, but {where} has {num_rows} rows; they must line up")
+    return texts
+
+
+def _output(row: Mapping[str, Any], number: int, source: str) -> str | None:
+    column = next((c for c in OUTPUT_COLUMNS if c in row), None)
+    if column is None or not isinstance(row[column], str | None):
+        raise ValueError(f"{source}: row {number} has no text in {' or '.join(OUTPUT_COLUMNS)}")
+    return row[column]
+
+
+def _run_of(source: str) -> Path | None:
+    """The run folder that a source is, or is a checkpoint of."""
+    path = Path(source)
+    candidates = (path, path.parent) if path.name.startswith("checkpoint-") else (path,)
+    return next((p for p in candidates if (p / "config.toml").is_file()), None)
+
+
+def _resolved(config: Config, source: str) -> Config:
+    """Settings without holes. What is evaluated names the model: without it, the embedded one would be filled in."""
+    if config.model.path is None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=source))
+    return resolve(config)
+
+
+def _contestant(source: str, config: Config, progress: Progress) -> Contestant:
+    name = Path(source).name or source
+    if Path(source).is_file():
+        where = str(config.data.eval_path)
+        rows = data.read_rows(where, config.data.eval_split)
+        texts = read_outputs(source, len(rows), where)
+        prompts = {
+            i: _bare_prompt(row, i, config)
+            for i, (row, text) in enumerate(zip(rows, texts, strict=True))
+            if text is not None
+        }
+        outputs = {i: _bare_output(prompt, texts[i] or "") for i, prompt in prompts.items()}
+        return Contestant(name, prompts, outputs, sampled=False)
+    config = dataclasses.replace(config, model=_form(source, config))
+    assert config.data.max_prompt_length, "resolve() has set it"
+    assert config.sampling.max_new_tokens, "resolve() has set it"
+    max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
+    policy, engine = load_learner(config, pick_device("run.device", config.run.device), max_length, progress.print)
+    run = _run_of(source)
+    train = train_prompts(saved_config(run), policy.tokenizer, progress) if run else ()
+    prompts = held_out_prompts(config, policy.tokenizer, train, progress)
+    if not prompts:
+        raise ValueError("data.eval_path: no held-out data; name some with --data")
+    sampling = config.sampling
+    params = SamplingParams(max_new_tokens=sampling.max_new_tokens, temperature=0.0, stop=sampling.stop or ())
+    with progress.task(f"decoding {name}", len(prompts)) as task:
+        sampled = engine.generate(
+            prompts, params, run_seed=0, policy_version=0, on_done=lambda done: task.advance(len(done))
+        )
+    engine.close()
+    return Contestant(name, {p.id: p for p in prompts}, {c.prompt_id: c for (c,) in sampled}, sampled=True)
+
+
+def _form(source: str, config: Config) -> Any:
+    """How a source is loaded: a checkpoint of LoRA is an adapter on its base, any other a model as it is."""
+    path, model = Path(source), config.model
+    run = _run_of(source)
+    if run == path:
+        checkpoints = complete_checkpoints(path)
+        if not checkpoints:
+            raise ValueError(f"{source}: no complete checkpoint there")
+        path = checkpoints[-1]
+    kept = dataclasses.replace(model, members=1, adapters=(), lora_dropout=0.0, lora_targets=(), full=False)
+    if not (path / ADAPTER_FILE).is_file():
+        # one fresh adapter of rank 1 adds exactly nothing, and costs less than a second copy of all weights
+        return dataclasses.replace(kept, path=str(path) if path.exists() else source, lora_r=1, lora_alpha=2.0)
+    adapter = json.loads((path / ADAPTER_FILE).read_text(encoding="utf-8"))
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if adapter.get(key):
+            raise ValueError(
+                f"{source}: {key} in {ADAPTER_FILE} is not supported; merge the adapter into a model folder"
+            )
+    if not all(adapter.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha")):
+        raise ValueError(f"{source}: {ADAPTER_FILE} names no base model, r or lora_alpha")
+    targets = adapter.get("target_modules")
+    return dataclasses.replace(
+        kept,
+        path=adapter["base_model_name_or_path"],
+        adapters=(str(path),),
+        lora_r=adapter["r"],
+        lora_alpha=float(adapter["lora_alpha"]),
+        lora_targets=tuple(sorted({t.rpartition(".")[2] for t in targets})) if isinstance(targets, list) else (),
+    )
+
+
+def _bare_prompt(row: Mapping[str, Any], index: int, config: Config) -> Prompt:
+    """A prompt as text alone: what judges need."""
+    where = str(config.data.eval_path)
+    text, label, _ = data.row_text(dict(row), index, config.data, get_task(config.task), None, where)
+    columns = {k: v for k, v in row.items() if k not in data.RESERVED_COLUMNS}
+    return Prompt(index, text, (), label=label, columns=columns)
+
+
+def _bare_output(prompt: Prompt, text: str) -> Completion:
+    return Completion(prompt.id, 0, (), with_leading_space(prompt.text, text), False, -1, 0)
+
+
+def _common(sides: Sequence[Contestant], config: Config) -> list[int]:
+    """Rows that every contestant has answered, as many as `eval.prompts`; for texts from a file alone, all of them."""
+    ids = [i for i in sides[0].prompts if all(i in side.prompts for side in sides)]
+    if not ids:
+        raise ValueError(f"{sides[-1].name}: no prompt in common with {sides[0].name}")
+    return ids if any(side.sampled for side in sides) else ids[: config.eval.prompts or None]
+
+
+def _judge(judge: Checked, side: Contestant, ids: Sequence[int]) -> Judged:
+    return Judged(against_labels(judge, [side.prompts[i] for i in ids], [side.outputs[i] for i in ids]))
+
+
+def _duel(
+    judge: Checked, sides: Sequence[Contestant], judged: Sequence[Judged], ids: Sequence[int]
+) -> list[tuple[Score, Score]]:
+    if judge.is_pairwise:
+        first, second = ([side.outputs[i] for i in ids] for side in sides)
+        return judge.duel([sides[0].prompts[i] for i in ids], first, second)
+    return [(a, b) for (a, _), (b, _) in zip(judged[0].scores, judged[1].scores, strict=True)]
+
+
+def _rates(side: Contestant, judged: Judged, ids: Sequence[int]) -> Summary:
+    """Win rate, the same at equal length, mean score; the number judged and not."""
+    won = [(i, w) for i, w in zip(ids, judged.wins, strict=True) if w is not None]
+    labelled = sum(side.prompts[i].label is not None for i in ids)
+    found: Summary = {"num_judged": len(won), "num_unjudged": labelled - len(won)}
+    if won:
+        points = [w for _, w in won]
+        lengths = [len(side.outputs[i].text.strip()) - len(side.prompts[i].label or "") for i, _ in won]
+        found["win_rate"] = _interval(bootstrap, points)
+        found["length_controlled_win_rate"] = _interval(length_controlled, points, lengths)
+    scores = [s for s, _ in judged.scores if s is not None]
+    return found | ({"score": _interval(bootstrap, scores)} if scores else {})
+
+
+def _interval(estimate: Callable[..., Any], *values: Sequence[float]) -> dict[str, float]:
+    return dataclasses.asdict(estimate(*values))
+
+
+def _row(
+    i: int, at: int, sides: Sequence[Contestant], judged: Mapping[str, list[Judged]], duels: Mapping[str, list[Any]]
+) -> Summary:
+    prompt = sides[0].prompts[i]
+    row: Summary = {"prompt_id": i, "prompt": prompt.text, "label": prompt.label}
+    for n, (side, prefix) in enumerate(zip(sides, ("", "against_"), strict=False)):
+        row[f"{prefix}output"] = side.outputs[i].text.strip()
+        row[f"{prefix}scores"] = {name: both[n].scores[at][0] for name, both in judged.items()}
+        row[f"{prefix}label_scores"] = {name: both[n].scores[at][1] for name, both in judged.items()}
+    return row | ({"duels": {name: list(found[at]) for name, found in duels.items()}} if duels else {})
+
+
+def _write_outputs(path: Path, side: Contestant, config: Config) -> None:
+    """One line a row of the data, in the form that `read_outputs` takes."""
+    num_rows = len(data.read_rows(str(config.data.eval_path), config.data.eval_split))
+    lines = []
+    for i in range(num_rows):
+        output = side.outputs.get(i)
+        line = (
+            {"completion": None}
+            if output is None
+            else {"completion": output.text.strip(), "truncated": output.truncated}
+        )
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_atomic(path, "".join(lines))

@@ -1,0 +1,174 @@
+import json
+import re
+import statistics
+
+import numpy as np
+import pytest
+from fake_sweep import write_fake_sweep
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+from typer.testing import CliRunner
+
+from bpo_fast.cli import app
+from bpo_fast.groups import find_runs, paired, read_groups
+from bpo_fast.plots import Plot
+from bpo_fast.sweep_plots import aggregate_rows, frequency_series, sweep_plots
+from bpo_fast.sweep_report import write_sweep_report
+
+GRID = """
+[set]
+"method.pairs" = 512
+[[grid]]
+loss = ["dpo", "ipo"]
+method = ["offline", "online", "on-policy", "bpo"]
+F = [1, 2, "T"]
+seed = [1, 2, 3]
+[[grid]]
+method = ["ema"]
+seed = [1, 2]
+[[grid]]
+M = [5]
+seed = [1, 2, 3]
+"""
+TITLES = (
+    "Win rate against F",
+    "Aggregates",
+    "Reference ablation",
+    "Stability",
+    "Reward and KL",
+    "Two judges",
+    "Margins and lengths",
+    "Time and memory",
+)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return write_fake_sweep(tmp_path_factory.mktemp("report") / "sweep", GRID, failed=1)
+
+
+@pytest.fixture(scope="module")
+def groups(sweep):
+    return read_groups(find_runs([sweep])[0])
+
+
+@pytest.fixture(scope="module")
+def page(sweep):
+    return write_sweep_report([sweep], sweep).read_text(encoding="utf-8")
+
+
+def call(*args):
+    done = CliRunner().invoke(app, [str(a) for a in args], env={"COLUMNS": "160", "TERM": "dumb"})
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_runs_are_grouped_by_everything_but_the_seed(groups):
+    found = {(g.place.loss, g.place.label): sorted(g.runs) for g in groups}
+    assert found["dpo", "offline"] == [1, 2, 3]
+    assert found["dpo", "EMA reference F=2"] == [1, 2]
+    assert found["dpo", "BPO F=2 M=5"] == [1, 2]  # the third one failed
+    assert len(found) == 2 * 5 + 2
+    assert [g.place.label for g in groups][:4] == ["offline", "online F=2", "on-policy", "BPO F=2"]
+
+
+def test_runs_that_differ_in_a_knob_stay_apart(tmp_path):
+    folder = write_fake_sweep(tmp_path / "s", "[grid]\noptim.learning_rate = [1e-3, 0.01]\nseed = [1, 2]\n")
+    found = read_groups(find_runs([folder])[0])
+    assert [g.place.label for g in found] == ["BPO F=2 learning_rate=0.001", "BPO F=2 learning_rate=0.01"]
+    assert [sorted(g.runs) for g in found] == [[1, 2], [1, 2]]
+
+
+def test_folders_alone_say_what_they_are(sweep, groups):
+    folders = sorted((sweep / "runs").iterdir())
+    assert {g.place for g in read_groups(folders)} == {g.place for g in groups}
+
+
+def test_offline_is_the_first_point_of_every_curve(groups):
+    found = frequency_series(groups, "helpfulness", "ipo", "rubric")
+    assert {m: list(by) for m, by in found.items()} == {"bpo": [1, 2, "T"], "online": [1, 2, "T"]}
+    assert found["bpo"][1] == found["online"][1]
+    assert found["bpo"]["T"] != found["online"]["T"]
+
+
+def test_the_table_has_mean_and_std_over_seeds(groups, page):
+    rates = [
+        100 * x for x in next(g for g in groups if g.place.method == "offline").values("win_rate", "rubric").values()
+    ]
+    assert f"<td>{statistics.mean(rates):.1f}% ± {statistics.stdev(rates):.1f}</td>" in page
+
+
+def test_the_page_is_one_file_and_holds_everything(sweep, page):
+    assert re.findall(r"<figure[^>]*><h3>([^<]*)</h3>", page) == list(TITLES)
+    assert "://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert not re.findall(r'(src|href)="(?!#)', page)
+    assert "Against offline training" in page
+    assert "Try the &lt;b&gt;settings&lt;/b&gt; page." in page
+    assert "helpfulness-dpo-bpo-F2-M5-s3: failed: loss not finite" in page
+    files = {p.name for p in (sweep / "figures").iterdir()}
+    stems = [re.sub(r"\W+", "-", t.lower()) for t in TITLES]
+    assert files == {f"{s}.{ending}" for s in stems for ending in ("png", "svg")}
+
+
+def test_the_numbers_behind_the_page(sweep, groups, page):
+    summary = json.loads((sweep / "summary.json").read_text(encoding="utf-8"))
+    row = next(r for r in summary["groups"] if (r["loss"], r["label"]) == ("dpo", "BPO F=2"))
+    own = {(g.place.loss, g.place.label): g.values("win_rate", "rubric") for g in groups}
+    differences = [own["dpo", "BPO F=2"][s] - own["dpo", "offline"][s] for s in (1, 2, 3)]
+    assert row["win_rate_minus_offline/rubric"]["mean"] == pytest.approx(statistics.mean(differences))
+    assert row["win_rate/rubric"]["n"] == 3
+    assert summary["aggregates"]["rubric"]["DPO, on-policy"]["runs"] == 3
+    assert summary["not_finished"] == ["helpfulness-dpo-bpo-F2-M5-s3: failed: loss not finite"]
+
+
+def test_strata_are_tasks(groups):
+    rows = aggregate_rows(groups, "rubric")
+    num, found = rows["DPO, BPO F=2", "bpo"]
+    rates = list(next(g for g in groups if g.place.label == "BPO F=2").values("win_rate", "rubric").values())
+    assert (num, found["median"].mean) == (3, pytest.approx(np.mean(rates)))
+
+
+def overlaps(plot: Plot) -> list[tuple[str, str]]:
+    """Pairs of texts of a figure that cover each other, and texts that leave it."""
+    figure = plot.figure
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    drawn = [t for axis in figure.axes for side in (axis.xaxis, axis.yaxis) for t in side._update_ticks()]
+    ticks = {id(t.label1) for t in drawn}
+    known = {id(t.label1) for axis in figure.axes for s in (axis.xaxis, axis.yaxis) for t in s.get_major_ticks()}
+    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+    texts = [t for t in texts if id(t) not in known or id(t) in ticks]  # ticks out of view are not drawn
+    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in texts]
+    boxes = [(text, box) for text, box in boxes if box.width > 1]
+    frame = figure.bbox.padded(2)
+    found = [(a, b) for i, (a, x) in enumerate(boxes) for b, y in boxes[i + 1 :] if a != b and x.padded(-1).overlaps(y)]
+    return found + [(a, "edge") for a, x in boxes if x.x0 < frame.x0 or x.x1 > frame.x1 or x.y1 > frame.y1]
+
+
+def test_no_text_covers_another(groups):
+    for plot in sweep_plots(groups):
+        assert overlaps(plot) == [], plot.title
+
+
+def test_paired_takes_the_seeds_that_both_have():
+    found = paired({1: 0.5, 2: 0.7, 3: 0.9}, {2: 0.6, 3: 0.6})
+    assert found is not None
+    assert found.mean == pytest.approx(0.2)
+    assert paired({1: 0.5}, {2: 0.5}) is None
+
+
+def test_the_command(sweep, tmp_path):
+    runs = sorted((sweep / "runs").iterdir())[:3]
+    code, out, err = call("report", *runs, "--out", tmp_path / "r")
+    assert (code, out.strip()) == (0, str(tmp_path / "r" / "report.html")), err
+    assert find_runs([sweep / "results.jsonl"]) == find_runs([sweep])
+    code, _, err = call("report", tmp_path)
+    assert code == 2
+    assert "not a run folder (no config.toml) and not a sweep (no results.jsonl)" in err
+
+
+def test_a_sweep_without_a_finished_run(tmp_path):
+    folder = write_fake_sweep(tmp_path / "s", "[grid]\nseed = [1]\n", failed=1)
+    with pytest.raises(ValueError, match="no finished run there"):
+        write_sweep_report([folder], folder)
