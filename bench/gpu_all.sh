@@ -24,4 +24,6 @@ run kernels-step python -m bpo_fast_bench.kernels --op step --json "$out/kernels
 run kernels-pair-loss python -m bpo_fast_bench.kernels --op pair_loss --json "$out/kernels-pair-loss.json"
 run kernels-gauss python -m bpo_fast_bench.kernels --op step --data gauss --shapes 4096x2048x128256 --json "$out/kernels-gauss.json"
 run step bpo-fast bench step --json "$out/step.json"
+run doctor bpo-fast doctor
+run sampling bpo-fast bench sampling --json "$out/sampling.json"
 exit "$status"

@@ -44,7 +44,7 @@ def self_test(device: torch.device) -> list[Verdict]:
         Verdict("version", True, f"{version}, {f'tested ({tested})' if tested else 'in range, not itself tested'}")
     ]
     with tempfile.TemporaryDirectory() as folder:
-        _write_model(Path(folder))
+        write_model(Path(folder))
         knobs = {"model.path": folder, "model.full": True, "sampling.max_new_tokens": 8}
         try:
             from bpo_fast.engine.vllm import load_learner
@@ -81,7 +81,7 @@ def _greedy(engine) -> list[tuple[int, ...]]:
     return [c[0].ids for c in engine.generate(prompts, params, run_seed=0, policy_version=0)]
 
 
-def _write_model(folder: Path) -> None:
+def write_model(folder: Path) -> None:
     """A Llama of two layers with peaked distributions, and its tokenizer."""
     from bpo_fast.tokenizer import train_bpe
 
