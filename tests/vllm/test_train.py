@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny_vllm import settings
 
 from bpo_fast.checkpoint import complete_checkpoints
+from bpo_fast.config import replace, to_toml
 from bpo_fast.engine.vllm import VllmEngine
 from bpo_fast.train import train
 
@@ -84,6 +85,29 @@ def test_a_killed_and_resumed_run_ends_as_one_that_was_not(llama_dir, tiny_data,
             train(config, quiet=True)
     assert complete_checkpoints(cut)[-1].name == "checkpoint-2"
     train(settings(llama_dir, **knobs(tiny_data, cut, **form)), resume=cut, quiet=True)
+    assert_same(whole, cut)
+
+
+def test_a_run_that_was_killed_outright_resumes_to_the_same_bits(llama_dir, tiny_data, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    config = settings(llama_dir, **knobs(tiny_data, cut, model__members=2, sampling__members="single"))
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bpo_fast", "train", "--config", str(tmp_path / "run.toml")],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("phase 1:") and "kept" in line:  # its pairs are on disk and trained on
+            process.kill()
+    assert process.wait() == -signal.SIGKILL, "".join(lines)
+    assert not (cut / "summary.json").exists()
+    train(config, resume=cut, quiet=True)
+    train(replace(config, {"run.output_dir": str(whole)}), quiet=True)
     assert_same(whole, cut)
 
 
