@@ -374,10 +374,11 @@ app.add_typer(bench, name="bench")
 @bench.command("kernels")
 @reports_errors
 def bench_kernels(
-    op: Annotated[list[str] | None, typer.Option(help="forward, step, pair_loss; all by default")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="forward, step, behavior, pair_loss; all by default")] = None,
     head: Annotated[list[str] | None, typer.Option(help="frozen, trained; both by default")] = None,
     shapes: Annotated[list[str] | None, typer.Option(help="rows x hidden x vocabulary, as 1024x256x32000")] = None,
     peers: Annotated[str, typer.Option(help="auto: whatever of torch.compile, Liger and CCE is here; none")] = "auto",
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; the device's by default")] = None,
     data: Annotated[str, typer.Option(help="peaked or gauss")] = "peaked",
     json_path: Annotated[Path | None, typer.Option("--json", help="where the measurements go")] = None,
     plot: Annotated[Path | None, typer.Option(help="figure without suffix; PNG and SVG are written")] = None,
@@ -387,7 +388,7 @@ def bench_kernels(
     """Time the fused operators against plain PyTorch and their peers."""
     from bpo_fast_bench.kernels import KernelBench, parse_shape, run, table
 
-    given: dict[str, Any] = {"ops": tuple(op or ()), "heads": tuple(head or ())}
+    given: dict[str, Any] = {"ops": tuple(op or ()), "heads": tuple(head or ()), "dtypes": tuple(dtype or ())}
     if peers != "auto":
         given["peers"] = () if peers == "none" else tuple(peers.split(","))
     options = KernelBench(

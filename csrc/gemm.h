@@ -1,8 +1,8 @@
 // One micro-kernel for the three products of the head, and the packing that feeds it.
 //
 // A tile is kRows x kPanel. Its left operand has kRows neighbors at every k and is broadcast; its right operand is a panel
-// [k][kPanel] whose lanes are tokens (logits, dX) or hidden units (dW). Every number is one chain of fused multiply-adds over k in
-// rising order, so a row's result does not depend on the rows beside it.
+// [k][kPanel] whose lanes are tokens (logits, dX) or hidden units (dW); k counts words (words.h). Every number is one chain of
+// fused multiply-adds over k in rising order, so a row's result does not depend on the rows beside it.
 #pragma once
 
 #include <algorithm>
@@ -10,41 +10,32 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <type_traits>
 
-#include "simd.h"
+#include "words.h"
 
 namespace bpo {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof(out));
-  return out;
-}
-#if defined(__FLT16_MAX__)
-inline float to_float(_Float16 x) { return static_cast<float>(x); }
-#endif
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 struct Free {
-  void operator()(float* p) const { std::free(p); }
+  void operator()(void* p) const { std::free(p); }
 };
-using Buffer = std::unique_ptr<float[], Free>;
+template <class W>
+using Array = std::unique_ptr<W[], Free>;
+using Buffer = Array<float>;
 
-inline Buffer make_buffer(int64_t count) {
-  void* p = std::aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(float), 64));
+template <class W>
+Array<W> make_array(int64_t count) {
+  void* p = std::aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(W), 64));
   if (p == nullptr) throw std::bad_alloc();
-  return Buffer(static_cast<float*>(p));
+  return Array<W>(static_cast<W*>(p));
 }
+inline Buffer make_buffer(int64_t count) { return make_array<float>(count); }
 
-// C [kRows][kPanel] (+)= A^T B; the rows of A are `lda` apart.
-inline void tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc, bool accumulate) {
+// C [kRows][kPanel] (+)= A^T B, `depth` words deep.
+template <class Op>
+void tile(const typename Op::Word* a, const typename Op::Word* b, int64_t depth, float* c, int64_t ldc, bool accumulate) {
   Vec acc[kRows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -52,13 +43,12 @@ inline void tile(const float* a, int64_t lda, const float* b, int64_t depth, flo
     acc[i][1] = accumulate ? load(c + i * ldc + kLanes) : Vec{};
   }
   for (int64_t k = 0; k < depth; ++k) {
-    const Vec b0 = load(b), b1 = load(b + kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      acc[i][0] += a[i] * b0;
-      acc[i][1] += a[i] * b1;
+      acc[i][0] = Op::multiply_add(acc[i][0], a[i], b);
+      acc[i][1] = Op::multiply_add(acc[i][1], a[i], b + kLanes);
     }
-    a += lda;
+    a += kRows;
     b += kPanel;
   }
 #pragma GCC unroll 16
@@ -68,24 +58,27 @@ inline void tile(const float* a, int64_t lda, const float* b, int64_t depth, flo
   }
 }
 
-// Columns a staged row takes: zeros fill the last tile, and rows do not start on the same cache set (4,096 bytes apart
-// for a width of 1,024 floats, which would leave one set of the first-level cache to a whole column).
-inline int64_t staged_stride(int64_t width) { return round_up(width + kRows, 16) + 16; }
-
-// Rows [rows, width] of the head -> float [rows][stride], the left operand as it stands when k runs down the rows.
-template <class T>
-void stage_rows(const T* src, int64_t rows, int64_t width, float* dst) {
-  const int64_t stride = staged_stride(width);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t k = 0; k < width; ++k) dst[r * stride + k] = to_float(src[r * width + k]);
-    std::fill_n(dst + r * stride + width, stride - width, 0.0f);
+// A tile's sums wait in memory or L3: asked for while the tile before is at work, they are there when their turn comes.
+inline void prefetch_tile(const float* c, int64_t ldc, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) {
+    __builtin_prefetch(c + i * ldc, 1);
+    __builtin_prefetch(c + i * ldc + kPanel - 1, 1);
   }
 }
 
-typedef float Quad __attribute__((vector_size(16)));
+// Words of a row of `width` numbers when k runs along it; a last odd number is paired with 0.
+template <class Op, class T>
+void read_words(const T* row, int64_t width, typename Op::Word* out) {
+  const int64_t whole = width / Op::kPack;
+  for (int64_t k = 0; k < whole; ++k) out[k] = Op::word(row[k * Op::kPack], row[k * Op::kPack + Op::kPack - 1]);
+  if (whole * Op::kPack < width) out[whole] = Op::word(row[width - 1], T{});
+}
 
-// Four rows at `src` -> their transpose at `dst`, whose rows are kRows apart.
-inline void transpose4(const float* src, int64_t stride, float* dst) {
+typedef uint32_t Quad __attribute__((vector_size(16)));
+
+// Four rows of words at `src` -> their transpose at `dst`, whose rows are kRows apart.
+template <class W>
+void transpose4(const W* src, int64_t stride, W* dst) {
   Quad r[4];
   for (int i = 0; i < 4; ++i) std::memcpy(&r[i], src + i * stride, sizeof(Quad));
   const Quad a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
@@ -95,46 +88,92 @@ inline void transpose4(const float* src, int64_t stride, float* dst) {
   for (int k = 0; k < 4; ++k) std::memcpy(dst + k * kRows, &out[k], sizeof(Quad));
 }
 
-// Staged rows -> [rows / kRows][width][kRows], the left operand when k runs along a row. Rows past the end are zero.
-inline void pack_rows(const float* src, int64_t rows, int64_t width, float* dst) {
-  const int64_t stride = staged_stride(width);
-  for (int64_t r = 0; r < rows; r += kRows, dst += width * kRows) {
+// Words [rows][depth], `stride` apart -> one tile [depth][kRows], the left operand when k runs along a row; rows past the
+// end are zero.
+template <class W>
+void pack_left(const W* src, int64_t stride, int rows, int64_t depth, W* dst) {
+  const auto four = [&](int i) {
+    const W* block = src + i * stride;
+    int64_t k = 0;
+    for (; k + 4 <= depth; k += 4) transpose4(block + k, stride, dst + k * kRows + i);
+    for (; k < depth; ++k)
+      for (int j = 0; j < 4; ++j) dst[k * kRows + i + j] = block[j * stride + k];
+  };
+  for (int i = 0; i + 4 <= rows; i += 4) four(i);
+  int done = rows / 4 * 4;
+  if (done > 0 && done < rows) {  // the last four rows, some of them for the second time
+    four(rows - 4);
+    done = rows;
+  }
+  for (int i = done; i < kRows; ++i)
+    for (int64_t k = 0; k < depth; ++k) dst[k * kRows + i] = i < rows ? src[i * stride + k] : W{};
+}
+
+// Rows of the head -> [rows / kRows][words of a row][kRows]: the left operand of the logits. `row_words` is scratch of
+// kRows rows.
+template <class Op, class T>
+void pack_along(const T* src, int64_t rows, int64_t width, typename Op::Word* row_words, typename Op::Word* dst) {
+  const int64_t depth = (width + Op::kPack - 1) / Op::kPack;
+  for (int64_t r = 0; r < rows; r += kRows, dst += depth * kRows) {
     const int count = static_cast<int>(std::min<int64_t>(kRows, rows - r));
-    int i = 0;
-    for (; i + 4 <= count; i += 4) {
-      const float* block = src + (r + i) * stride;
-      int64_t k = 0;
-      for (; k + 4 <= width; k += 4) transpose4(block + k, stride, dst + k * kRows + i);
-      for (; k < width; ++k)
-        for (int j = 0; j < 4; ++j) dst[k * kRows + i + j] = block[j * stride + k];
+    if (std::is_same_v<T, typename Op::Number> && width % Op::kPack == 0) {  // the rows are words as they stand
+      pack_left(reinterpret_cast<const typename Op::Word*>(src + r * width), depth, count, depth, dst);
+      continue;
     }
-    for (; i < kRows; ++i) {
-      const float* row = src + (r + i) * stride;
-      for (int64_t k = 0; k < width; ++k) dst[k * kRows + i] = i < count ? row[k] : 0.0f;
-    }
+    for (int i = 0; i < count; ++i) read_words<Op>(src + (r + i) * width, width, row_words + i * depth);
+    pack_left(row_words, depth, count, depth, dst);
   }
 }
 
-// Token rows [count, width] -> one panel [width][kPanel]; lanes past `count` are zero.
-template <class T>
-void pack_tokens(const T* src, int64_t count, int64_t width, float* dst) {
+constexpr int64_t kLines = 4;
+
+// Rows of the head -> [width / kRows][words of a column][kRows]: the left operand of dX. `lines` is scratch of kLines times
+// round_up(width, kRows) words: a line that was written just now would be read while its stores are still in flight.
+template <class Op, class T>
+void pack_across(const T* src, int64_t rows, int64_t width, typename Op::Word* lines, typename Op::Word* dst) {
+  const int64_t depth = (rows + Op::kPack - 1) / Op::kPack, padded = round_up(width, kRows);
+  for (int64_t from = 0; from < depth; from += kLines) {
+    const int64_t count = std::min(kLines, depth - from);
+    for (int64_t k = 0; k < count; ++k) {
+      const T* first = src + (from + k) * Op::kPack * width;
+      typename Op::Word* line = lines + k * padded;
+      if ((from + k + 1) * Op::kPack <= rows)
+        for (int64_t h = 0; h < width; ++h) line[h] = Op::word(first[h], first[(Op::kPack - 1) * width + h]);
+      else
+        for (int64_t h = 0; h < width; ++h) line[h] = Op::word(first[h], T{});
+      std::fill(line + width, line + padded, typename Op::Word{});
+    }
+    for (int64_t h = 0; h < padded; h += kRows)
+      for (int64_t k = 0; k < count; ++k)
+        std::memcpy(dst + (h / kRows * depth + from + k) * kRows, lines + k * padded + h, kRows * sizeof(*lines));
+  }
+}
+
+// Token rows [count, width] -> one panel [words of a row][kPanel], the right operand of the logits; lanes past `count` are
+// zero. `line` is scratch of one row's words.
+template <class Op, class T>
+void pack_tokens(const T* src, int64_t count, int64_t width, typename Op::Word* line, typename Op::Word* dst) {
+  const int64_t depth = (width + Op::kPack - 1) / Op::kPack;
   for (int lane = 0; lane < kPanel; ++lane) {
-    const bool live = lane < count;
-    const T* row = src + (live ? lane : 0) * width;
-    for (int64_t k = 0; k < width; ++k) dst[k * kPanel + lane] = live ? to_float(row[k]) : 0.0f;
+    if (lane < count)
+      read_words<Op>(src + lane * width, width, line);
+    else
+      std::fill_n(line, depth, typename Op::Word{});
+    for (int64_t k = 0; k < depth; ++k) dst[k * kPanel + lane] = line[k];
   }
 }
 
-// Token rows [rows, width] times a factor a row -> [width / kPanel][rows][kPanel].
-template <class T>
-void pack_scaled(const T* src, const float* factor, int64_t rows, int64_t width, float* dst) {
-  for (int64_t h = 0; h < width; h += kPanel, dst += rows * kPanel) {
-    const int count = static_cast<int>(std::min<int64_t>(kPanel, width - h));
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* row = src + r * width + h;
-      for (int i = 0; i < kPanel; ++i) dst[r * kPanel + i] = i < count ? to_float(row[i]) * factor[r] : 0.0f;
-    }
-  }
+// A panel of token rows [count, width] times a factor a row -> its part of [width / kPanel][depth][kPanel], the right
+// operand of dW; `dst` is the place of its first word.
+template <class Op, class T>
+void pack_scaled(const T* src, const float* factor, int64_t count, int64_t width, int64_t depth, typename Op::Word* dst) {
+  const auto number = [&](int64_t row, int64_t h) {
+    return row < count && h < width ? to_float(src[row * width + h]) * factor[row] : 0.0f;
+  };
+  for (int64_t h = 0; h < width; h += kPanel, dst += depth * kPanel)
+    for (int64_t k = 0; k < kPanel / Op::kPack; ++k)
+      for (int i = 0; i < kPanel; ++i)
+        dst[k * kPanel + i] = Op::word(number(k * Op::kPack, h + i), number(k * Op::kPack + Op::kPack - 1, h + i));
 }
 
 }  // namespace bpo

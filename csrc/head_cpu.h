@@ -12,27 +12,40 @@
 
 namespace bpo {
 
-constexpr int64_t kPackBytes = 512 * 1024;          // both forms of a W block, staged and packed, to stay in L2
+constexpr int64_t kPackBytes = 512 * 1024;          // both packed forms of a W block, to stay in L2
 constexpr int64_t kMaxBlock = 112;                  // logits of a block and a panel, to stay in L1
 constexpr int64_t kGroupBytes = 8 * 1024 * 1024;    // X and dX panels of a group, to stay in L3
 constexpr double kOverflow = 1e30;                  // row sums past this are done again with the largest logit as shift
 
-template <class T>
+// `Number` is the inputs' type, `Logits` and `Grads` the words of the products that make logits, and dX and dW.
+template <class Number_, class Logits_, class Grads_>
 struct Head {
-  const T* hidden;
-  const T* weight;
+  using Number = Number_;
+  using Logits = Logits_;
+  using Grads = Grads_;
+  using Kept = typename Grads::Number;
+
+  const Number* hidden;
+  const Number* weight;
   const int64_t* targets;
   int64_t num_rows, width, vocab;
   float scale, softcap;  // softcap 0: none
 
   int64_t block() const {
-    const int64_t rows = kPackBytes / (2 * sizeof(float) * std::max<int64_t>(width, 1)) / kRows * kRows;
-    return std::clamp<int64_t>(rows, kRows, kMaxBlock / kRows * kRows);
+    const int64_t row_bytes = (4 / Logits::kPack + 4 / Grads::kPack) * std::max<int64_t>(width, 1);
+    return std::clamp<int64_t>(kPackBytes / row_bytes / kRows * kRows, kRows, kMaxBlock / kRows * kRows);
   }
+  int64_t row_words() const { return (width + Logits::kPack - 1) / Logits::kPack; }
   int64_t padded_vocab() const { return round_up(vocab, kRows); }
   int64_t padded_width() const { return round_up(width, kRows); }
   int64_t num_panels() const { return (num_rows + kPanel - 1) / kPanel; }
 };
+
+// Words of a column of `rows` rows.
+template <class H>
+int64_t column_words(int64_t rows) {
+  return (rows + H::Grads::kPack - 1) / H::Grads::kPack;
+}
 
 // [4][T]: the fields of RowStats.
 struct Stats {
@@ -61,8 +74,8 @@ float dot(const T* a, const T* b, int64_t n) {
   return static_cast<float>(sum);
 }
 
-template <class T>
-void start_panel(const Head<T>& head, int64_t panel, Panel& out) {
+template <class H>
+void start_panel(const H& head, int64_t panel, Panel& out) {
   for (int lane = 0; lane < kPanel; ++lane) {
     const int64_t row = panel * kPanel + lane;
     const bool live = row < head.num_rows;
@@ -76,8 +89,8 @@ void start_panel(const Head<T>& head, int64_t panel, Panel& out) {
 }
 
 // Raw products of a block [rows][kPanel] -> E in place (times the slope of the cap), zero at the target; adds to S'.
-template <class T>
-void exp_block(const Head<T>& head, float* z, int64_t first, int64_t rows, Panel& panel) {
+template <class H>
+void exp_block(const H& head, float* z, int64_t first, int64_t rows, Panel& panel) {
   const Vec zero{};
   for (int half = 0; half < kPanel; half += kLanes) {
     IVec target;
@@ -103,8 +116,8 @@ void exp_block(const Head<T>& head, float* z, int64_t first, int64_t rows, Panel
 }
 
 // Raw products of a block -> the largest logit of each lane, the target's left out.
-template <class T>
-void top_block(const Head<T>& head, const float* z, int64_t first, int64_t rows, Panel& panel) {
+template <class H>
+void top_block(const H& head, const float* z, int64_t first, int64_t rows, Panel& panel) {
   for (int64_t v = 0; v < rows; ++v) {
     for (int lane = 0; lane < kPanel; ++lane) {
       float x = z[v * kPanel + lane];
@@ -114,74 +127,149 @@ void top_block(const Head<T>& head, const float* z, int64_t first, int64_t rows,
   }
 }
 
-// One thread's panels with their packed rows, and the scratch of a vocabulary block.
-template <class T>
+// E of a block [rows][kPanel] -> the right operand of dX [words of a column][kPanel].
+template <class H>
+const typename H::Grads::Word* column_pairs(float* e, int64_t rows, typename H::Grads::Word* out) {
+  if constexpr (H::Grads::kPack == 1) {
+    return e;
+  } else {
+    for (int64_t k = 0; k < column_words<H>(rows); ++k) {
+      const float* first = e + 2 * k * kPanel;
+      const float* second = first + kPanel;
+      if (2 * k + 1 == rows) std::fill_n(e + rows * kPanel, kPanel, 0.0f);
+      for (int i = 0; i < kPanel; ++i) out[k * kPanel + i] = H::Grads::word(first[i], second[i]);
+    }
+    return out;
+  }
+}
+
+// The same from E as it was kept.
+template <class H>
+const typename H::Grads::Word* kept_pairs(const typename H::Kept* e, int64_t rows, typename H::Grads::Word* out) {
+  if constexpr (H::Grads::kPack == 1) {
+    return e;
+  } else {
+    const typename H::Kept none[kPanel] = {};
+    for (int64_t k = 0; k < column_words<H>(rows); ++k) {
+      const auto* first = e + 2 * k * kPanel;
+      const auto* second = 2 * k + 1 == rows ? none : first + kPanel;
+      for (int i = 0; i < kPanel; ++i) out[k * kPanel + i] = H::Grads::word(first[i], second[i]);
+    }
+    return out;
+  }
+}
+
+// dX of a panel before its scaling += W^T E, for one block: `left` from pack_across, `right` E in words.
+template <class H>
+void add_dx(const H& head, const typename H::Grads::Word* left, const typename H::Grads::Word* right, int64_t rows,
+            float* pull) {
+  const int64_t depth = column_words<H>(rows);
+  for (int64_t h = 0; h < head.width; h += kRows) {
+    float* c = pull + h * kPanel;
+    if (h + kRows < head.width) prefetch_tile(c + kRows * kPanel, kPanel, kRows);
+    tile<typename H::Grads>(left + h * depth, right, depth, c, kPanel, true);
+  }
+}
+
+// The packed forms of one vocabulary block, and the scratch to make them and a panel's logits.
+template <class H>
+struct Block {
+  using Along = typename H::Logits::Word;
+  using Across = typename H::Grads::Word;
+  Array<Along> along, row_words;
+  Array<Across> across, lines, pairs;
+  Buffer logits;
+
+  Block(const H& h, bool logits_too, bool dx)
+      : along(make_array<Along>(logits_too ? h.block() * h.row_words() : 0)),
+        row_words(make_array<Along>(logits_too ? kRows * h.row_words() : 0)),
+        across(make_array<Across>(dx ? column_words<H>(h.block()) * h.padded_width() : 0)),
+        lines(make_array<Across>(dx ? kLines * h.padded_width() : 0)),
+        pairs(make_array<Across>(column_words<H>(h.block()) * kPanel)),
+        logits(make_buffer((h.block() + 1) * kPanel)) {}
+
+  void pack_logits(const H& h, int64_t first, int64_t rows) {
+    pack_along<typename H::Logits>(h.weight + first * h.width, rows, h.width, row_words.get(), along.get());
+  }
+  void pack_dx(const H& h, int64_t first, int64_t rows) {
+    pack_across<typename H::Grads>(h.weight + first * h.width, rows, h.width, lines.get(), across.get());
+  }
+  // Raw products of the block with one panel of tokens, in `logits`.
+  void multiply(const H& h, const Along* tokens, int64_t rows) {
+    for (int64_t v = 0; v < rows; v += kRows)
+      tile<typename H::Logits>(along.get() + v * h.row_words(), tokens, h.row_words(), logits.get() + v * kPanel, kPanel, false);
+  }
+};
+
+// One thread's panels with their packed rows.
+template <class H>
 struct Group {
-  const Head<T>& head;
+  using Token = typename H::Logits::Word;
+  const H& head;
   int64_t first_panel, count;
   bool wants_dx;
-  float* kept;  // E of all panels [panel][padded_vocab][kPanel], or null
-  Buffer x, pull, staged, packed, logits;
+  typename H::Kept* kept;  // E of all panels [panel][padded_vocab][kPanel], or null
+  Array<Token> x;
+  Buffer pull;
+  Block<H> block;
   std::vector<Panel> panels;
 
-  Group(const Head<T>& h, int64_t first, int64_t n, bool dx, float* e)
+  Group(const H& h, int64_t first, int64_t n, bool dx, typename H::Kept* e)
       : head(h),
         first_panel(first),
         count(n),
         wants_dx(dx),
         kept(e),
-        x(make_buffer(n * h.width * kPanel)),
+        x(make_array<Token>(n * h.row_words() * kPanel)),
         pull(make_buffer(dx ? n * h.padded_width() * kPanel : 0)),
-        staged(make_buffer(h.block() * staged_stride(h.width))),
-        packed(make_buffer(h.block() * h.width)),
-        logits(make_buffer(h.block() * kPanel)),
+        block(h, true, dx),
         panels(n) {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = (first + i) * kPanel;
-      pack_tokens(h.hidden + row * h.width, h.num_rows - row, h.width, x_panel(i));
+      const auto* rows = h.hidden + row * h.width;
+      pack_tokens<typename H::Logits>(rows, h.num_rows - row, h.width, block.row_words.get(), x_panel(i));
       start_panel(h, first + i, panels[i]);
     }
   }
 
-  float* x_panel(int64_t i) { return x.get() + i * head.width * kPanel; }
+  Token* x_panel(int64_t i) { return x.get() + i * head.row_words() * kPanel; }
   float* pull_panel(int64_t i) { return pull.get() + i * head.padded_width() * kPanel; }
-  float* kept_panel(int64_t i) { return kept + (first_panel + i) * head.padded_vocab() * kPanel; }
+  typename H::Kept* kept_panel(int64_t i) { return kept + (first_panel + i) * head.padded_vocab() * kPanel; }
 };
 
 enum class Pass { kExp, kTop };
 
 // Sweep the vocabulary over the panels of `which`: E and S' (and dX before its scaling), or the largest logits.
-template <class T>
-void sweep(Group<T>& g, const std::vector<int64_t>& which, Pass pass) {
-  const Head<T>& head = g.head;
-  const bool dx = g.wants_dx && pass == Pass::kExp;
-  const int64_t stride = staged_stride(head.width);
+template <class H>
+void sweep(Group<H>& g, const std::vector<int64_t>& which, Pass pass) {
+  const H& head = g.head;
+  const bool dx = g.wants_dx && pass == Pass::kExp, keep = g.kept != nullptr && pass == Pass::kExp;
+  float* z = g.block.logits.get();
   for (int64_t i : which)
     if (dx) std::fill_n(g.pull_panel(i), head.padded_width() * kPanel, 0.0f);
   for (int64_t first = 0; first < head.vocab; first += head.block()) {
     const int64_t rows = std::min(head.block(), head.vocab - first);
-    stage_rows(head.weight + first * head.width, rows, head.width, g.staged.get());
-    pack_rows(g.staged.get(), rows, head.width, g.packed.get());
+    g.block.pack_logits(head, first, rows);
+    if (dx) g.block.pack_dx(head, first, rows);
     for (int64_t i : which) {
-      const bool keep = g.kept != nullptr && pass == Pass::kExp;
-      float* z = keep ? g.kept_panel(i) + first * kPanel : g.logits.get();
-      for (int64_t v = 0; v < rows; v += kRows)
-        tile(g.packed.get() + v * head.width, kRows, g.x_panel(i), head.width, z + v * kPanel, kPanel, false);
+      g.block.multiply(head, g.x_panel(i), rows);
       if (pass == Pass::kTop) {
         top_block(head, z, first, rows, g.panels[i]);
         continue;
       }
       exp_block(head, z, first, rows, g.panels[i]);
-      if (!dx) continue;
-      for (int64_t h = 0; h < head.width; h += kRows)
-        tile(g.staged.get() + h, stride, z, rows, g.pull_panel(i) + h * kPanel, kPanel, true);
+      if (keep) {
+        auto* out = g.kept_panel(i) + first * kPanel;
+        for (int64_t j = 0; j < rows * kPanel; ++j) assign(out[j], z[j]);
+      }
+      if (dx) add_dx(head, g.block.across.get(), column_pairs<H>(z, rows, g.block.pairs.get()), rows, g.pull_panel(i));
     }
   }
 }
 
 // Rows whose sum left the safe range: their largest logit becomes the shift, and their panel is swept again.
-template <class T>
-void redo_overflows(Group<T>& g) {
+template <class H>
+void redo_overflows(Group<H>& g) {
   std::vector<int64_t> bad;
   const auto over = [](double sum) { return !(sum <= kOverflow); };
   for (int64_t i = 0; i < g.count; ++i)
@@ -198,17 +286,17 @@ void redo_overflows(Group<T>& g) {
   sweep(g, bad, Pass::kExp);
 }
 
-template <class T>
-float target_slope(const Head<T>& head, float scaled_logit) {
+template <class H>
+float target_slope(const H& head, float scaled_logit) {
   if (head.softcap <= 0) return 1.0f;
   const float t = scaled_logit / (head.scale * head.softcap);
   return 1.0f - t * t;
 }
 
 // Statistics, the target's entry of E and dX of a swept panel.
-template <class T>
-void finish_panel(Group<T>& g, int64_t i, Stats& stats, float* unit_dx) {
-  const Head<T>& head = g.head;
+template <class H>
+void finish_panel(Group<H>& g, int64_t i, Stats& stats, float* unit_dx) {
+  const H& head = g.head;
   const Panel& p = g.panels[i];
   for (int lane = 0; lane < kPanel; ++lane) {
     const int64_t row = (g.first_panel + i) * kPanel + lane;
@@ -220,9 +308,9 @@ void finish_panel(Group<T>& g, int64_t i, Stats& stats, float* unit_dx) {
     stats.inv_sum[row] = static_cast<float>(1.0 / total);
     stats.miss[row] = static_cast<float>(p.sum[lane] / total);
     const float slope = target_slope(head, p.target_logit[lane]);
-    if (g.kept) g.kept_panel(i)[head.targets[row] * kPanel + lane] = -static_cast<float>(p.sum[lane]) * slope;
+    if (g.kept) assign(g.kept_panel(i)[head.targets[row] * kPanel + lane], -static_cast<float>(p.sum[lane]) * slope);
     if (!unit_dx) continue;
-    const T* w = head.weight + head.targets[row] * head.width;
+    const auto* w = head.weight + head.targets[row] * head.width;
     const float push = head.scale * stats.miss[row] * slope, pull = head.scale * stats.inv_sum[row];
     const float* acc = g.pull_panel(i) + lane;
     for (int64_t h = 0; h < head.width; ++h)
@@ -231,12 +319,12 @@ void finish_panel(Group<T>& g, int64_t i, Stats& stats, float* unit_dx) {
 }
 
 // Statistics of the panels [begin, end); d logp / d hidden and E where the caller gives room for them.
-template <class T>
-void score_panels(const Head<T>& head, int64_t begin, int64_t end, Stats stats, float* unit_dx, float* kept) {
+template <class H>
+void score_panels(const H& head, int64_t begin, int64_t end, Stats stats, float* unit_dx, typename H::Kept* kept) {
   const int64_t panel_bytes = 2 * kPanel * sizeof(float) * std::max<int64_t>(head.width, 1);
   const int64_t step = std::max<int64_t>(4, kGroupBytes / panel_bytes);
   for (int64_t first = begin; first < end; first += step) {
-    Group<T> group(head, first, std::min(step, end - first), unit_dx != nullptr, kept);
+    Group<H> group(head, first, std::min(step, end - first), unit_dx != nullptr, kept);
     std::vector<int64_t> all(group.count);
     for (int64_t i = 0; i < group.count; ++i) all[i] = i;
     sweep(group, all, Pass::kExp);
@@ -245,25 +333,32 @@ void score_panels(const Head<T>& head, int64_t begin, int64_t end, Stats stats, 
   }
 }
 
-// dX of the panels [begin, end) from kept E; panels whose rows all have factor 0 are skipped.
-template <class T>
-void kept_dx_panels(const Head<T>& head, const float* kept, const float* factor, int64_t begin, int64_t end, float* dx) {
+// Panels of [begin, end) with a factor that is not 0.
+template <class H>
+std::vector<int64_t> live_panels(const H& head, const float* factor, int64_t begin, int64_t end) {
   std::vector<int64_t> live;
   for (int64_t p = begin; p < end; ++p) {
     const float* rows = factor + p * kPanel;
     const int64_t count = std::min<int64_t>(kPanel, head.num_rows - p * kPanel);
     if (std::any_of(rows, rows + count, [](float f) { return f != 0; })) live.push_back(p);
   }
-  const int64_t panel_size = head.padded_width() * kPanel, stride = staged_stride(head.width);
-  Buffer pull = make_buffer(live.size() * panel_size), staged = make_buffer(head.block() * stride);
+  return live;
+}
+
+// dX of the panels [begin, end) from kept E; panels whose rows all have factor 0 are skipped.
+template <class H>
+void kept_dx_panels(const H& head, const typename H::Kept* kept, const float* factor, int64_t begin, int64_t end, float* dx) {
+  const std::vector<int64_t> live = live_panels(head, factor, begin, end);
+  const int64_t panel_size = head.padded_width() * kPanel;
+  Buffer pull = make_buffer(live.size() * panel_size);
+  Block<H> block(head, false, true);
   std::fill_n(pull.get(), live.size() * panel_size, 0.0f);
   for (int64_t first = 0; first < head.vocab && !live.empty(); first += head.block()) {
     const int64_t rows = std::min(head.block(), head.vocab - first);
-    stage_rows(head.weight + first * head.width, rows, head.width, staged.get());
+    block.pack_dx(head, first, rows);
     for (size_t i = 0; i < live.size(); ++i) {
-      const float* e = kept + (live[i] * head.padded_vocab() + first) * kPanel;
-      for (int64_t h = 0; h < head.width; h += kRows)
-        tile(staged.get() + h, stride, e, rows, pull.get() + i * panel_size + h * kPanel, kPanel, true);
+      const auto* e = kept + (live[i] * head.padded_vocab() + first) * kPanel;
+      add_dx(head, block.across.get(), kept_pairs<H>(e, rows, block.pairs.get()), rows, pull.get() + i * panel_size);
     }
   }
   std::fill_n(dx + begin * kPanel * head.width, (std::min(end * kPanel, head.num_rows) - begin * kPanel) * head.width, 0.0f);

@@ -14,8 +14,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <class T>
-bpo::Head<T> make_head(const Tensor& hidden, const Tensor& weight, const int64_t* targets, double scale, double softcap) {
+template <class H>
+H make_head(const Tensor& hidden, const Tensor& weight, const int64_t* targets, double scale, double softcap) {
+  using T = typename H::Number;
   return {static_cast<const T*>(hidden.const_data_ptr()),
           static_cast<const T*>(weight.const_data_ptr()),
           targets,
@@ -26,32 +27,57 @@ bpo::Head<T> make_head(const Tensor& hidden, const Tensor& weight, const int64_t
           static_cast<float>(softcap)};
 }
 
-float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+float* floats(const Tensor& t) { return data<float>(t); }
 const int64_t* ints(const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); }
 
-// Calls f with a value of the tensor's element type.
+template <class H>
+struct Type {
+  using type = H;
+};
+
+// Calls f with the type of head for the inputs' element type; `narrow` asks for products of bfloat16 in the gradients, and
+// in the logits where the inputs are bfloat16.
 template <class F>
-void dispatch(const Tensor& t, const F& f) {
+void dispatch(const Tensor& t, bool narrow, const F& f) {
+  using bpo::Floats;
+#if defined(__AVX512BF16__)
+  using bpo::Pairs;
+  if (narrow && t.scalar_type() == ScalarType::BFloat16) return f(Type<bpo::Head<bpo::BFloat16, Pairs, Pairs>>{});
+  if (narrow && t.scalar_type() == ScalarType::Float) return f(Type<bpo::Head<float, Floats, Pairs>>{});
+#endif
+  STD_TORCH_CHECK(!narrow, "no bfloat16 products on this processor for this element type");
   switch (t.scalar_type()) {
     case ScalarType::Float:
-      return f(float{});
+      return f(Type<bpo::Head<float, Floats, Floats>>{});
     case ScalarType::BFloat16:
-      return f(bpo::BFloat16{});
+      return f(Type<bpo::Head<bpo::BFloat16, Floats, Floats>>{});
 #if defined(__FLT16_MAX__)
     case ScalarType::Half:
-      return f(_Float16{});
+      return f(Type<bpo::Head<_Float16, Floats, Floats>>{});
 #endif
     default:
       STD_TORCH_CHECK(false, "this element type has no native kernel");
   }
 }
 
-void score(Tensor hidden, Tensor weight, Tensor targets, double scale, double softcap, Tensor stats,
+// Calls f with the address of dW, which is float or bfloat16.
+template <class F>
+void with_sums(const Tensor& dw, const F& f) {
+  if (dw.scalar_type() == ScalarType::BFloat16) return f(data<bpo::BFloat16>(dw));
+  f(floats(dw));
+}
+
+void score(Tensor hidden, Tensor weight, Tensor targets, double scale, double softcap, bool narrow, Tensor stats,
            std::optional<Tensor> unit_dx, std::optional<Tensor> kept) {
-  dispatch(hidden, [&](auto zero) {
-    const auto head = make_head<decltype(zero)>(hidden, weight, ints(targets), scale, softcap);
+  dispatch(hidden, narrow, [&](auto type) {
+    using H = typename decltype(type)::type;
+    const auto head = make_head<H>(hidden, weight, ints(targets), scale, softcap);
     float* dx = unit_dx ? floats(*unit_dx) : nullptr;
-    float* e = kept ? floats(*kept) : nullptr;
+    auto* e = kept ? data<typename H::Kept>(*kept) : nullptr;
     const bpo::Stats out(floats(stats), head.num_rows);
     torch::stable::parallel_for(0, head.num_panels(), 1, [&](int64_t begin, int64_t end) {
       bpo::score_panels(head, begin, end, out, dx, e);
@@ -59,75 +85,67 @@ void score(Tensor hidden, Tensor weight, Tensor targets, double scale, double so
   });
 }
 
-void kept_dx(Tensor kept, Tensor weight, Tensor factor, Tensor dx) {
-  dispatch(weight, [&](auto zero) {
-    const auto head = make_head<decltype(zero)>(dx, weight, nullptr, 1.0, 0.0);
+void kept_dx(Tensor kept, Tensor weight, bool narrow, Tensor factor, Tensor dx) {
+  dispatch(weight, narrow, [&](auto type) {
+    using H = typename decltype(type)::type;
+    const auto head = make_head<H>(dx, weight, nullptr, 1.0, 0.0);
     torch::stable::parallel_for(0, head.num_panels(), 1, [&](int64_t begin, int64_t end) {
-      bpo::kept_dx_panels(head, floats(kept), floats(factor), begin, end, floats(dx));
+      bpo::kept_dx_panels(head, data<typename H::Kept>(kept), floats(factor), begin, end, floats(dx));
     });
   });
 }
 
-// Rows of the live panels times their factor, as the right operand of dW.
-template <class T>
-bpo::Buffer scaled_tokens(const bpo::Head<T>& head, const float* factor, const std::vector<int64_t>& live) {
-  const int64_t rows = live.size() * bpo::kPanel;
-  bpo::Buffer out = bpo::make_buffer(rows * bpo::round_up(head.width, bpo::kPanel));
-  std::vector<T> gathered(rows * head.width);
-  std::vector<float> factors(rows, 0.0f);
-  for (size_t i = 0; i < live.size(); ++i) {
-    const int64_t from = live[i] * bpo::kPanel, count = std::min<int64_t>(bpo::kPanel, head.num_rows - from);
-    std::copy_n(head.hidden + from * head.width, count * head.width, gathered.data() + i * bpo::kPanel * head.width);
-    std::copy_n(factor + from, count, factors.data() + i * bpo::kPanel);
-  }
-  bpo::pack_scaled(gathered.data(), factors.data(), rows, head.width, out.get());
-  return out;
-}
-
-void kept_dw(Tensor kept, Tensor hidden, Tensor factor, Tensor dw) {
-  dispatch(hidden, [&](auto zero) {
-    using T = decltype(zero);
-    auto head = make_head<T>(hidden, dw, nullptr, 1.0, 0.0);
-    std::vector<int64_t> live;
-    for (int64_t p = 0; p < head.num_panels(); ++p)
-      for (int64_t row = p * bpo::kPanel; row < std::min((p + 1) * bpo::kPanel, head.num_rows); ++row)
-        if (floats(factor)[row] != 0) {
-          live.push_back(p);
-          break;
-        }
+void kept_dw(Tensor kept, Tensor hidden, bool narrow, Tensor factor, Tensor dw) {
+  dispatch(hidden, narrow, [&](auto type) {
+    using H = typename decltype(type)::type;
+    const auto head = make_head<H>(hidden, dw, nullptr, 1.0, 0.0);
+    const auto live = bpo::live_panels(head, floats(factor), 0, head.num_panels());
     if (live.empty()) return;
-    const bpo::Buffer x = scaled_tokens(head, floats(factor), live);
+    const auto x = bpo::scaled_tokens(head, floats(factor), live);
     const int64_t blocks = (head.vocab + head.block() - 1) / head.block();
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      bpo::kept_dw_blocks(head, floats(kept), live, x.get(), begin, end, floats(dw));
+    with_sums(dw, [&](auto* out) {
+      torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+        bpo::kept_dw_blocks(head, data<typename H::Kept>(kept), live, x.get(), begin, end, out);
+      });
     });
   });
 }
 
-void recompute_dw(Tensor hidden, Tensor weight, Tensor targets, double scale, double softcap, Tensor shift, Tensor factor,
-                  Tensor push, Tensor dw) {
-  dispatch(hidden, [&](auto zero) {
-    const auto head = make_head<decltype(zero)>(hidden, weight, ints(targets), scale, softcap);
-    const int64_t count = head.num_panels();
-    std::vector<int64_t> live(count);
+void recompute_dw(Tensor hidden, Tensor weight, Tensor targets, double scale, double softcap, bool narrow, Tensor shift,
+                  Tensor miss_sums, Tensor factor, Tensor dw) {
+  dispatch(hidden, narrow, [&](auto type) {
+    using H = typename decltype(type)::type;
+    using Token = typename H::Logits::Word;
+    const auto head = make_head<H>(hidden, weight, ints(targets), scale, softcap);
+    const int64_t count = head.num_panels(), panel_words = head.row_words() * bpo::kPanel;
+    std::vector<int64_t> all(count);
     std::vector<bpo::Panel> panels(count);
-    bpo::Buffer tokens = bpo::make_buffer(count * head.width * bpo::kPanel);
+    const auto tokens = bpo::make_array<Token>(count * panel_words), line = bpo::make_array<Token>(head.row_words());
     for (int64_t p = 0; p < count; ++p) {
       const int64_t row = p * bpo::kPanel, lanes = std::min<int64_t>(bpo::kPanel, head.num_rows - row);
-      live[p] = p;
-      bpo::pack_tokens(head.hidden + row * head.width, lanes, head.width, tokens.get() + row * head.width);
+      all[p] = p;
+      bpo::pack_tokens<typename H::Logits>(head.hidden + row * head.width, lanes, head.width, line.get(),
+                                           tokens.get() + p * panel_words);
       bpo::start_panel(head, p, panels[p]);
       std::copy_n(floats(shift) + row, lanes, panels[p].shift);
     }
-    const bpo::Buffer x = scaled_tokens(head, floats(factor), live);
+    const auto x = bpo::scaled_tokens(head, floats(factor), all);
     const int64_t blocks = (head.vocab + head.block() - 1) / head.block();
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      bpo::recompute_dw_blocks(head, panels, tokens.get(), x.get(), begin, end, floats(dw));
+    with_sums(dw, [&](auto* out) {
+      torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+        bpo::recompute_dw_blocks(head, panels, floats(miss_sums), tokens.get(), x.get(), begin, end, out);
+      });
     });
-    bpo::push_targets(head, panels, floats(push), floats(dw));
   });
 }
 
+bool has_pairs() {
+#if defined(__AVX512BF16__)
+  return true;
+#else
+  return false;
+#endif
+}
 int64_t panel_lanes() { return bpo::kPanel; }
 int64_t tile_rows() { return bpo::kRows; }
 
@@ -135,13 +153,14 @@ int64_t tile_rows() { return bpo::kRows; }
 
 STABLE_TORCH_LIBRARY(bpo_fast_cpu, m) {
   m.def(
-      "score(Tensor hidden, Tensor weight, Tensor targets, float scale, float softcap, Tensor(a!) stats, "
+      "score(Tensor hidden, Tensor weight, Tensor targets, float scale, float softcap, bool narrow, Tensor(a!) stats, "
       "Tensor(b!)? unit_dx, Tensor(c!)? kept) -> ()");
-  m.def("kept_dx(Tensor kept, Tensor weight, Tensor factor, Tensor(a!) dx) -> ()");
-  m.def("kept_dw(Tensor kept, Tensor hidden, Tensor factor, Tensor(a!) dw) -> ()");
+  m.def("kept_dx(Tensor kept, Tensor weight, bool narrow, Tensor factor, Tensor(a!) dx) -> ()");
+  m.def("kept_dw(Tensor kept, Tensor hidden, bool narrow, Tensor factor, Tensor(a!) dw) -> ()");
   m.def(
-      "recompute_dw(Tensor hidden, Tensor weight, Tensor targets, float scale, float softcap, Tensor shift, Tensor factor, "
-      "Tensor push, Tensor(a!) dw) -> ()");
+      "recompute_dw(Tensor hidden, Tensor weight, Tensor targets, float scale, float softcap, bool narrow, Tensor shift, "
+      "Tensor miss_sums, Tensor factor, Tensor(a!) dw) -> ()");
+  m.def("has_pairs() -> bool");
   m.def("panel_lanes() -> int");
   m.def("tile_rows() -> int");
 }
@@ -154,6 +173,7 @@ STABLE_TORCH_LIBRARY_IMPL(bpo_fast_cpu, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bpo_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("has_pairs", TORCH_BOX(&has_pairs));
   m.impl("panel_lanes", TORCH_BOX(&panel_lanes));
   m.impl("tile_rows", TORCH_BOX(&tile_rows));
 }

@@ -26,11 +26,12 @@ from bpo_fast_bench.kernels_impls import (
     Problem,
     answer,
     errors,
-    implementations,
     make_inputs,
 )
+from bpo_fast_bench.kernels_peers import PEERS, implementations
 
-OPS = ("forward", "step", "pair_loss")
+OPS = ("forward", "step", "behavior", "pair_loss")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUR_BACKENDS = ("native", "torch", "triton", "triton-gemm")
 # Ours must keep the promise of the operators. Peers only have to compute the same thing: their errors are reported.
 OUR_GATE = {"value": 1e-4, "dx": 4e-3, "dw": 4e-3}
@@ -45,10 +46,11 @@ class KernelBench:
     """What to measure.
 
     Attributes:
-        ops: of "forward", "step", "pair_loss".
-        heads: of "frozen", "trained"; for "step".
+        ops: of "forward", "step", "behavior", "pair_loss".
+        heads: of "frozen", "trained"; for "step" and "behavior".
         shapes: (rows, hidden, vocabulary) each; the device's own list if empty.
-        peers: of "compile", "liger", "cce"; only on a GPU and only where importable.
+        peers: of "compile", "liger", "liger-dpo", "cce"; only where importable, and on a CPU "liger-dpo" alone.
+        dtypes: of "float32", "bfloat16", "float16"; bfloat16 on a GPU and float32 and bfloat16 on a CPU if empty.
         data: "peaked" or "gauss".
         pairs: pairs of "forward" and "step".
         json_path: where the measurements go.
@@ -60,7 +62,8 @@ class KernelBench:
     ops: tuple[str, ...] = OPS
     heads: tuple[str, ...] = ("frozen", "trained")
     shapes: tuple[tuple[int, int, int], ...] = ()
-    peers: tuple[str, ...] = ("compile", "liger", "cce")
+    peers: tuple[str, ...] = PEERS
+    dtypes: tuple[str, ...] = ()
     data: str = "peaked"
     pairs: int = 8
     json_path: Path | None = None
@@ -78,8 +81,10 @@ def run(options: KernelBench) -> dict[str, Any]:
     check(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record: dict[str, Any] = {"environment": environment(device), "options": printable(options), "problems": []}
+    dtypes = options.dtypes or (("bfloat16",) if device.type == "cuda" else ("float32", "bfloat16"))
     for problem in problems(options, device):
-        record["problems"].append(measure(problem, device, options))
+        for dtype in dtypes[:1] if problem.op == "pair_loss" else dtypes:
+            record["problems"].append(measure(problem, dtype, device, options))
     if options.static:
         record["static"] = static_figures()
     if options.json_path:
@@ -94,7 +99,7 @@ def run(options: KernelBench) -> dict[str, Any]:
 
 def check(options: KernelBench) -> None:
     """Refuse what the options do not offer."""
-    choices = {"ops": OPS, "heads": ("frozen", "trained"), "peers": ("compile", "liger", "cce")}
+    choices = {"ops": OPS, "heads": ("frozen", "trained"), "peers": PEERS, "dtypes": tuple(DTYPES)}
     for name, allowed in choices.items():
         for value in getattr(options, name):
             if value not in allowed:
@@ -118,15 +123,15 @@ def problems(options: KernelBench, device: torch.device) -> list[Problem]:
             out.append(Problem(op, "frozen", 4 * 4096, 1, 2, 256 if options.quick else 4096, options.data))
             continue
         for shape in shapes:
-            heads = options.heads if op == "step" else ("frozen",)
+            heads = options.heads if op in ("step", "behavior") else ("frozen",)
             out += [Problem(op, head, *shape, options.pairs, options.data) for head in heads]
     return out
 
 
-def measure(problem: Problem, device: torch.device, options: KernelBench) -> dict[str, Any]:
+def measure(problem: Problem, dtype: str, device: torch.device, options: KernelBench) -> dict[str, Any]:
     """Gate, then time and weigh the implementations of one problem."""
     gpu = device.type == "cuda"
-    sets = make_inputs(problem, device, torch.bfloat16 if gpu else torch.float32, 3)
+    sets = make_inputs(problem, device, DTYPES[dtype], 3)
     want, lengths = answer(problem, sets[0]), sets[0].cu_seqlens.diff()
     rows, passed = {}, {}
     for name, call in implementations(problem, device, options.peers).items():
@@ -145,7 +150,8 @@ def measure(problem: Problem, device: torch.device, options: KernelBench) -> dic
     for row in rows.values():
         if "seconds" in row:
             row["against_eager"] = against(rows["eager"], row)
-    return {"problem": asdict(problem), "label": problem.label(), "implementations": rows}
+    label = problem.label() if problem.op == "pair_loss" else f"{problem.label()} {dtype}"
+    return {"problem": asdict(problem), "dtype": dtype, "label": label, "implementations": rows}
 
 
 def gate(name: str, call: Implementation, inputs: Inputs, want: Outcome, lengths: torch.Tensor) -> dict[str, Any]:
@@ -289,6 +295,9 @@ def main() -> None:
     parser.add_argument("--op", action="append", choices=OPS, help="repeatable; all by default")
     parser.add_argument("--head", action="append", choices=("frozen", "trained"), help="repeatable; both by default")
     parser.add_argument("--shapes", action="append", default=[], help="TxHxV, repeatable, such as 1024x256x32000")
+    parser.add_argument(
+        "--dtype", action="append", choices=tuple(DTYPES), help="repeatable; the device's own by default"
+    )
     parser.add_argument("--data", default="peaked", choices=("peaked", "gauss"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="figure without suffix; PNG and SVG are written")
@@ -299,6 +308,7 @@ def main() -> None:
         ops=tuple(given.op or OPS),
         heads=tuple(given.head or ("frozen", "trained")),
         shapes=tuple(parse_shape(text) for text in given.shapes),
+        dtypes=tuple(given.dtype or ()),
         data=given.data,
         json_path=given.json,
         plot_path=given.plot,

@@ -1,11 +1,10 @@
 """What `bench kernels` compares: input sets, float64 answers, and the implementations of every operation.
 
 Operations on T rows, H hidden, V vocabulary, P pairs: "forward" (sequence log-probs), "step" (pair loss from hidden
-states with gradients, head frozen or trained), "pair_loss" (losses and coefficients from sequence log-probs).
+states with gradients, head frozen or trained), "behavior" (the same with reference log-probs that are computed, too,
+from the behavior's hidden states), "pair_loss" (losses and coefficients from sequence log-probs).
 """
 
-import importlib
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ class Problem:
     """One question for every implementation.
 
     Attributes:
-        op: "forward", "step" or "pair_loss".
-        head: "frozen" or "trained"; matters to "step".
+        op: "forward", "step", "behavior" or "pair_loss".
+        head: "frozen" or "trained"; matters to "step" and "behavior".
         rows, width, vocab, pairs: T, H, V, P.
         data: "peaked" (logit std 3, mean log-prob -0.4) or "gauss" (logit std 1, random targets).
     """
@@ -39,14 +38,15 @@ class Problem:
 
     def min_flop(self) -> float:
         """The least any implementation must compute."""
-        gemms = {"forward": 1, "step": 3 if self.head == "trained" else 2, "pair_loss": 0}[self.op]
+        step = 3 if self.head == "trained" else 2
+        gemms = {"forward": 1, "step": step, "behavior": step + 1, "pair_loss": 0}[self.op]
         return gemms * 2.0 * self.rows * self.width * self.vocab
 
     def label(self) -> str:
         """A short name for tables and plots."""
         if self.op == "pair_loss":
             return f"pair_loss P={self.pairs}"
-        head = f" {self.head}" if self.op == "step" else ""
+        head = f" {self.head}" if self.op in ("step", "behavior") else ""
         return f"{self.op}{head} T={self.rows} H={self.width} V={self.vocab}"
 
 
@@ -59,6 +59,7 @@ class Inputs:
     targets: torch.Tensor
     cu_seqlens: torch.Tensor
     ref_logps: torch.Tensor
+    behavior_hidden: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -92,26 +93,37 @@ def make_inputs(problem: Problem, device: torch.device, dtype: torch.dtype, sets
             level = math.log(vocab) + 4.5 + 0.71  # log sum exp of N(0, 9) logits, and 0.71 above it: p = 0.67
             hidden = 3 * hidden - (3 * hidden * own).sum(1, keepdim=True) / own_norm * own + level * own / own_norm
         ref = -0.4 * cuts.diff().float() + torch.randn(2 * problem.pairs, generator=generator)
+        behavior = (hidden + 0.1 * torch.randn(hidden.shape, generator=generator)).to(device, dtype)
         moved = (hidden.to(device, dtype).requires_grad_(), weight, targets.to(device), cuts.to(device), ref.to(device))
-        out.append(Inputs(*moved))
+        out.append(Inputs(*moved, behavior))
     return out
 
 
-def answer(problem: Problem, inputs: Inputs) -> Outcome:
-    """float64 on the very same inputs, 128 rows of logits at a time."""
-    if problem.op == "pair_loss":
-        return Outcome(pair_loss_reference(inputs.ref_logps.double(), torch.zeros_like(inputs.ref_logps).double())[0])
-    weight, lengths = inputs.weight.detach().double(), inputs.cu_seqlens.diff().long()
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    x, logps = inputs.hidden.detach().double(), []
+def _logps64(hidden: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """[2P] float64 sequence log-probs, 128 rows of logits at a time."""
+    x, weight, logps = hidden.detach().double(), inputs.weight.detach().double(), []
     for start in range(0, len(x), 128):
         z = x[start : start + 128] @ weight.T
         logps.append(z.gather(1, inputs.targets[start : start + 128, None]).squeeze(1) - z.logsumexp(1))
-    sums = torch.zeros(len(lengths), dtype=torch.float64, device=x.device).index_add_(0, owner, torch.cat(logps))
+    return torch.segment_reduce(torch.cat(logps), "sum", lengths=inputs.cu_seqlens.diff().long())
+
+
+def answer(problem: Problem, inputs: Inputs) -> Outcome:
+    """float64 on the very same inputs."""
+    if problem.op == "pair_loss":
+        return Outcome(pair_loss_reference(inputs.ref_logps.double(), torch.zeros_like(inputs.ref_logps).double())[0])
+    sums = _logps64(inputs.hidden, inputs)
     if problem.op == "forward":
         return Outcome(sums)
+    ref = _logps64(inputs.behavior_hidden, inputs) if problem.op == "behavior" else inputs.ref_logps.double()
+    x, weight, lengths = (
+        inputs.hidden.detach().double(),
+        inputs.weight.detach().double(),
+        inputs.cu_seqlens.diff().long(),
+    )
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     leaf = sums.requires_grad_()
-    loss, _ = pair_loss_reference(leaf, inputs.ref_logps.double(), beta=BETA)
+    loss, _ = pair_loss_reference(leaf, ref, beta=BETA)
     (slopes,) = torch.autograd.grad(loss.sum() / len(loss), leaf)
     dx = torch.empty_like(x)
     dw = torch.zeros_like(weight) if problem.head == "trained" else None
@@ -137,7 +149,7 @@ def errors(got: Outcome, want: Outcome, lengths: torch.Tensor) -> dict[str, floa
     return out
 
 
-def _gradients(inputs: Inputs, loss: torch.Tensor, values: torch.Tensor) -> Outcome:
+def gradients(inputs: Inputs, loss: torch.Tensor, values: torch.Tensor) -> Outcome:
     wanted = [t for t in (inputs.hidden, inputs.weight) if t.requires_grad]
     grads = torch.autograd.grad(loss, wanted)
     return Outcome(values.detach(), grads[0], grads[1] if len(grads) == 2 else None)
@@ -155,13 +167,24 @@ def ours(problem: Problem, backend: str) -> Implementation:
     def step(inputs: Inputs) -> Outcome:
         args = (inputs.hidden, inputs.weight, inputs.targets, inputs.cu_seqlens, inputs.ref_logps)
         scalar, parts = linear_pair_loss(*args, beta=BETA, backend=backend)
-        return _gradients(inputs, scalar, parts.loss)
+        return gradients(inputs, scalar, parts.loss)
+
+    def behavior(inputs: Inputs) -> Outcome:
+        args = (inputs.weight, inputs.targets, inputs.cu_seqlens)
+        if problem.head == "frozen":
+            logps, ref = linear_logps(inputs.hidden, *args, behavior_hidden=inputs.behavior_hidden, backend=backend)
+            parts = pair_loss(logps, ref, beta=BETA, backend=backend)
+            return gradients(inputs, parts.loss.sum() / len(parts.loss), parts.loss)
+        with torch.no_grad():
+            ref = linear_logps(inputs.behavior_hidden, *args, backend=backend)
+        scalar, parts = linear_pair_loss(inputs.hidden, *args, ref, beta=BETA, backend=backend)
+        return gradients(inputs, scalar, parts.loss)
 
     def pairs(inputs: Inputs) -> Outcome:
         parts = pair_loss(inputs.ref_logps, torch.zeros_like(inputs.ref_logps), backend=backend)
         return Outcome(parts.loss)
 
-    return {"forward": forward, "step": step, "pair_loss": pairs}[problem.op]
+    return {"forward": forward, "step": step, "behavior": behavior, "pair_loss": pairs}[problem.op]
 
 
 def eager(problem: Problem, compiled: bool = False) -> Implementation:
@@ -173,52 +196,30 @@ def eager(problem: Problem, compiled: bool = False) -> Implementation:
 
     scores = torch.compile(logps) if compiled else logps
 
-    def call(inputs: Inputs) -> torch.Tensor:
+    def call(inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
         lengths = inputs.cu_seqlens.diff().long()
         ids = torch.arange(len(lengths), device=lengths.device)
-        owner = torch.repeat_interleave(ids, lengths, output_size=len(inputs.hidden))
-        return scores(inputs.hidden, inputs.weight, inputs.targets, owner, len(lengths))
+        owner = torch.repeat_interleave(ids, lengths, output_size=len(hidden))
+        return scores(hidden, inputs.weight, inputs.targets, owner, len(lengths))
 
     def forward(inputs: Inputs) -> Outcome:
         with torch.no_grad():
-            return Outcome(call(inputs))
+            return Outcome(call(inputs, inputs.hidden))
 
     def step(inputs: Inputs) -> Outcome:
-        values, _ = pair_loss_reference(call(inputs), inputs.ref_logps, beta=BETA)
-        return _gradients(inputs, values.sum() / len(values), values)
+        values, _ = pair_loss_reference(call(inputs, inputs.hidden), inputs.ref_logps, beta=BETA)
+        return gradients(inputs, values.sum() / len(values), values)
+
+    def behavior(inputs: Inputs) -> Outcome:
+        with torch.no_grad():
+            ref = call(inputs, inputs.behavior_hidden)
+        values, _ = pair_loss_reference(call(inputs, inputs.hidden), ref, beta=BETA)
+        return gradients(inputs, values.sum() / len(values), values)
 
     def pairs(inputs: Inputs) -> Outcome:
         return Outcome(pair_loss_reference(inputs.ref_logps, torch.zeros_like(inputs.ref_logps))[0])
 
-    return {"forward": forward, "step": step, "pair_loss": pairs}[problem.op]
-
-
-def cut_cross_entropy(problem: Problem) -> Implementation:
-    """Apple's CCE: log-probs a token from its kernel, sums and loss in PyTorch."""
-    cce = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-
-    def call(inputs: Inputs) -> torch.Tensor:
-        tokens = -cce(inputs.hidden, inputs.weight, inputs.targets, reduction="none").float()
-        return torch.segment_reduce(tokens, "sum", lengths=inputs.cu_seqlens.diff().long())
-
-    def step(inputs: Inputs) -> Outcome:
-        values, _ = pair_loss_reference(call(inputs), inputs.ref_logps, beta=BETA)
-        return _gradients(inputs, values.sum() / len(values), values)
-
-    return {"forward": lambda inputs: Outcome(call(inputs).detach()), "step": step}[problem.op]
-
-
-def liger(problem: Problem) -> Implementation:
-    """Liger's fused linear cross entropy a token (recomputing scheme), sums and loss in PyTorch."""
-    module = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
-    function = module.LigerFusedLinearCrossEntropyFunction
-
-    def forward(inputs: Inputs) -> Outcome:
-        args = (inputs.hidden.detach(), inputs.weight.detach(), inputs.targets, None, None, -100, 0.0, 0.0, "none")
-        tokens = -function.apply(*args)[0].float()
-        return Outcome(torch.segment_reduce(tokens, "sum", lengths=inputs.cu_seqlens.diff().long()))
-
-    return {"forward": forward}[problem.op]
+    return {"forward": forward, "step": step, "behavior": behavior, "pair_loss": pairs}[problem.op]
 
 
 def ceiling(problem: Problem) -> Implementation:
@@ -227,34 +228,12 @@ def ceiling(problem: Problem) -> Implementation:
     def call(inputs: Inputs) -> Outcome:
         x, w = inputs.hidden.detach(), inputs.weight.detach()
         z = torch.mm(x, w.T)
-        if problem.op == "step":
+        if problem.op == "behavior":
+            torch.mm(inputs.behavior_hidden, w.T)
+        if problem.op in ("step", "behavior"):
             torch.mm(z, w)
             if problem.head == "trained":
                 torch.mm(z.T, x)
         return Outcome(x)
 
     return call
-
-
-def implementations(problem: Problem, device: torch.device, peers: tuple[str, ...]) -> dict[str, Implementation]:
-    """Ours, plain PyTorch, the ceiling, and the peers that exist here and offer the operation."""
-    gpu = device.type == "cuda"
-    out = {"eager": eager(problem)}
-    for backend in ("triton", "triton-gemm", "native") if gpu else ("native", "torch"):
-        if problem.op != "pair_loss" or backend in ("triton", "torch"):
-            out[backend] = ours(problem, backend)
-    if gpu and "compile" in peers:
-        out["compile"] = eager(problem, compiled=True)
-    makers = {"cce": cut_cross_entropy, "liger": liger}
-    ops = {"cce": ("forward", "step"), "liger": ("forward",)}
-    for name in peers if gpu else ():
-        if name in makers and problem.op in ops[name] and _importable(name):
-            out[name] = makers[name](problem)
-    if problem.op != "pair_loss":
-        out["mm"] = ceiling(problem)
-    return out
-
-
-def _importable(name: str) -> bool:
-    package = {"cce": "cut_cross_entropy", "liger": "liger_kernel"}[name]
-    return importlib.util.find_spec(package) is not None

@@ -201,7 +201,7 @@ class _TokenLogps(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = hidden_gradient(engine, scored, coefs, rows.head, zeros=False).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            dw = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            dw = engine.dw_sums(weight, 1)
             if scored.e is not None:
                 engine.kept_dw_(dw, scored, coefs, rows, zeros=False)
             else:

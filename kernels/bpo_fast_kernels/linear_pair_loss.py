@@ -199,16 +199,18 @@ class _LinearPairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, call: _Call):
         pairs, device = len(call.lengths) // 2, hidden.device
+        bounds = call.cu_seqlens.tolist()
+        # over many rows: a backend may round E up to whole panels
+        max_rows = call.chunk_bytes * 1024 // call.engine.kept_bytes(1024, call.head)
+        chunks = pair_chunks(bounds, max_rows)
         sums = _Sums(
             dx=torch.empty_like(hidden) if ctx.needs_input_grad[0] else None,
-            dw=torch.zeros(weight.shape, device=device) if ctx.needs_input_grad[1] else None,
+            dw=call.engine.dw_sums(weight, len(chunks)) if ctx.needs_input_grad[1] else None,
             loss=torch.empty(pairs, device=device),
             margins=torch.empty(pairs, device=device),
             logps=torch.empty(2 * pairs, device=device),
         )
-        bounds = call.cu_seqlens.tolist()
-        max_rows = call.chunk_bytes // max(call.engine.kept_bytes(1, call.head), 1)
-        for a, b in pair_chunks(bounds, max_rows):
+        for a, b in chunks:
             spans = (slice(bounds[a], bounds[b]), slice(bounds[pairs + a], bounds[pairs + b]))
             _run_chunk_(sums, hidden, call, spans, slice(a, b))
         ctx.grads = (sums.dx, None if sums.dw is None else sums.dw.to(weight.dtype))

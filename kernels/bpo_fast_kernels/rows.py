@@ -113,8 +113,12 @@ class Backend(Protocol):
         """
         ...
 
+    def dw_sums(self, weight: torch.Tensor, visits: int) -> torch.Tensor:
+        """Zeros [V, H] for so many calls of `kept_dw_` or `recompute_dw_` to add to: float32 or the weight's type."""
+        ...
+
     def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
-        """2THV: add the sum over rows of coefs_t * d token_logp_t / d weight to `dw` [V, H] float32."""
+        """2THV: add the sum over rows of coefs_t * d token_logp_t / d weight to `dw` of `dw_sums`."""
         ...
 
     def recompute_dw_(self, dw: torch.Tensor, stats: RowStats, coefs: torch.Tensor, rows: Rows) -> None:

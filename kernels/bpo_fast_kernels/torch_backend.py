@@ -165,7 +165,11 @@ class TorchBackend:
         return (push - pull * stats.inv_sum[:, None]) * rows.head.scale
 
     def score(self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None) -> Scored:
-        """One sweep over row blocks and vocabulary tiles; with `keep`, dX is one large GEMM later."""
+        """One sweep over row blocks and vocabulary tiles; with `keep`, dX is one large GEMM later.
+
+        Behavior rows are row blocks of their own: a GEMM cut by rows reads each tile of the head once a block, joined
+        or not.
+        """
         hidden, head = rows.hidden, rows.head
         shape = (len(hidden), len(head.weight))
         e = torch.empty(shape, dtype=self.work_dtype(hidden), device=hidden.device) if keep else None
@@ -213,6 +217,10 @@ class TorchBackend:
             return mm_f32(scored.e, weight) * row
         dx = torch.zeros(len(coefs), weight.shape[1], device=coefs.device)
         return dx.index_copy_(0, live, mm_f32(scored.e[live], weight) * row[live])
+
+    def dw_sums(self, weight: torch.Tensor, visits: int) -> torch.Tensor:
+        """float32 whatever the visits."""
+        return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
 
     def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
         """2THV."""

@@ -5,6 +5,7 @@ import torch
 from bpo_fast_bench import kernels
 from bpo_fast_bench.kernels import KernelBench, parse_shape, run, table
 from bpo_fast_bench.kernels_impls import Outcome, Problem, answer, eager, errors, make_inputs
+from bpo_fast_bench.kernels_peers import liger_dpo
 
 
 def test_quick_run_writes_json_and_plots(tmp_path):
@@ -16,17 +17,14 @@ def test_quick_run_writes_json_and_plots(tmp_path):
     assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "k.svg").read_text()
     labels = [problem["label"] for problem in record["problems"]]
-    assert labels == [
-        "forward T=64 H=16 V=500",
-        "step frozen T=64 H=16 V=500",
-        "step trained T=64 H=16 V=500",
-        "pair_loss P=256",
-    ]
-    for problem in record["problems"][:3]:
+    kinds = ["forward", "step frozen", "step trained", "behavior frozen", "behavior trained"]
+    shapes = [f"{kind} T=64 H=16 V=500 {dtype}" for kind in kinds for dtype in ("float32", "bfloat16")]
+    assert labels == [*shapes, "pair_loss P=256"]
+    for problem in record["problems"][:-1]:
         rows = problem["implementations"]
         assert {"eager", "native", "torch", "mm"} <= set(rows)
         assert all(row["seconds"] > 0 and row["p20"] <= row["seconds"] <= row["p80"] for row in rows.values())
-        assert all(row["errors"]["value"] < 1e-4 for name, row in rows.items() if name != "mm")
+        assert all(rows[name]["errors"]["value"] < 1e-4 for name in ("native", "torch"))
     text = table(record)
     assert all(label in text for label in labels)
     assert record["environment"]["threads"] == torch.get_num_threads()
@@ -39,7 +37,7 @@ def test_a_wrong_implementation_gets_no_time(monkeypatch):
 
         return call
 
-    monkeypatch.setattr("bpo_fast_bench.kernels_impls.ours", wrong)
+    monkeypatch.setattr("bpo_fast_bench.kernels_peers.ours", wrong)
     options = KernelBench(ops=("forward",), quick=True, shapes=((64, 16, 500),), pairs=2)
     record = run(options)
     rows = record["problems"][0]["implementations"]
@@ -58,6 +56,15 @@ def test_answers_agree_with_eager_in_float64(data):
     assert max(found["dx"], found["dw"]) < 1e-4
 
 
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_ligers_chunked_dpo_loss_answers_the_same_question(head):
+    pytest.importorskip("liger_kernel.chunked_loss")
+    problem = Problem("behavior", head, 100, 16, 300, 2, "peaked")
+    inputs = make_inputs(problem, torch.device("cpu"), torch.float32, 1)[0]
+    found = errors(liger_dpo(problem)(inputs), answer(problem, inputs), inputs.cu_seqlens.diff())
+    assert max(found.values()) < 1e-4
+
+
 def test_peaked_data_is_what_it_says():
     problem = Problem("forward", "frozen", 400, 256, 8000, 4, "peaked")
     inputs = make_inputs(problem, torch.device("cpu"), torch.float32, 1)[0]
@@ -73,6 +80,7 @@ def test_peaked_data_is_what_it_says():
         ({"ops": ("softmax",)}, "bench.kernels.ops = 'softmax'"),
         ({"heads": ("tied",)}, "bench.kernels.heads = 'tied'"),
         ({"peers": ("verl",)}, "bench.kernels.peers = 'verl'"),
+        ({"dtypes": ("float64",)}, "bench.kernels.dtypes = 'float64'"),
         ({"data": "zeros"}, "bench.kernels.data = 'zeros'"),
         ({"shapes": ((64, 16),)}, "bench.kernels.shapes = (64, 16)"),
         ({"shapes": ((64, 0, 9),)}, "bench.kernels.shapes = (64, 0, 9)"),

@@ -1,7 +1,9 @@
 import pytest
 import torch
 from bpo_fast_kernels import linear_logps, linear_pair_loss
+from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference, pair_chunks
+from bpo_fast_kernels.rows import Head
 from cases import offsets, peaked_case, random_case, relative
 
 BACKENDS = ("torch", "native")
@@ -45,11 +47,14 @@ def test_loss_and_gradients_match_float64(backend, loss, frozen, budget):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("frozen", [True, False])
-def test_promise_for_bfloat16(backend, frozen):
+@pytest.mark.parametrize("budget", [None, 1], ids=["one_chunk", "a_pair_a_chunk"])
+def test_promise_for_bfloat16(backend, frozen, budget):
     case, cu_seqlens = peaked_case(122, 64, 1003, dtype=torch.bfloat16), offsets(LENGTHS)
     ref = near_ref(case, cu_seqlens)
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(not frozen)
-    scalar, parts = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, ref, backend=backend)
+    scalar, parts = linear_pair_loss(
+        hidden, weight, case.targets, cu_seqlens, ref, budget_bytes=budget, backend=backend
+    )
     want = reference(case, cu_seqlens, ref)
     assert float((parts.margins - want[2]).abs().max()) < 2e-3
     scalar.backward()
@@ -168,6 +173,30 @@ def test_no_pairs(frozen):
     scalar.backward()
     assert float(scalar.detach()) == 0.0
     assert parts.loss.shape == (0,)
+
+
+@pytest.mark.parametrize("pairs", [8, 9])
+def test_eight_roundings_of_a_bfloat16_gradient_keep_the_promise(pairs):
+    case, cu_seqlens = random_case(20 * pairs, 32, 301, spread=2.0, dtype=torch.bfloat16), offsets([10] * 2 * pairs)
+    ref, weight = near_ref(case, cu_seqlens), case.weight.clone().requires_grad_()
+    scalar, _ = linear_pair_loss(case.hidden, weight, case.targets, cu_seqlens, ref, budget_bytes=1, backend="native")
+    scalar.backward()
+    assert relative(weight.grad, reference(case, cu_seqlens, ref)[4]) < 4e-3
+
+
+def test_a_chunk_fills_its_budget():
+    """Native E takes whole panels of 32 rows; a budget of 64 rows holds 64 rows of short pairs, not two."""
+    case, cu_seqlens = random_case(128, 8, 100), offsets([2] * 64)
+    engine, calls = pick_backend("native", torch.device("cpu")), []
+    budget = engine.kept_bytes(64, Head(case.weight))
+    score = engine.score
+    try:
+        engine.score = lambda rows, **options: (calls.append(len(rows.hidden)), score(rows, **options))[1]
+        weight = case.weight.requires_grad_()
+        linear_pair_loss(case.hidden, weight, case.targets, cu_seqlens, None, budget_bytes=budget, backend="native")
+    finally:
+        del engine.score
+    assert calls == [64, 64]
 
 
 def test_chunks_hold_whole_pairs():
