@@ -4,9 +4,10 @@ A frozen head costs 4THV and a trained one 6THV: chunks hold whole pairs, so the
 before its dW GEMM, while E of the chunk is still there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import check_cu_seqlens, check_loss, check_pair_vector, check_rows, check_scaling, require
@@ -19,6 +20,21 @@ from bpo_fast_kernels.linear_logps import (
 )
 from bpo_fast_kernels.pair_loss import PairLoss, pair_loss, pair_loss_reference
 from bpo_fast_kernels.rows import Backend, Head, LossSpec, Rows
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A low-rank delta on the head, which becomes weight + scale * b @ a.
+
+    Attributes:
+        a: [r, H] like the hidden states.
+        b: [V, r] like the hidden states.
+        scale: alpha / r of LoRA.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
 
 
 def linear_pair_loss_reference(
@@ -34,8 +50,11 @@ def linear_pair_loss_reference(
     num_pairs: int | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
+    low_rank: LowRank | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The naive twin of `linear_pair_loss`: (scalar, loss [P], margins [P])."""
+    if low_rank is not None:
+        weight = weight + low_rank.scale * low_rank.b @ low_rank.a
     logps = linear_logps_reference(
         hidden, weight, targets, cu_seqlens, temperature=temperature, logit_softcap=logit_softcap
     )
@@ -60,6 +79,7 @@ def linear_pair_loss(
     lengths: torch.Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
+    low_rank: LowRank | None = None,
     mode: str = "auto",
     budget_bytes: int | None = None,
     backend: str = "auto",
@@ -75,18 +95,27 @@ def linear_pair_loss(
         loss, beta, label_smoothing: as in `pair_loss`.
         num_pairs: pairs of the whole step, the divisor of the loss; P if None.
         lengths: [2P]. divisors of ipo; the sequence lengths if None.
+        low_rank: a trained delta on a frozen head: 4T(H + r)V + 2TrV, no [V, H] gradient; modes "auto", "fused" and
+            "forward". Its product is one with the head's, of width H + r, from a copy [V, H + r] made for the call.
         mode: "fused" (gradients formed in the forward pass, chunk by chunk of whole pairs), "store" and "recompute" (as
             in `linear_token_logps`), "forward" (no gradient), or "auto", which is "fused".
         budget_bytes: most bytes of E a chunk of pairs may take, the backend's own choice if None; pairs stay whole.
 
     Returns:
         (loss, PairLoss): the scalar sum of pair losses / num_pairs, differentiable in `hidden` and `weight`, and the
-        parts. The parts carry no gradient.
+        parts. The parts carry no gradient. With `low_rank` it is differentiable in `hidden`, `a` and `b`.
 
     Raises:
-        ValueError: as `linear_logps` and `pair_loss`; an odd number of sequences; num_pairs below 1.
+        ValueError: as `linear_logps` and `pair_loss`; an odd number of sequences; num_pairs below 1; a delta that does
+            not fit the head, or a trained head beside it.
     """
     check_rows(hidden, weight, targets)
+    trained = weight
+    if low_rank is not None:
+        check_low_rank(low_rank, weight, mode)
+        trained = low_rank.b
+        hidden = torch.cat([hidden, F.linear(hidden, low_rank.a) * low_rank.scale], dim=1)
+        weight = torch.cat([weight, low_rank.b.detach()], dim=1)
     check_cu_seqlens(cu_seqlens, len(hidden), paired=True)
     check_loss(loss, beta, label_smoothing)
     pairs = cu_seqlens.numel() // 2
@@ -97,15 +126,15 @@ def linear_pair_loss(
         if vector is not None:
             check_pair_vector(name, vector, row_counts)
     lengths = row_counts if lengths is None else lengths
-    grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    grad = torch.is_grad_enabled() and (hidden.requires_grad or trained.requires_grad)
     spec = LossSpec(loss, beta, label_smoothing)
-    if grad and mode in ("auto", "fused") and (weight.requires_grad or loss == "slic"):
+    if grad and mode in ("auto", "fused") and (trained.requires_grad or loss == "slic"):
         check_scaling(temperature, logit_softcap)
         head = Head(weight, 1.0 / temperature, logit_softcap)
         engine = pick_backend(backend, hidden.device)
         chunk_bytes = engine.chunk_bytes if budget_bytes is None else budget_bytes
         call = _Call(targets, cu_seqlens, ref_logps, lengths, head, spec, divisor, chunk_bytes, engine)
-        scalar, value, margins, logps = _LinearPairLoss.apply(hidden, weight, call)
+        scalar, value, margins, logps = _LinearPairLoss.apply(hidden, trained, call)
         return scalar, PairLoss(value, margins, logps, logps if ref_logps is None else ref_logps)
     logps = linear_logps(
         hidden,
@@ -124,6 +153,17 @@ def linear_pair_loss(
         logps, ref, loss=loss, beta=beta, label_smoothing=label_smoothing, lengths=lengths, backend=backend
     )
     return parts.loss.sum() / divisor, PairLoss(parts.loss.detach(), parts.margins, parts.policy_logps, ref)
+
+
+def check_low_rank(low_rank: LowRank, weight: torch.Tensor, mode: str) -> None:
+    """Check [r, H] and [V, r] against a frozen head."""
+    (vocab, width), rank = weight.shape, low_rank.a.shape[0]
+    for name, tensor, shape in (("a", low_rank.a, [rank, width]), ("b", low_rank.b, [vocab, rank])):
+        require(list(tensor.shape) == shape, f"low_rank.{name}.shape", list(tensor.shape), f"expected {shape}")
+        require(tensor.dtype == weight.dtype, f"low_rank.{name}.dtype", tensor.dtype, f"expected {weight.dtype}")
+        require(tensor.device == weight.device, f"low_rank.{name}.device", tensor.device, f"expected {weight.device}")
+    require(not weight.requires_grad, "weight.requires_grad", True, "expected a frozen head under low_rank")
+    require(mode in ("auto", "fused", "forward"), "mode", repr(mode), "expected auto, fused or forward with low_rank")
 
 
 @dataclass(frozen=True)
@@ -187,7 +227,8 @@ def _run_chunk_(sums: _Sums, hidden: torch.Tensor, call: _Call, spans: tuple[sli
         cut = spans[0].stop - spans[0].start
         sums.dx[spans[0]], sums.dx[spans[1]] = dx[:cut], dx[cut:]
     if sums.dw is not None:
-        call.engine.kept_dw_(sums.dw, scored, coefs, chunk, zeros=zeros)
+        trained = replace(chunk, hidden=chunk.hidden[:, -sums.dw.shape[1] :])  # all columns but those of a frozen head
+        call.engine.kept_dw_(sums.dw, scored, coefs, trained, zeros=zeros)
 
 
 def offsets(lengths: torch.Tensor) -> torch.Tensor:
@@ -197,7 +238,7 @@ def offsets(lengths: torch.Tensor) -> torch.Tensor:
 
 class _LinearPairLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, call: _Call):
+    def forward(ctx, hidden: torch.Tensor, trained: torch.Tensor, call: _Call):
         pairs, device = len(call.lengths) // 2, hidden.device
         bounds = call.cu_seqlens.tolist()
         # over many rows: a backend may round E up to whole panels
@@ -205,7 +246,7 @@ class _LinearPairLoss(torch.autograd.Function):
         chunks = pair_chunks(bounds, max_rows)
         sums = _Sums(
             dx=torch.empty_like(hidden) if ctx.needs_input_grad[0] else None,
-            dw=call.engine.dw_sums(weight, len(chunks)) if ctx.needs_input_grad[1] else None,
+            dw=call.engine.dw_sums(trained, len(chunks)) if ctx.needs_input_grad[1] else None,
             loss=torch.empty(pairs, device=device),
             margins=torch.empty(pairs, device=device),
             logps=torch.empty(2 * pairs, device=device),
@@ -213,7 +254,7 @@ class _LinearPairLoss(torch.autograd.Function):
         for a, b in chunks:
             spans = (slice(bounds[a], bounds[b]), slice(bounds[pairs + a], bounds[pairs + b]))
             _run_chunk_(sums, hidden, call, spans, slice(a, b))
-        ctx.grads = (sums.dx, None if sums.dw is None else sums.dw.to(weight.dtype))
+        ctx.grads = (sums.dx, None if sums.dw is None else sums.dw.to(trained.dtype))
         ctx.mark_non_differentiable(sums.loss, sums.margins, sums.logps)
         return sums.loss.sum() / call.divisor, sums.loss, sums.margins, sums.logps
 

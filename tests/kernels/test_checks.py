@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from bpo_fast_kernels import linear_logps, linear_pair_loss, linear_token_logps, pair_loss
+from bpo_fast_kernels import LowRank, linear_logps, linear_pair_loss, linear_token_logps, pair_loss
 from cases import offsets, random_case
 
 
@@ -94,6 +94,27 @@ def test_linear_pair_loss_wants_pairs():
     refuses(lambda: linear_pair_loss(*args.values()), "cu_seqlens.shape = [4]")
     refuses(lambda: linear_pair_loss(*good().values(), num_pairs=0), "num_pairs = 0")
     refuses(lambda: linear_pair_loss(*good().values(), lengths=torch.ones(3)), "lengths.shape = [3]")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "mode", "message"),
+    [
+        (torch.zeros(2, 5), torch.zeros(7, 2), "auto", "low_rank.a.shape = [2, 5]"),
+        (torch.zeros(2, 4), torch.zeros(7, 3), "auto", "low_rank.b.shape = [7, 3]"),
+        (torch.zeros(2, 4), torch.zeros(7, 2, dtype=torch.bfloat16), "auto", "low_rank.b.dtype = torch.bfloat16"),
+        (torch.zeros(2, 4), torch.zeros(7, 2, device="meta"), "auto", "low_rank.b.device = meta"),
+        (torch.zeros(2, 4), torch.zeros(7, 2), "store", "mode = 'store'"),
+    ],
+)
+def test_a_low_rank_delta_must_fit_the_head(a, b, mode, message):
+    refuses(lambda: linear_pair_loss(*good().values(), low_rank=LowRank(a, b, 1.0), mode=mode), message)
+
+
+def test_a_low_rank_delta_wants_a_frozen_head():
+    args = good()
+    args["weight"].requires_grad_()
+    low_rank = LowRank(torch.zeros(2, 4), torch.zeros(7, 2), 1.0)
+    refuses(lambda: linear_pair_loss(*args.values(), low_rank=low_rank), "weight.requires_grad = True")
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_LOSSES)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from bpo_fast_kernels import linear_logps, linear_pair_loss
+from bpo_fast_kernels import LowRank, linear_logps, linear_pair_loss
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference, pair_chunks
 from bpo_fast_kernels.rows import Head
@@ -115,6 +115,52 @@ def test_modes_agree(backend, mode):
     want = reference(case, cu_seqlens, ref)
     assert relative(hidden.grad, want[3]) < 1e-4
     assert relative(weight.grad, want[4]) < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", ["dpo", "slic"])
+@pytest.mark.parametrize("budget", [None, 1], ids=["one_chunk", "a_pair_a_chunk"])
+def test_low_rank_delta_on_a_frozen_head(backend, dtype, loss, budget):
+    case, cu_seqlens = random_case(122, 24, 203, spread=2.0, dtype=dtype), offsets(LENGTHS)
+    ref = near_ref(case, cu_seqlens)
+    a, b = torch.randn(5, 24).to(dtype).requires_grad_(), (0.02 * torch.randn(203, 5)).to(dtype).requires_grad_()
+    hidden = case.hidden.clone().requires_grad_()
+    low_rank = LowRank(a, b, 1.5)
+    options = {"loss": loss, "low_rank": low_rank, "budget_bytes": budget, "backend": backend}
+    scalar, parts = linear_pair_loss(hidden, case.weight, case.targets, cu_seqlens, ref, **options)
+    scalar.backward()
+    leaves = [t.detach().double().requires_grad_() for t in (hidden, a, b)]
+    want, _, margins = linear_pair_loss_reference(
+        leaves[0],
+        case.weight.double(),
+        case.targets,
+        cu_seqlens,
+        ref.double(),
+        loss=loss,
+        low_rank=LowRank(*leaves[1:], 1.5),
+    )
+    want.backward()
+    # in bfloat16 the hidden states of rank r are rounded, as those of an adapter are
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
+    assert float((parts.margins - margins).detach().abs().max()) < (1e-3 if dtype == torch.float32 else 0.5)
+    for got, leaf in zip((hidden, a, b), leaves, strict=True):
+        assert relative(got.grad, leaf.grad) < limit
+    assert case.weight.grad is None
+
+
+def test_low_rank_delta_has_a_forward_mode_and_may_be_frozen():
+    case, cu_seqlens = random_case(122, 24, 203), offsets(LENGTHS)
+    low_rank = LowRank(torch.randn(5, 24), torch.randn(203, 5), 0.1)
+    args = (case.weight, case.targets, cu_seqlens, near_ref(case, cu_seqlens))
+    hidden = case.hidden.clone().requires_grad_()
+    scalar, _ = linear_pair_loss(hidden, *args, low_rank=low_rank)
+    forward, _ = linear_pair_loss(hidden, *args, low_rank=low_rank, mode="forward")
+    want, *_ = linear_pair_loss_reference(hidden, *args, low_rank=low_rank)
+    assert torch.equal(scalar.detach(), forward)
+    assert torch.allclose(scalar, want, rtol=1e-4)
+    scalar.backward()
+    assert relative(hidden.grad, torch.autograd.grad(want, hidden)[0].double()) < 1e-4
 
 
 def test_forward_mode_has_no_gradient():
