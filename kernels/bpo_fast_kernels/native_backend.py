@@ -1,5 +1,7 @@
 """The CPU backend on csrc/: logits become E in cache, both cores, no [T, V] array unless E is asked for."""
 
+import math
+
 import torch
 
 from bpo_fast_kernels.build import cxx_command, load_library
@@ -43,7 +45,7 @@ class NativeBackend:
         stats, narrow = torch.empty(4, len(hidden)), self.narrow(hidden.dtype)
         unit_dx = torch.empty(hidden.shape) if dx else None
         shape, dtype = (self._panels(len(hidden)), self._padded(head), self.lanes), self._kept_dtype(narrow)
-        e = torch.empty(shape, dtype=dtype) if keep else None
+        e = self._room(shape, dtype) if keep else None
         weight, softcap = head.weight.detach().contiguous(), head.softcap or 0.0
         self.ops.score(hidden, weight, rows.targets.contiguous(), head.scale, softcap, narrow, stats, unit_dx, e)
         logps = None if behavior is None else self.score(behavior, dx=False, keep=False).stats.token_logps
@@ -90,6 +92,11 @@ class NativeBackend:
 
     def _factor(self, stats: RowStats, coefs: torch.Tensor, head: Head) -> torch.Tensor:
         return (stats.inv_sum * coefs).mul_(-head.scale)
+
+    def _room(self, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory for E, of one size for chunks nearly full: a little larger one would not fit where the last was."""
+        size, chunk = math.prod(shape), self.chunk_bytes // dtype.itemsize
+        return torch.empty(chunk if chunk // 2 < size < chunk else size, dtype=dtype)[:size].view(shape)
 
     def _kept_dtype(self, narrow: bool) -> torch.dtype:
         return torch.bfloat16 if narrow else torch.float32
