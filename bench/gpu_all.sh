@@ -20,6 +20,7 @@ run() { # name, command...: the command's output to a file, its end to the scree
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
 run gpu-tests python -m pytest -q -m gpu tests/gpu
 run kernels-forward python -m bpo_fast_bench.kernels --op forward --json "$out/kernels-forward.json" --plot "$out/kernels-forward"
+run kernels-behavior python -m bpo_fast_bench.kernels --op behavior --json "$out/kernels-behavior.json" --plot "$out/kernels-behavior"
 run kernels-step python -m bpo_fast_bench.kernels --op step --json "$out/kernels-step.json" --plot "$out/kernels-step"
 run kernels-pair-loss python -m bpo_fast_bench.kernels --op pair_loss --json "$out/kernels-pair-loss.json"
 run kernels-gauss python -m bpo_fast_bench.kernels --op step --data gauss --shapes 4096x2048x128256 --json "$out/kernels-gauss.json"
