@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 
+from bpo_fast.attention import NAME as PACKED
+from bpo_fast.attention import lay_out
 from bpo_fast.config import DataConfig
 from bpo_fast.files import new_folder
 from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device
@@ -32,7 +35,11 @@ from bpo_fast.stages import (
 from bpo_fast.tasks import get_task
 from bpo_fast.tokenizer import with_leading_space
 
+log = logging.getLogger(__name__)
+
 SFT_FILE = "sft.json"
+# dropout of attention weights, by the names that models give it; packed attention has none
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 def train_sft(config: SftConfig, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -163,6 +170,7 @@ def _train_member(
 ) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = _open_model(config, data).to(device)
+    packed = pack_rows(model, data.train[:2])
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lora, view = None, nullcontext()
@@ -176,7 +184,12 @@ def _train_member(
         save_model(model, data.tokenizer, out, config.save_dtype)
     else:
         lora.save(out, str(config.model), member=0)
-    record = {"seed": seed, "num_parameters": sum(p.numel() for p in (lora or model).parameters()), "history": history}
+    record = {
+        "seed": seed,
+        "packed": packed,
+        "num_parameters": sum(p.numel() for p in (lora or model).parameters()),
+        "history": history,
+    }
     return record | (_summary(history) if data.held_out else {})
 
 
@@ -227,12 +240,64 @@ def _open_model(config: SftConfig, data: SftData) -> Any:
 
 
 def completion_nll(model: Any, examples: Sequence[Example]) -> torch.Tensor:
-    """-log pi of every completion token of a batch, right-padded; only these rows reach the head.
+    """-log pi of every completion token of a batch: one padding-free row after `pack_rows`, else right-padded rows.
+
+    Only the rows that predict completion tokens reach the head.
 
     Returns:
         [num completion tokens] float32. nats, in the order of the examples.
     """
     device = next(model.parameters()).device
+    is_packed = model.config._attn_implementation == PACKED
+    predicts, inputs = (_packed if is_packed else _padded)(examples, device)
+    targets = torch.tensor([i for e in examples for i in e.ids[len(e.ids) - e.num_completion :]])
+    predicts = predicts.to(device)
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][predicts],))
+    try:
+        logits = model(**inputs, use_cache=False).logits
+    finally:
+        hook.remove()
+    return torch.nn.functional.cross_entropy(logits.float(), targets.to(device), reduction="none")
+
+
+def pack_rows(model: Any, examples: Sequence[Example]) -> bool:
+    """Switches a model to packed rows if it then gives the same log-probs of `examples`; True if it does."""
+    if any(getattr(model.config.get_text_config(), name, 0.0) for name in ATTENTION_DROPOUTS):
+        return False
+    model.eval()
+    before = model.config._attn_implementation
+    reason = ""
+    with torch.no_grad():
+        apart = completion_nll(model, examples)
+        model.set_attn_implementation(PACKED)
+        try:
+            packed = completion_nll(model, examples)
+            if model.config._attn_implementation != PACKED:
+                reason = "its attention cannot be exchanged"
+            elif packed.shape != apart.shape or not torch.allclose(packed, apart, rtol=1e-3, atol=1e-3):
+                reason = f"log-probs differ by {float((packed - apart).abs().max()):.3g}"
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+    if reason:
+        model.set_attn_implementation(before)
+        log.warning("%s: rows are padded, not packed (%s)", type(model).__name__, reason)
+    return not reason
+
+
+def _packed(examples: Sequence[Example], device: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:
+    """(mask [1, S] of what predicts a completion token, arguments of the model)."""
+    layout, positions = lay_out([(len(e.ids),) for e in examples], device)
+    ids = torch.tensor([[i for e in examples for i in e.ids]])
+    first = [len(e.ids) - e.num_completion - 1 for e in examples]
+    predicts = [f <= t < len(e.ids) - 1 for f, e in zip(first, examples, strict=True) for t in range(len(e.ids))]
+    # a mask of four dimensions is taken as it is, and packed attention has its own
+    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+    inputs = {"input_ids": ids.to(device), "position_ids": positions[None], "attention_mask": mask}
+    return torch.tensor([predicts]), inputs | {"shared_prompts": layout}
+
+
+def _padded(examples: Sequence[Example], device: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:
+    """(mask [examples, longest] of what predicts a completion token, arguments of the model)."""
     longest = max(len(e.ids) for e in examples)
     # Causal attention never looks at the right padding, so no mask is needed.
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
@@ -240,15 +305,7 @@ def completion_nll(model: Any, examples: Sequence[Example]) -> torch.Tensor:
     for row, e in enumerate(examples):
         ids[row, : len(e.ids)] = torch.tensor(e.ids)
         predicts[row, len(e.ids) - e.num_completion - 1 : len(e.ids) - 1] = True
-    targets = ids[:, 1:][predicts[:, :-1]].to(device)
-    rows = predicts.to(device)
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][rows],))
-    try:
-        logits = model(input_ids=ids.to(device), use_cache=False).logits
-    finally:
-        hook.remove()
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return predicts, {"input_ids": ids.to(device)}
 
 
 @torch.no_grad()

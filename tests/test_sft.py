@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -5,10 +6,17 @@ import peft
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from bpo_fast.progress import Progress
-from bpo_fast.sft import Example, SftConfig, completion_nll, encode_examples, held_out_nll, train_sft
+from bpo_fast.sft import Example, SftConfig, completion_nll, encode_examples, held_out_nll, pack_rows, train_sft
 from bpo_fast.stages import fit, length_batches, make_optimizer, plateau_epoch, split_by_prompt
 from bpo_fast.tokenizer import train_bpe
 
@@ -57,14 +65,18 @@ def reference_nll(model, example):
     return torch.stack([-logps[0, t - 1, example.ids[t]] for t in range(first, len(example.ids))])
 
 
-def test_loss_and_gradient_equal_the_sequences_one_by_one(tiny):
+@pytest.mark.parametrize("packed", [False, True])
+def test_loss_and_gradient_equal_the_sequences_one_by_one(tiny, packed):
+    tiny = copy.deepcopy(tiny)
     generator = torch.Generator().manual_seed(1)
     examples = [
         Example(tuple(torch.randint(0, 50, (length,), generator=generator).tolist()), completion)
         for length, completion in [(7, 3), (2, 1), (12, 11), (5, 1)]
     ]
-    nats = completion_nll(tiny, examples)
     expected = torch.cat([reference_nll(tiny, e) for e in examples])
+    if packed:
+        assert pack_rows(tiny, examples[:2])
+    nats = completion_nll(tiny, examples)
     torch.testing.assert_close(nats.double(), expected, rtol=1e-5, atol=1e-6)
 
     tiny.zero_grad()
@@ -74,7 +86,29 @@ def test_loss_and_gradient_equal_the_sequences_one_by_one(tiny):
     expected.mean().backward()
     for mine, p in zip(got, tiny.parameters(), strict=True):
         torch.testing.assert_close(mine, p.grad, rtol=1e-4, atol=1e-6)
-    tiny.zero_grad()
+
+
+def test_a_packed_row_has_no_padding(tiny):
+    tiny = copy.deepcopy(tiny)
+    examples = [Example((1, 2, 3), 1), Example((4, 5, 6, 7, 8), 2)]
+    assert pack_rows(tiny, examples)
+    seen = []
+    tiny.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].tolist()))
+    tiny.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(len(out)))
+    completion_nll(tiny, examples)
+    assert seen == [[[1, 2, 3, 4, 5, 6, 7, 8]], 3]
+
+
+def test_models_that_cannot_be_packed_are_padded(tiny, caplog):
+    dropping = copy.deepcopy(tiny)
+    dropping.config.attention_dropout = 0.1
+    examples = [Example((1, 2, 3), 1), Example((4, 5, 6, 7, 8), 2)]
+    assert not pack_rows(dropping, examples)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)).eval()
+    before = completion_nll(bloom, examples)
+    assert not pack_rows(bloom, examples)
+    assert "BloomForCausalLM: rows are padded, not packed" in caplog.text
+    torch.testing.assert_close(completion_nll(bloom, examples), before)
 
 
 def test_held_out_sum_does_not_depend_on_the_batches(tiny):
