@@ -11,7 +11,7 @@ from bpo_fast.config import ON_POLICY
 from bpo_fast.grid import EVERY_STEP, GOVERNED, METHODS
 from bpo_fast.run_folder import RunFolder, read_run, results
 from bpo_fast.stats import Interval, bootstrap
-from bpo_fast.sweep import RESULTS_FILE, read_results
+from bpo_fast.sweep import FINISHED, RESULTS_FILE, read_results
 
 METHOD_WORDS = {
     "offline": "offline",
@@ -97,7 +97,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         if not results_file.is_file():
             raise ValueError(f"{path}: not a run folder (no config.toml) and not a sweep (no {RESULTS_FILE})")
         for row in read_results(results_file):
-            if row["status"] != "finished":
+            if row["status"] != FINISHED:
                 notes.append(f"{row['run']}: {row['status']}: {row['error']}")
                 continue
             folder = results_file.parent / "runs" / row["run"]

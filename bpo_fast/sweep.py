@@ -22,7 +22,7 @@ from bpo_fast.progress import Progress
 from bpo_fast.run_folder import number_text
 
 RESULTS_FILE = "results.jsonl"
-FINISHED, FAILED = "finished", "failed"
+FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 # of summary.json; the rest is in the run folder
 KEPT = ("before", "after", "pairs", "steps", "seconds", "num_tokens", "tokens_per_s", "peak_memory_gib", "judges")
 # may differ between a grid and the run it names: what the data allow, where it is, which engine auto is

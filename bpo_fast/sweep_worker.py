@@ -20,9 +20,8 @@ import torch
 from bpo_fast import config as configs
 from bpo_fast.config import Config
 from bpo_fast.export import export
+from bpo_fast.sweep import FAILED, FINISHED, INTERRUPTED
 from bpo_fast.train import train
-
-FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 
 
 def run_one(request: Mapping[str, Any]) -> dict[str, Any]:
