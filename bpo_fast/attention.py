@@ -22,33 +22,46 @@ NAME = "bpo_shared_prompt"
 class SharedPrompts:
     """Where the tokens of a packed row belong.
 
-    P groups of a prompt and its completions, S tokens in all, L tokens in the longest group.
+    P groups of a prompt and its completions, S tokens in all. A group is padded to its prompt in L_p places, then all
+    its completions in L_c places, L = L_p + L_c.
 
     Attributes:
         groups: [P, L] int64. token of the packed row in each place of the padded form; 0 where there is none.
-        places: [S] int64. place of each token in the flattened padded form.
+        places: [S] int64. place of each token in the padded form flattened, all prompts first.
         segments: [P, L] int64. 0 in the prompt, k in completion k, -1 where there is no token.
         positions: [P, L] int64. position of each token in its sequence.
+        prompt_width: L_p.
+        lengths: of each group's prompt and completions.
     """
 
     groups: Tensor
     places: Tensor
     segments: Tensor
     positions: Tensor
-    _masks: dict[int | None, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    prompt_width: int
+    lengths: tuple[tuple[int, ...], ...]
+    _masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    def mask(self, window: int | None) -> Tensor:
-        """[P, 1, L, L] bool. True where a query (row) sees a key (column); `window` counts the query itself."""
-        if window not in self._masks:
-            distance = self.positions[:, :, None] - self.positions[:, None, :]
-            segment, key_segment = self.segments[:, :, None], self.segments[:, None, :]
+    def mask(self, queries: str, window: int | None) -> Tensor:
+        """True where a query (row) sees a key (column); `window` counts the query itself.
+
+        Args:
+            queries: "prompts" among themselves: [P, 1, L_p, L_p], or "completions" over all: [P, 1, L_c, L].
+            window: None sees all.
+        """
+        key = (queries, window)
+        if key not in self._masks:
+            cut = self.prompt_width
+            rows, columns = (slice(cut), slice(cut)) if queries == "prompts" else (slice(cut, None), slice(None))
+            distance = self.positions[:, rows, None] - self.positions[:, None, columns]
+            segment, key_segment = self.segments[:, rows, None], self.segments[:, None, columns]
             seen = (distance >= 0) & ((key_segment == 0) | (key_segment == segment)) & (key_segment >= 0)
             if window is not None:
                 seen &= distance < window
-            # a place without a token sees itself: a row that sees nothing is NaN
-            seen |= torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
-            self._masks[window] = seen[:, None]
-        return self._masks[window]
+            # a place without a token sees the prompt's first token: a row that sees nothing is NaN
+            seen[:, :, 0] |= segment[:, :, 0] < 0
+            self._masks[key] = seen[:, None]
+        return self._masks[key]
 
 
 def lay_out(lengths: Sequence[Sequence[int]], device: torch.device) -> tuple[SharedPrompts, Tensor]:
@@ -57,24 +70,31 @@ def lay_out(lengths: Sequence[Sequence[int]], device: torch.device) -> tuple[Sha
     Returns:
         (the layout; position of each token of the packed row: [S] int64)
     """
-    num, width = len(lengths), max(map(sum, lengths))
-    groups = torch.zeros((num, width), dtype=torch.int64)
-    segments = torch.full((num, width), -1, dtype=torch.int64)
-    positions = torch.zeros((num, width), dtype=torch.int64)
+    num, cut = len(lengths), max(prompt for prompt, *_ in lengths)
+    rest = max(sum(completions) for _, *completions in lengths)
+    groups = torch.zeros((num, cut + rest), dtype=torch.int64)
+    segments = torch.full((num, cut + rest), -1, dtype=torch.int64)
+    positions = torch.zeros((num, cut + rest), dtype=torch.int64)
     places, flat_positions, start = [], [], 0
-    for g, (prompt, *completions) in enumerate(lengths):
-        size = prompt + sum(completions)
-        groups[g, :size] = torch.arange(start, start + size)
-        places.append(torch.arange(g * width, g * width + size))
-        bounds = [(0, 0, prompt)]
-        for k, length in enumerate(completions, 1):
-            bounds.append((k, bounds[-1][2], bounds[-1][2] + length))
-        for k, first, last in bounds:
-            segments[g, first:last] = k
-            positions[g, first:last] = torch.arange(last - first) + (prompt if k else 0)
-        flat_positions.append(positions[g, :size])
-        start += size
-    layout = SharedPrompts(groups.to(device), torch.cat(places).to(device), segments.to(device), positions.to(device))
+    for g, group in enumerate(lengths):
+        first = 0
+        for k, length in enumerate(group):
+            span = torch.arange(length)
+            groups[g, first : first + length] = span + start
+            segments[g, first : first + length] = k
+            positions[g, first : first + length] = span + (group[0] if k else 0)
+            flat_positions.append(positions[g, first : first + length])
+            places.append(span + (num * cut + g * rest + first - cut if k else g * cut))
+            start += length
+            first = first + length if k else cut
+    layout = SharedPrompts(
+        groups.to(device),
+        torch.cat(places).to(device),
+        segments.to(device),
+        positions.to(device),
+        cut,
+        tuple(tuple(group) for group in lengths),
+    )
     return layout, torch.cat(flat_positions).to(device)
 
 
@@ -82,6 +102,9 @@ def shared_prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, *, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """Attention of packed rows, each completion over its own prompt and itself.
+
+    Two calls: prompts among themselves, causal without a mask, and completions over their group. The square of a whole
+    group, most of which no token sees, is never formed.
 
     Args:
         q: [M, heads, S, D] queries; M rows share the layout.
@@ -95,17 +118,24 @@ def shared_prompt_attention(
         [M, heads, S, D], the dtype of q.
     """
     num_rows, num_heads, num_tokens, _ = q.shape
+    cut = layout.prompt_width
     q, k, v = (_padded(x, layout) for x in (q, k, v))
     repeats = num_heads // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    mask = layout.mask(window).repeat(num_rows, 1, 1, 1) if num_rows > 1 else layout.mask(window)
-    if softcap is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    else:
-        out = _capped(q, k, v, mask, scale, softcap)
-    flat = out.transpose(1, 2).reshape(num_rows, -1, num_heads, v.shape[-1])
-    return flat.index_select(1, layout.places).view(num_rows, num_tokens, num_heads, -1).transpose(1, 2)
+    parts = []
+    for name, rows, columns in (("prompts", slice(cut), slice(cut)), ("completions", slice(cut, None), slice(None))):
+        # prompts are padded on the right: a causal query never sees the padding
+        causal = name == "prompts" and softcap is None and (window is None or window >= cut)
+        mask = None if causal else layout.mask(name, window).repeat(num_rows, 1, 1, 1)
+        part = (q[:, :, rows], k[:, :, columns], v[:, :, columns])
+        if softcap is None:
+            parts.append(F.scaled_dot_product_attention(*part, attn_mask=mask, is_causal=causal, scale=scale))
+        else:
+            parts.append(_capped(*part, mask, scale, softcap))
+    flat = [out.transpose(1, 2).reshape(num_rows, -1, num_heads, v.shape[-1]) for out in parts]
+    out = torch.cat(flat, 1).index_select(1, layout.places)
+    return out.view(num_rows, num_tokens, num_heads, -1).transpose(1, 2)
 
 
 def _padded(x: Tensor, layout: SharedPrompts) -> Tensor:
