@@ -427,22 +427,39 @@ def bench_step(
     peers: Annotated[str, typer.Option(help="trl (in the step and precomputed reference), or none")] = "trl",
     lengths: Annotated[list[str] | None, typer.Option(help="tldr, helpfulness, long; all by default")] = None,
     form: Annotated[list[str] | None, typer.Option(help="full, lora, lora5; all by default")] = None,
-    rounds: Annotated[int, typer.Option(help="blocks of each contender", min=3)] = 5,
+    rounds: Annotated[int, typer.Option(help="blocks of each contender", min=1)] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads of each contender", min=1)] = 2,
-    json_path: Annotated[Path | None, typer.Option("--json", help="where the measurements go")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="measurements; rows are added")] = None,
 ) -> None:
     """Time one optimizer step on preference pairs against TRL's DPOTrainer."""
-    from bpo_fast_bench.step import FORMS, LENGTHS, PEERS, StepOptions, run
+    from bpo_fast_bench.step import PEERS, StepOptions, run
 
-    options = StepOptions(
-        lengths=tuple(lengths or LENGTHS),
-        forms=tuple(form or FORMS),
-        peers={"trl": PEERS, "none": ()}.get(peers, (peers,)),
-        rounds=rounds,
-        threads=threads,
-        out=str(json_path) if json_path else None,
-    )
-    run(options)
+    names = {"trl": PEERS, "none": ()}.get(peers, (peers,))
+    run(_bench_options(StepOptions, names, lengths, form, rounds=rounds, threads=threads, out=json_path))
+
+
+@bench.command("loop")
+@reports_errors
+def bench_loop(
+    peers: Annotated[str, typer.Option(help="trl, or none")] = "trl",
+    lengths: Annotated[list[str] | None, typer.Option(help="tldr, helpfulness, long; the first two by default")] = None,
+    form: Annotated[list[str] | None, typer.Option(help="full, lora, lora5; the first two by default")] = None,
+    steps: Annotated[int, typer.Option(help="optimizer steps of a phase", min=1)] = 4,
+    rounds: Annotated[int, typer.Option(help="phases of each contender", min=1)] = 3,
+    threads: Annotated[int, typer.Option(help="CPU threads of each contender", min=1)] = 2,
+    json_path: Annotated[Path | None, typer.Option("--json", help="measurements; rows are added")] = None,
+) -> None:
+    """Time whole online phases (sample, score, train) against TRL's OnlineDPOTrainer."""
+    from bpo_fast_bench.loop import PEERS, LoopOptions, run
+
+    names = {"trl": PEERS, "none": ()}.get(peers, (peers,))
+    run(_bench_options(LoopOptions, names, lengths, form, steps=steps, rounds=rounds, threads=threads, out=json_path))
+
+
+def _bench_options(options: Any, peers: tuple[str, ...], lengths: Any, forms: Any, *, out: Any, **others: Any) -> Any:
+    given = {"lengths": tuple(lengths or ()), "forms": tuple(forms or ())}
+    given = {name: value for name, value in given.items() if value}
+    return options(peers=peers, out=str(out) if out else None, **given, **others)
 
 
 @bench.command("study")

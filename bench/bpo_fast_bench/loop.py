@@ -1,0 +1,155 @@
+"""`bpo-fast bench loop`: whole online phases (sample, score, train), ours against TRL's OnlineDPOTrainer, in one run.
+
+Same model, prompts, reward function, lengths and optimizer; both sample with transformers' generate. A block is one
+phase: ours samples its prompts in one call and takes its steps on them; TRL samples anew at every step.
+"""
+
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bpo_fast_bench.contenders import (
+    FORMS,
+    LENGTHS,
+    LORA_RANK,
+    Case,
+    Contender,
+    Shape,
+    check_names,
+    compare,
+    line,
+    make_model,
+    measure,
+    serve,
+    trl_blocks,
+    words,
+    write_rows,
+)
+
+PEERS = ("trl",)
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """What to measure; as `StepOptions`, with `steps` the optimizer steps of a phase."""
+
+    lengths: tuple[str, ...] = ("tldr", "helpfulness")
+    forms: tuple[str, ...] = ("full", "lora")
+    peers: tuple[str, ...] = PEERS
+    pairs: int = 8
+    steps: int = 4
+    rounds: int = 3
+    shape: Shape = field(default_factory=Shape)
+    threads: int = 2
+    out: str | None = None
+
+
+def run(options: LoopOptions, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Measures every case; returns (and writes) a row each.
+
+    Raises:
+        ValueError: an unknown name, or a peer that is not installed.
+    """
+    check_names(options, {"lengths": tuple(LENGTHS), "forms": tuple(FORMS), "peers": PEERS})
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(options.shape, Path(folder))
+        for lengths in options.lengths:
+            for form in options.forms:
+                row = _measure(options, lengths, form, folder)
+                rows.append(row)
+                say(line(row))
+                if options.out:
+                    write_rows(Path(options.out), options, [row])
+    return rows
+
+
+def _measure(options: LoopOptions, lengths: str, form: str, folder: str) -> dict[str, Any]:
+    contenders = {}
+    for who in ("ours", *options.peers):
+        members = FORMS[form] if who == "ours" else min(1, FORMS[form])
+        sizes = (options.pairs, options.steps, options.rounds + 1)
+        contenders[who] = Contender("loop", Case(who, *LENGTHS[lengths], members, *sizes, options.threads, folder))
+    found = measure(contenders, options.rounds)
+    return compare(found, "ours", options.peers, runs=max(1, FORMS[form]), lengths=lengths, form=form)
+
+
+def reward(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """The reward of both: the mean token id, which no two random completions share."""
+    return [sum(ids) / max(1, len(ids)) for ids in completion_ids]
+
+
+def _ours(case: Case) -> Iterator[float]:
+    """The loop of `bpo-fast train`, a phase a block, without evaluation and checkpoints."""
+    from bpo_fast import config as configs
+    from bpo_fast.loop import Loop
+    from bpo_fast.progress import Progress
+    from bpo_fast.run import open_run
+    from bpo_fast.setup import build
+    from bpo_fast.tasks import resolve
+
+    num_steps = case.num_blocks * case.steps
+    with tempfile.TemporaryDirectory() as out, Progress(quiet=True) as progress:
+        rows = Path(out) / "prompts.jsonl"
+        rows.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in _prompts(case)), encoding="utf-8")
+        settings = {
+            "model.path": case.model,
+            "model.full": case.members == 0,
+            "model.members": max(1, case.members),
+            "model.lora_r": LORA_RANK,
+            "data.path": str(rows),
+            "data.max_prompt_length": case.prompt_tokens + 8,  # the task ends prompts with a word of its own
+            "sampling.engine": "hf",
+            "sampling.max_new_tokens": case.completion_tokens,
+            "annotator.path": "bpo_fast_bench.loop:reward",
+            "method.pairs": num_steps * case.pairs,
+            "method.batch_pairs": case.pairs,
+            "method.phases": case.num_blocks,
+            "optim.learning_rate": 1e-5,
+            "eval.prompts": 0,
+            "run.device": "cpu",
+            "run.output_dir": f"{out}/run",
+            "run.save_steps": 10 * num_steps,
+        }
+        parts = build(resolve(configs.replace(configs.Config(), settings)), progress)
+        _, run = open_run(parts.config, resume=None, command=[])
+        loop = Loop(parts, run, progress)
+        yield 0.0
+        for phase in loop.remaining_phases():
+            start = time.perf_counter()
+            found = loop.collect(phase)
+            for step, pairs in loop.remaining_steps(phase, found):
+                loop.step(step, pairs)
+            seconds = time.perf_counter() - start
+            assert len(found.pairs) == case.steps * case.pairs, "no ties among random completions"
+            yield seconds
+
+
+def _trl(case: Case) -> Iterator[float]:
+    from datasets import Dataset
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    def make_trainer(settings: dict[str, Any], **parts: Any) -> Any:
+        length = case.prompt_tokens + case.completion_tokens
+        sampling = {"max_new_tokens": case.completion_tokens, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        args = OnlineDPOConfig(**settings, **sampling, max_length=length)
+        rows = Dataset.from_list([{"prompt": p} for p in _prompts(case)])
+        return OnlineDPOTrainer(args=args, train_dataset=rows, reward_funcs=reward, **parts)
+
+    return trl_blocks(case, make_trainer)
+
+
+def _prompts(case: Case) -> list[str]:
+    draw = random.Random(0)
+    return [words(draw, case.prompt_tokens) for _ in range(case.num_blocks * case.steps * case.pairs)]
+
+
+if __name__ == "__main__":
+    CASE = Case(**json.loads(sys.argv[1]))
+    serve(CASE, _ours(CASE) if CASE.who == "ours" else _trl(CASE))
