@@ -1,8 +1,11 @@
 """Collecting a phase: sample two completions a prompt from the behavior, score them, keep the pairs that differ."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -10,7 +13,7 @@ from bpo_fast.annotate import Checked
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, SamplingParams
 from bpo_fast.evaluate import shape
-from bpo_fast.packing import PairBatch, split
+from bpo_fast.gradients import TokenBudget, microbatches
 from bpo_fast.pairs import PhasePairs, make_pairs
 from bpo_fast.plan import Phase, deal
 from bpo_fast.policy import Policy
@@ -95,20 +98,13 @@ class Collector:
         )
 
 
-def microbatches(pairs: Sequence[Pair], policy: Policy, max_tokens: int) -> list[PairBatch]:
-    """A step's pairs as micro-batches for all members at once; the reference pass cuts them alike, so that log-probs of
-    equal weights are equal bit for bit."""
-    parts = split(pairs, max_tokens // policy.num_members, shared=policy.shares_prompts)
-    return [policy.pack(part) for part in parts]
-
-
 def with_reference(
     found: PhasePairs,
     num_steps: int,
     policy: Policy,
     reference: Reference,
+    budget: TokenBudget,
     *,
-    max_tokens: int,
     on_done: Callable[[int], None],
 ) -> PhasePairs:
     """The pairs of a phase with the reference's log-probs, computed once.
@@ -118,34 +114,52 @@ def with_reference(
         num_steps: optimizer steps of the phase.
         policy: for padding and device.
         reference: scores them.
-        max_tokens: of a micro-batch.
+        budget: of a micro-batch.
         on_done: told how many pairs are done.
     """
-    scored: dict[int, Pair] = {}
-    for step_pairs in deal(found.pairs, num_steps):
-        batches = microbatches(step_pairs, policy, max_tokens)
+
+    def score(pairs: Sequence[Pair], tokens: int) -> dict[int, Pair]:
+        scored = {}
+        batches = microbatches(pairs, policy, tokens)
         for batch, logps in zip(batches, reference.logps(batches), strict=True):
             for pair, both in zip(batch.pairs, logps.view(2, -1).T.tolist(), strict=True):
                 scored[id(pair)] = replace(pair, ref_logps=tuple(both))
+        return scored
+
+    scored: dict[int, Pair] = {}
+    for step_pairs in deal(found.pairs, num_steps):
+        scored |= budget.run(partial(score, step_pairs))
         on_done(len(step_pairs))
     return replace(found, pairs=tuple(scored[id(p)] for p in found.pairs))
 
 
 @torch.no_grad()
-def divergence(pairs: Sequence[Pair], policy: Policy, max_tokens: int) -> dict[str, float]:
+def divergence(pairs: Sequence[Pair], policy: Policy, budget: TokenBudget, *, ref: str) -> dict[str, float]:
     """Monte-Carlo KL of the behavior to the start, in nats a completion, and entropy, in nats a token.
 
     Both are means over completions that the behavior itself sampled: log p - log p_init, and -log p.
+
+    Args:
+        pairs: what to take the means over.
+        policy: the behavior and the start.
+        budget: of a micro-batch.
+        ref: whose log-probs the pairs carry, if any; those of the behavior or the start are not computed again.
     """
-    batches = microbatches(pairs, policy, max_tokens)
-    if not batches:
+
+    def total(tokens: int, view: Callable[[], AbstractContextManager[None]]) -> float:
+        with view():
+            return float(sum(policy.logps(b).double().sum() for b in microbatches(pairs, policy, tokens)))
+
+    if not pairs:
         return {}
-    with policy.behavior():
-        now = torch.cat([policy.logps(b) for b in batches])
-    with policy.initial():
-        start = torch.cat([policy.logps(b) for b in batches])
-    num_tokens = sum(int(b.cu_seqlens[-1]) for b in batches)
-    return {"kl": float((now - start).mean()), "entropy": float(-now.sum() / num_tokens)}
+    known = {ref: math.fsum(logp for p in pairs for logp in p.ref_logps or ())} if pairs[0].ref_logps else {}
+    now = known["behavior"] if "behavior" in known else budget.run(partial(total, view=policy.behavior))
+    if policy.version == 0:  # the behavior is the start
+        start = now
+    else:
+        start = known["initial"] if "initial" in known else budget.run(partial(total, view=policy.initial))
+    num_tokens = sum(len(p.chosen.ids) + len(p.rejected.ids) for p in pairs)
+    return {"kl": (now - start) / (2 * len(pairs)), "entropy": -now / num_tokens}
 
 
 def _completion_metrics(completions: Sequence[Completion], pairs: Sequence[Pair]) -> dict[str, float]:

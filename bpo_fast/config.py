@@ -35,7 +35,13 @@ class ModelConfig:
     )
     attn_implementation: str | None = knob(None, "attention of transformers, such as sdpa or flash_attention_2")
     trust_remote_code: bool = knob(False, "run code that comes with the model")
-    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass")
+    gradient_checkpointing: bool = knob(False, "TRL's name of activation_checkpointing = full")
+    activation_checkpointing: str = knob(
+        "none",
+        "what the backward pass recomputes: all of a layer, or all but its matrix products and attention",
+        choices=("none", "selective", "full"),
+    )
+    head_chunk_mib: int | None = knob(None, "memory of a chunk of the head; none: the kernels' own choice", ge=1)
     full: bool = knob(False, "train all weights; otherwise LoRA on a frozen base")
     members: int = knob(1, "LoRA members of the ensemble; the behavior is their exact average", ge=1)
     lora_r: int | None = knob(None, "LoRA rank of one member", ge=1)
@@ -117,6 +123,12 @@ class MethodConfig:
     phases: int | str = knob(2, "data-collection phases F, or on-policy for F = T", ge=1)
     pairs: int | None = knob(None, "annotation budget: prompts used, each once", ge=1)
     batch_pairs: int | None = knob(None, "pairs an optimizer step", ge=1)
+    ref_logps: str = knob(
+        "trainer",
+        "who computes the behavior's log-probs: the trainer, or the sampler itself if the two agree",
+        choices=("trainer", "sampler"),
+    )
+    ref_logps_tolerance: float = knob(0.1, "mean difference in nats a token up to which the sampler is believed", gt=0)
     ema_rate: float = knob(5e-3, "share of the policy taken into the EMA reference at a refresh", gt=0, le=1)
     golden: str | None = knob(None, "folder of the golden reference")
 
@@ -133,6 +145,8 @@ class OptimConfig:
     adam_epsilon: float = knob(1e-6, "AdamW epsilon", gt=0)
     weight_decay: float = knob(0.0, "decoupled weight decay", ge=0)
     max_grad_norm: float = knob(1.0, "clip by global norm, of each member alone", gt=0)
+    states: str = knob("float32", "moments of AdamW; 8bit takes a quarter of the memory", choices=("float32", "8bit"))
+    offload: bool = knob(False, "keep moments and float32 masters in host memory and step there")
     microbatch_tokens: int = knob(8192, "tokens of a micro-batch", ge=1)
     max_bad_steps: int = knob(3, "steps in a row with NaN or Inf before the run stops", ge=1)
 

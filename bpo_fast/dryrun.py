@@ -1,49 +1,74 @@
-"""`--dry-run`: everything is loaded and one step at the longest lengths is tried; nothing is written."""
+"""`--dry-run`: everything is loaded and steps of the longest lengths are tried; nothing is written."""
 
 import time
 from typing import Any
 
-from bpo_fast.collect import microbatches
+from bpo_fast import machine
 from bpo_fast.config import Config
-from bpo_fast.machine import peak_memory_gib
+from bpo_fast.gradients import TokenBudget, step_gradients
+from bpo_fast.memory import GIB, Ledger, longest_pairs, make_ledger
 from bpo_fast.progress import Progress
 from bpo_fast.setup import Parts, build
 from bpo_fast.tasks import resolve
-from bpo_fast.types import Completion, Pair, Prompt
 
 
 def dry_run(config: Config, *, from_pairs: str | None = None, quiet: bool = False) -> dict[str, Any]:
-    """Loads everything, prints the plan and takes the gradient of one step at the longest lengths; writes nothing.
+    """Loads everything, prints the plan and the memory ledger and takes steps at the longest lengths; writes nothing.
+
+    Two steps are taken: the moments come with the first, the peak with the second.
 
     Returns:
-        {"steps", "phases", "pairs", "step_s", "peak_memory_gib"}
+        {"steps", "phases", "pairs", "step_s", "peak_memory_gib", "predicted_gib", "measured_gib", "suggestion"};
+        predicted and measured are peaks of a training step, weights included.
     """
     with Progress(quiet=quiet) as progress:
         parts = build(resolve(config), progress, from_pairs=from_pairs)
-        plan, config = parts.plan, parts.config
-        pairs = _longest_pairs(parts)
-        start = time.perf_counter()
-        batches = microbatches(pairs, parts.policy, config.optim.microbatch_tokens)
-        for batch in batches:
-            with parts.policy.members():
-                repeated = batch.repeat(parts.policy.num_members)
-                loss, _ = parts.policy.loss(repeated, None, config.method, num_pairs=len(pairs))
-                loss.backward()
-        out = {"steps": plan.num_steps, "phases": len(plan.phases), "pairs": plan.num_prompts}
-        out |= {"step_s": time.perf_counter() - start, "peak_memory_gib": peak_memory_gib()}
+        plan = parts.plan
+        out: dict[str, Any] = {"steps": plan.num_steps, "phases": len(plan.phases), "pairs": plan.num_prompts}
+        ledger = make_ledger(parts.config, parts.policy, parts.optimizer, kv_stays=parts.engine.name == "vllm")
+        progress.print(ledger.words())
+        out |= _try_steps(parts, ledger) | {"peak_memory_gib": machine.peak_memory_gib()}
         progress.print(
             f"{plan.num_prompts} pairs, {plan.num_steps} steps, {len(plan.phases)} phases;"
-            f" the longest step takes {out['step_s']:.1f} s, peak {out['peak_memory_gib']:.2f} GiB"
+            f" the longest step takes {out['step_s']:.1f} s; its peak was predicted as {out['predicted_gib']:.2f} GiB,"
+            f" measured as {out['measured_gib']:.2f} GiB"
         )
+        progress.print(out["suggestion"])
         parts.engine.close()
     return out
 
 
-def _longest_pairs(parts: Parts) -> list[Pair]:
-    """One step of pairs at the limits of prompt and completion."""
-    config, token = parts.config, parts.policy.eos_ids[0]
-    assert config.data.max_prompt_length, "resolve() has set it"
-    assert config.sampling.max_new_tokens, "resolve() has set it"
-    prompt = Prompt(0, "", (token,) * config.data.max_prompt_length)
-    answer = Completion(0, 0, (token,) * config.sampling.max_new_tokens, "", True, 0, 0)
-    return [Pair(prompt, answer, answer, 1.0, 0.0)] * (config.method.batch_pairs or 1)
+def _try_steps(parts: Parts, ledger: Ledger) -> dict[str, Any]:
+    config = parts.config
+    pairs = longest_pairs(config, parts.policy, config.method.batch_pairs or 1)
+    budget = TokenBudget(config.optim.microbatch_tokens)
+    start_bytes, start = machine.reset_peak(), 0.0
+    for step in range(2):
+        start = time.perf_counter()
+        sums = budget.run(lambda tokens: step_gradients(pairs, parts.policy, config.method, max_tokens=tokens))
+        parts.optimizer.step(step, sums["loss"])
+    seconds = time.perf_counter() - start
+    measured = ledger.weights + machine.peak_bytes() - start_bytes
+    free = machine.free_bytes()
+    return {
+        "step_s": seconds,
+        "predicted_gib": (ledger.weights + ledger.training) / GIB,
+        "measured_gib": measured / GIB,
+        "suggestion": _suggest(config, ledger, free),
+    }
+
+
+def _suggest(config: Config, ledger: Ledger, free: int) -> str:
+    """What to change if memory is short, or could be put to use."""
+    spare = free - max(0, ledger.peak - ledger.weights)
+    room = f"{free / GIB:.1f} GiB free, {ledger.peak / GIB:.2f} GiB needed at the peak"
+    if spare < 0.1 * free:
+        if config.model.activation_checkpointing == "none" and ledger.activations > ledger.optimizer:
+            return f"suggestion: model.activation_checkpointing = selective ({room})"
+        if ledger.activations + ledger.head_chunk > ledger.optimizer:
+            half = config.optim.microbatch_tokens // 2
+            return f"suggestion: optim.microbatch_tokens = {half} ({room})"
+        return f"suggestion: optim.states = 8bit ({room})"
+    if ledger.num_microbatches > 1 and spare > ledger.activations + ledger.head_chunk:
+        return f"suggestion: optim.microbatch_tokens = {2 * config.optim.microbatch_tokens} would fit too ({room})"
+    return f"suggestion: nothing to change ({room})"

@@ -4,14 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from bpo_fast_kernels import PairLoss
-
 from bpo_fast import report
 from bpo_fast.checkpoint import TrainerState, load_checkpoint, read_state, save_checkpoint
-from bpo_fast.collect import Collector, divergence, microbatches, with_reference
-from bpo_fast.engine import SamplingParams, request_seed
+from bpo_fast.collect import Collector, divergence, with_reference
+from bpo_fast.engine import SamplingParams
 from bpo_fast.evaluate import EvalRow, as_metrics, judge_greedy, summarise
+from bpo_fast.gradients import TokenBudget, step_gradients
 from bpo_fast.machine import peak_memory_gib
 from bpo_fast.metrics import Metrics
 from bpo_fast.optim import learning_rate
@@ -36,6 +34,7 @@ class Loop:
     def __init__(self, parts: Parts, run: Run, progress: Progress):
         self._parts, self._run, self._progress = parts, run, progress
         self._config, self._policy = parts.config, parts.policy
+        self._budget = TokenBudget(parts.config.optim.microbatch_tokens)
         self.num_steps = 0
         self._phase = self._evaluated_step = -1
         self._num_ended_phases = 0
@@ -100,7 +99,8 @@ class Loop:
         with self._run.critical():
             with self._run.timed("train"):
                 sums = self._gradients(step, pairs)
-                norm, finite = self._parts.optimizer.step(step) if pairs else (0.0, True)
+                norm, finite = self._parts.optimizer.step(step, sums["loss"]) if pairs else (0.0, True)
+                norm, finite = float(norm), bool(finite)
             self.num_steps = step + 1
             self._policy.version = self.num_steps
             self._num_bad_steps = 0 if finite else self._num_bad_steps + 1
@@ -239,43 +239,25 @@ class Loop:
         return self._collector.collect(phase, self._parts.prompts[owned], spare, self.num_steps)
 
     def _score_reference(self, phase: Phase, found: PhasePairs) -> PhasePairs:
-        max_tokens = self._config.optim.microbatch_tokens
         title = f"phase {phase.index + 1}: reference"
         with self._run.timed("ref"), self._progress.task(title, len(found.pairs)) as task:
             if not self._parts.reference.is_policy(phase.num_steps):
                 found = with_reference(
-                    found,
-                    phase.num_steps,
-                    self._policy,
-                    self._parts.reference,
-                    max_tokens=max_tokens,
-                    on_done=task.advance,
+                    found, phase.num_steps, self._policy, self._parts.reference, self._budget, on_done=task.advance
                 )
-            sample = divergence(found.pairs[: self._config.eval.kl_prompts], self._policy, max_tokens)
+            ref = self._config.method.ref
+            sample = divergence(found.pairs[: self._config.eval.kl_prompts], self._policy, self._budget, ref=ref)
         metrics = found.metrics | {f"objective/{k}": v for k, v in sample.items()}
         return replace(found, metrics=metrics, scored=True)
 
     def _gradients(self, step: int, pairs: Sequence[Pair]) -> dict[str, Any]:
-        """Leaves the gradients of every member in place and returns what the step reports, summed on the device."""
-        self._parts.optimizer.zero_grad()
         if not pairs:
             return {}
-        policy, method, num_members = self._policy, self._config.method, self._policy.num_members
-        num = len(pairs) * num_members
-        sums: dict[str, Any] = {"tokens": 0}
-        policy.model.train()
-        for i, batch in enumerate(microbatches(pairs, policy, self._config.optim.microbatch_tokens)):
-            if self._config.model.lora_dropout:
-                torch.manual_seed(request_seed(self._config.run.seed, step, i, 0))
-            ref_logps = _ref_logps(batch.pairs, num_members, policy.device)
-            with policy.members():
-                loss, parts = policy.loss(batch.repeat(num_members), ref_logps, method, num_pairs=len(pairs))
-                loss.backward()
-            sums["tokens"] += batch.num_tokens * num_members
-            for name, value in _measured(parts, method.beta).items():
-                sums[name] = sums.get(name, 0.0) + value.sum() / num
-        policy.model.eval()
-        return sums
+        config = self._config
+        seed = (config.run.seed, step) if config.model.lora_dropout else None
+        return self._budget.run(
+            lambda tokens: step_gradients(pairs, self._policy, config.method, max_tokens=tokens, seed=seed)
+        )
 
     def _summarise(self, rows: list[EvalRow]) -> dict[str, Any]:
         return summarise(rows, [j.name for j in self._parts.judges])
@@ -297,7 +279,7 @@ class Loop:
         pairs = [Pair(p, a, b, 1.0, 0.0) for p, (a, b) in zip(prompts, sampled, strict=True) if a.ids and b.ids]
         if not pairs:
             return None
-        self._kl = divergence(pairs, self._policy, self._config.optim.microbatch_tokens)["kl"]
+        self._kl = divergence(pairs, self._policy, self._budget, ref="none")["kl"]
         return self._kl
 
     def _stop_on_bad_steps(self, pairs: Sequence[Pair]) -> None:
@@ -306,27 +288,3 @@ class Loop:
         raise RuntimeError(
             f"loss or gradient not finite in {self._num_bad_steps} steps in a row (optim.max_bad_steps); see {path}"
         )
-
-
-def _measured(parts: PairLoss, beta: float) -> dict[str, torch.Tensor]:
-    """What a step reports of each pair."""
-    chosen, rejected = parts.policy_logps.chunk(2)
-    ref_chosen, ref_rejected = parts.ref_logps.chunk(2)
-    return {
-        "loss": parts.loss.detach(),
-        "rewards/chosen": beta * (chosen - ref_chosen),
-        "rewards/rejected": beta * (rejected - ref_rejected),
-        "rewards/margins": beta * parts.margins,
-        "rewards/accuracies": (parts.margins > 0).float(),
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
-    }
-
-
-def _ref_logps(pairs: Sequence[Pair], num_members: int, device: torch.device) -> torch.Tensor | None:
-    """[2 M P] float32, the chosen of all members first; None where the reference is the policy itself."""
-    known = [p.ref_logps for p in pairs if p.ref_logps is not None]
-    if not known:
-        return None
-    assert len(known) == len(pairs), "a phase is scored whole"
-    return torch.tensor(known, dtype=torch.float32).T.repeat(1, num_members).flatten().to(device)

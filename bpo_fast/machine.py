@@ -1,6 +1,8 @@
 """What the machine is doing: memory."""
 
+import ctypes
 import resource
+from pathlib import Path
 
 import torch
 
@@ -10,3 +12,45 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def reset_peak() -> int:
+    """Begins a new high-water mark of `peak_bytes`; returns the bytes held now.
+
+    On a CPU that is resident memory, after the allocator has handed back what it keeps of freed blocks. Where the
+    system has no mark that can be reset, the peak of the whole process counts.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except (OSError, AttributeError):
+        pass
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes() -> int:
+    """High-water mark since `reset_peak`, of the same memory."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status_bytes("VmHWM")
+
+
+def free_bytes() -> int:
+    """Memory that can still be taken."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+
+
+def _status_bytes(field: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    found = (int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return 1024 * next(found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

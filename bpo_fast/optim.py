@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bpo_fast.adamw8bit import BLOCK, AdamW8bit
 from bpo_fast.config import OptimConfig
 
 
@@ -35,57 +36,83 @@ class Optimizer:
     def __init__(self, parameters: list[nn.Parameter], config: OptimConfig, *, num_steps: int, num_members: int | None):
         self._parameters, self._config = parameters, config
         self._num_steps, self._num_members = num_steps, num_members
-        # float32 masters where the weights are not: a bf16 weight swallows updates below 1/256 of its size
-        self._masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in parameters]
-        self._adamw = torch.optim.AdamW(
-            self._masters,
-            lr=0.0,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self._masters = [self._master(p) for p in parameters]
+        options = {
+            "lr": 0.0,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "eps": config.adam_epsilon,
+            "weight_decay": config.weight_decay,
+        }
+        if config.states == "8bit":
+            self._adamw: torch.optim.Optimizer = AdamW8bit(self._masters, **options)
+        else:
+            self._adamw = torch.optim.AdamW(self._masters, fused=True, **options)
 
-    def zero_grad(self) -> None:
-        """Forgets the gradients."""
-        for parameter in self._parameters:
-            parameter.grad = None
+    def _master(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The float32 tensor that is stepped: a copy where the weight is narrower (a bf16 weight swallows updates below
+        1/256 of its size) or moments live in host memory, else the weight itself."""
+        if self._config.offload:
+            host = parameter.detach().to("cpu", torch.float32, copy=True)
+            return nn.Parameter(host.pin_memory() if parameter.is_cuda else host)
+        return parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+
+    def num_bytes(self, device: torch.device) -> int:
+        """Bytes of moments and masters on `device`, whether they are there already or come with the first step."""
+        moments = 2 * (1 + 4 / BLOCK) if self._config.states == "8bit" else 8
+        own = [m.numel() for m in self._masters if m.device == device]
+        copies = [m.numel() for m, p in zip(self._masters, self._parameters, strict=True) if m is not p]
+        return int(moments * sum(own)) + (4 * sum(copies) if own else 0)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of all gradients on the device of the weights, in the type in which they are applied."""
+        width = 0 if self._config.offload else 4
+        return sum(p.numel() * max(width, p.element_size()) for p in self._parameters)
 
     @torch.no_grad()
-    def step(self, step: int) -> tuple[float, bool]:
-        """Clips and applies the gradients at optimizer step `step`.
+    def step(self, step: int, loss: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Clips and applies the gradients, without a host sync.
+
+        Args:
+            step: optimizer step, 0-based.
+            loss: [] of the step, checked with the gradients.
 
         Returns:
-            (norm before clipping, the mean over members; False if it was not finite and nothing was changed)
+            (norm before clipping, the mean over members: [] float32; [] bool. False if the norm or the loss was not
+            finite and nothing was changed)
         """
-        grads = [p.grad for p in self._parameters if p.grad is not None]
+        for master, parameter in zip(self._masters, self._parameters, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.to(master.device, torch.float32), None
+        grads = [m.grad for m in self._masters if m.grad is not None]
         if not grads:
-            return 0.0, True
+            return torch.zeros(()), torch.ones((), dtype=torch.bool)
         norms = self._norms(grads)
-        mean = float(norms.mean())
-        if not math.isfinite(mean):
-            return mean, False
-        scale = (self._config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(scale.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)) if self._num_members else scale)
+        mean = norms.mean()
+        finite = mean.isfinite() if loss is None else mean.isfinite() & loss.isfinite()
+        # the fused kernel divides by grad_scale and leaves everything as it is where found_inf is 1
+        self._adamw.found_inf = (~finite).float()
+        if self._num_members:
+            scale = (self._config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+            for grad in grads:
+                grad.mul_(scale.view(-1, *[1] * (grad.dim() - 1)))
+        else:
+            self._adamw.grad_scale = ((norms + 1e-6) / self._config.max_grad_norm).clamp(min=1.0)[0]
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(self._config, step, self._num_steps)
-        for master, parameter in zip(self._masters, self._parameters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
         self._adamw.step()
         for master, parameter in zip(self._masters, self._parameters, strict=True):
             if master is not parameter:
                 parameter.copy_(master)
-        return mean, True
+                master.grad = None
+        return mean, finite
 
     def _norms(self, grads: list[Tensor]) -> Tensor:
         """[M] float32, or [1] for full fine-tuning."""
         if self._num_members:
-            squares = [g.float().flatten(1).square().sum(1) for g in grads]
-        else:
-            squares = [g.float().square().sum().view(1) for g in grads]
-        return torch.stack(squares).sum(0).sqrt()
+            parts = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads]
+            return torch.stack(parts).square().sum(0).sqrt()
+        return nn.utils.get_total_norm(grads).view(1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments, step counts and masters as flat named tensors."""

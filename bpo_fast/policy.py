@@ -8,12 +8,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from bpo_fast_kernels import PairLoss, linear_logps, linear_pair_loss, pair_loss
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bpo_fast.attention import NAME as SHARED_PROMPTS
@@ -24,6 +26,17 @@ from bpo_fast.packing import PairBatch, pack_apart, pack_shared
 from bpo_fast.types import Completion, Pair, Prompt
 
 log = logging.getLogger(__name__)
+
+# what selective checkpointing keeps: matrix products and attention; norms, activations and products of gates are redone
+_COSTLY_OPS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,8 @@ class Policy:
         self.head = _probe_head(model)
         self.pad_id = _pad_id(tokenizer, model)
         self.eos_ids = _eos_ids(tokenizer, model)
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.chunk_bytes = config.head_chunk_mib * 2**20 if config.head_chunk_mib else None
+        _checkpoint_activations(model, "full" if config.gradient_checkpointing else config.activation_checkpointing)
         self.lora: LoraEnsemble | None = None
         self.shares_prompts = False
         if not config.full:
@@ -145,7 +158,7 @@ class Policy:
         if not self.head.fused:
             return self._plain_logps(batch)
         logps = linear_logps(
-            self._hidden(batch), self._weight(), batch.targets, batch.cu_seqlens, **self._head_options()
+            self.hidden(batch), self._weight(), batch.targets, batch.cu_seqlens, **self._head_options()
         )
         assert isinstance(logps, Tensor), "without behavior rows there is one result"
         return logps
@@ -171,17 +184,18 @@ class Policy:
             parts = pair_loss(logps, reference, lengths=batch.lengths, **options)
             return parts.loss.sum() / num_pairs, parts
         return linear_pair_loss(
-            self._hidden(batch),
+            self.hidden(batch),
             self._weight(),
             batch.targets,
             batch.cu_seqlens,
             ref_logps,
             num_pairs=num_pairs,
+            budget_bytes=self.chunk_bytes,
             **options,
             **self._head_options(),
         )
 
-    def _hidden(self, batch: PairBatch) -> Tensor:
+    def hidden(self, batch: PairBatch) -> Tensor:
         """[T, H] rows of the trunk's output that predict completion tokens; the final norm sees only them."""
         trunk = self.model.base_model
         norm = getattr(trunk, "norm", None)
@@ -347,6 +361,15 @@ def _share_prompts(policy: Policy) -> bool:
         policy.model.set_attn_implementation(before)
         log.warning("%s: prompts are not shared within pairs (%s)", type(policy.model).__name__, reason)
     return not reason
+
+
+def _checkpoint_activations(model: PreTrainedModel, how: str) -> None:
+    """Lets the backward pass recompute whole layers ("full"), or of a layer what is cheap to ("selective")."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, list(_COSTLY_OPS))
+    if how != "none":
+        model.gradient_checkpointing_enable(options)
 
 
 def _disable_dropout(model: PreTrainedModel) -> None:

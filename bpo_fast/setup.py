@@ -65,6 +65,8 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     assert config.sampling.max_new_tokens, "resolve() has set it"
     assert config.data.max_prompt_length, "resolve() has set it"
     max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
+    if config.optim.offload and device.type == "cpu":
+        raise ValueError("optim.offload = true: on a CPU the moments are in host memory already")
     policy, engine = load_learner(config, device, max_length, progress.print)
     _check_microbatch(config, policy)
     budget = config.method.pairs

@@ -15,6 +15,7 @@ from rich.console import Console
 from bpo_fast import report
 from bpo_fast.config import Config
 from bpo_fast.loop import Loop
+from bpo_fast.memory import make_ledger
 from bpo_fast.metrics import check_trackers
 from bpo_fast.progress import Progress
 from bpo_fast.run import check_free, open_run
@@ -52,6 +53,9 @@ def train(
         if finished is not None:
             progress.print(f"{run.path}: this run has finished")
             return finished
+        if not quiet:
+            vllm = parts.engine.name == "vllm"
+            progress.print(make_ledger(config, parts.policy, parts.optimizer, kv_stays=vllm).words())
         loop = Loop(replace(parts, config=config), run, progress)
         with run.interruptible():
             try:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bpo_fast import config as configs
-from bpo_fast.collect import microbatches
 from bpo_fast.config import MethodConfig, ModelConfig
+from bpo_fast.gradients import microbatches
 from bpo_fast.metrics import read_metrics
 from bpo_fast.policy import load_policy
 from bpo_fast.train import train

@@ -1,0 +1,128 @@
+"""The gradients of one optimizer step: pairs in micro-batches of all members at once, summed over the step.
+
+The micro-batch budget is the one piece of state: when a GPU runs out of memory the budget is halved, once, and the work
+is done again from its beginning, so that no pair is lost and none counts twice.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from bpo_fast_kernels import PairLoss
+from torch import Tensor
+
+from bpo_fast.config import MethodConfig
+from bpo_fast.engine import request_seed
+from bpo_fast.packing import PairBatch, split
+from bpo_fast.policy import Policy
+from bpo_fast.types import Pair
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class TokenBudget:
+    """Tokens of a micro-batch, halved at most once.
+
+    Args:
+        tokens: the limit, all members counted.
+    """
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+        self._halved = False
+
+    def run(self, work: Callable[[int], Result]) -> Result:
+        """`work(tokens)`, and once more with half of them if memory runs out.
+
+        Raises:
+            RuntimeError: out of memory with half the budget too.
+        """
+        try:
+            return work(self.tokens)
+        except torch.OutOfMemoryError as error:
+            if self._halved:
+                raise RuntimeError(self._advice(error)) from error
+            self._halved, self.tokens = True, self.tokens // 2
+            reason = str(error).split("\n")[0]
+        # outside of the handler, whose traceback keeps the activations alive
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.warning("out of memory (%s): optim.microbatch_tokens is %d from here on", reason, self.tokens)
+        try:
+            return work(self.tokens)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(self._advice(error)) from error
+
+    def _advice(self, error: Exception) -> str:
+        reason = str(error).split("\n")[0]
+        return f"out of memory with optim.microbatch_tokens = {self.tokens} ({reason}); try --dry-run"
+
+
+def microbatches(pairs: Sequence[Pair], policy: Policy, max_tokens: int) -> list[PairBatch]:
+    """A step's pairs as micro-batches for all members at once; the reference pass cuts them alike, so that log-probs of
+    equal weights are equal bit for bit."""
+    parts = split(pairs, max_tokens // policy.num_members, shared=policy.shares_prompts)
+    return [policy.pack(part) for part in parts]
+
+
+def step_gradients(
+    pairs: Sequence[Pair], policy: Policy, method: MethodConfig, *, max_tokens: int, seed: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Leaves the gradients of every member in place, those of before forgotten.
+
+    Args:
+        pairs: of the whole step, at least one.
+        policy: in training.
+        method: loss, beta and label smoothing.
+        max_tokens: of a micro-batch.
+        seed: (run seed, step) of LoRA's dropout; None without one.
+
+    Returns:
+        What the step reports: {"tokens": int} and means over pairs and members, on the device.
+    """
+    num_members = policy.num_members
+    for parameter in policy.parameters():
+        parameter.grad = None
+    sums: dict[str, Any] = {"tokens": 0}
+    policy.model.train()
+    for i, batch in enumerate(microbatches(pairs, policy, max_tokens)):
+        if seed is not None:
+            torch.manual_seed(request_seed(*seed, i, 0))
+        with policy.members():
+            repeated = batch.repeat(num_members)
+            ref_logps = _ref_logps(batch.pairs, num_members, policy.device)
+            loss, parts = policy.loss(repeated, ref_logps, method, num_pairs=len(pairs))
+            loss.backward()
+        sums["tokens"] += batch.num_tokens * num_members
+        for name, value in _measured(parts, method.beta).items():
+            sums[name] = sums.get(name, 0.0) + value.sum() / (len(pairs) * num_members)
+    policy.model.eval()
+    return sums
+
+
+def _measured(parts: PairLoss, beta: float) -> dict[str, Tensor]:
+    """What a step reports of each pair."""
+    chosen, rejected = parts.policy_logps.chunk(2)
+    ref_chosen, ref_rejected = parts.ref_logps.chunk(2)
+    return {
+        "loss": parts.loss.detach(),
+        "rewards/chosen": beta * (chosen - ref_chosen),
+        "rewards/rejected": beta * (rejected - ref_rejected),
+        "rewards/margins": beta * parts.margins,
+        "rewards/accuracies": (parts.margins > 0).float(),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+    }
+
+
+def _ref_logps(pairs: Sequence[Pair], num_members: int, device: torch.device) -> Tensor | None:
+    """[2 M P] float32, the chosen of all members first; None where the reference is the policy itself."""
+    known = [p.ref_logps for p in pairs if p.ref_logps is not None]
+    if not known:
+        return None
+    assert len(known) == len(pairs), "a phase is scored whole"
+    return torch.tensor(known, dtype=torch.float32).T.repeat(1, num_members).flatten().to(device)

@@ -1,0 +1,165 @@
+"""The memory ledger: what a training step will hold, by part, before the first one is taken.
+
+Weights, gradients and moments are counted. Activations are measured, not modelled: the peak of a forward and a backward
+of a few pairs of the greatest lengths is read twice, and a whole micro-batch is their straight line. So checkpointing,
+LoRA and any architecture count as they are, and on a CPU so does what its allocator loses between blocks, which can
+double the bytes of the tensors.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bpo_fast_kernels.backends import pick_backend
+from bpo_fast_kernels.rows import Head
+from torch import Tensor
+
+from bpo_fast import machine
+from bpo_fast.config import Config
+from bpo_fast.gradients import microbatches
+from bpo_fast.optim import Optimizer
+from bpo_fast.policy import Policy
+from bpo_fast.types import Completion, Pair, Prompt
+
+GIB = 2**30
+PROBES = (2, 4)  # pairs; fewer are lost in the noise of a process
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes of a training step of the greatest lengths.
+
+    Attributes:
+        weights: of the model and the adapters.
+        gradients: of all that is trained.
+        optimizer: moments and float32 masters where they are on the device.
+        activations: of the largest micro-batch, at their peak.
+        head_chunk: what the head's kernel keeps of a chunk, and its gradient if the head is trained.
+        kv: the sampler's cache; it is gone before a step where the engine is hf.
+        kv_stays: True if the sampler keeps its cache through the steps.
+        num_microbatches: of the step.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head_chunk: int
+    kv: int
+    kv_stays: bool
+    num_microbatches: int
+
+    @property
+    def training(self) -> int:
+        """Peak of what a step holds beyond weights and KV cache.
+
+        The first micro-batch meets no gradients: they appear as its activations go. Later ones meet all of them.
+        """
+        before = self.gradients if self.num_microbatches > 1 else 0
+        return self.optimizer + max(before + self.activations + self.head_chunk, self.gradients)
+
+    @property
+    def peak(self) -> int:
+        """Peak of a run: of a step or, without a cache that stays, of sampling."""
+        if self.kv_stays:
+            return self.weights + self.kv + self.training
+        return self.weights + max(self.training, self.optimizer + self.kv)
+
+    def words(self) -> str:
+        """One line for people."""
+        names = ("weights", "gradients", "optimizer", "activations", "head_chunk", "kv")
+        parts = ", ".join(f"{n.replace('_', ' ')} {_size(getattr(self, n))}" for n in names)
+        return f"memory: {parts}; peak about {_size(self.peak)}"
+
+
+def longest_pairs(config: Config, policy: Policy, num_pairs: int) -> list[Pair]:
+    """Pairs at the limits of prompt and completion."""
+    token = policy.eos_ids[0]
+    assert config.data.max_prompt_length, "resolve() has set it"
+    assert config.sampling.max_new_tokens, "resolve() has set it"
+    prompt = Prompt(0, "", (token,) * config.data.max_prompt_length)
+    answer = Completion(0, 0, (token,) * config.sampling.max_new_tokens, "", True, 0, 0)
+    return [Pair(prompt, answer, answer, 1.0, 0.0)] * num_pairs
+
+
+def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, *, kv_stays: bool) -> Ledger:
+    """Counts and measures; leaves no gradient behind.
+
+    Args:
+        config: resolved settings.
+        policy, optimizer: as they will train.
+        kv_stays: True if the sampler keeps its cache through the steps.
+    """
+    step_pairs = longest_pairs(config, policy, config.method.batch_pairs or 1)
+    batches = microbatches(step_pairs, policy, config.optim.microbatch_tokens)
+    largest = max(len(b.pairs) for b in batches)
+    few, more = (min(n, largest) for n in PROBES)
+    low, high = (_activations(policy, step_pairs[:n]) for n in (few, more))
+    a_pair = (high - low) / max(1, more - few)
+    return Ledger(
+        weights=_bytes([*policy.model.parameters(), *(policy.lora.parameters() if policy.lora else [])]),
+        gradients=optimizer.gradient_bytes,
+        optimizer=optimizer.num_bytes(policy.device),
+        activations=int(high + a_pair * (largest - more)),
+        head_chunk=_head_chunk(config, policy, largest * policy.num_members),
+        kv=_kv_bytes(config, policy, kv_stays),
+        kv_stays=kv_stays,
+        num_microbatches=len(batches),
+    )
+
+
+def _activations(policy: Policy, pairs: Sequence[Pair]) -> int:
+    """Peak bytes of a forward and a backward of the trunk, its parameters' gradients not counted."""
+    (batch,) = microbatches(pairs, policy, 2**62)
+    repeated = batch.repeat(policy.num_members)
+    policy.model.train()
+    start = machine.reset_peak()
+    with policy.members():
+        hidden = policy.hidden(repeated)
+        saved = machine.peak_bytes() - start
+        hidden.backward(torch.zeros_like(hidden))
+    # gradients come as activations go: the peak of a deep model is where the backward begins
+    peak = max(saved, machine.peak_bytes() - start - _bytes(p.grad for p in policy.parameters() if p.grad is not None))
+    for parameter in policy.parameters():
+        parameter.grad = None
+    policy.model.eval()
+    return peak
+
+
+def _head_chunk(config: Config, policy: Policy, num_pairs: int) -> int:
+    """Bytes of E in a chunk of whole pairs, and of dW; with a frozen head E lives in tiles and dX alone is kept."""
+    assert config.sampling.max_new_tokens, "resolve() has set it"
+    weight, rows_a_pair = policy.model.get_output_embeddings().weight, 2 * config.sampling.max_new_tokens
+    num_rows = num_pairs * rows_a_pair
+    if not policy.head.fused:
+        return 3 * num_rows * len(weight) * 4  # logits, their log-softmax and its gradient
+    if not weight.requires_grad and config.method.loss != "slic":
+        return num_rows * weight.shape[1] * 4
+    engine, head = pick_backend("auto", policy.device), Head(weight, 1.0, None)
+    budget = policy.chunk_bytes or engine.chunk_bytes
+    chunk = min(engine.kept_bytes(num_rows, head), max(budget, engine.kept_bytes(rows_a_pair, head)))
+    return chunk + (weight.numel() * 4 if weight.requires_grad else 0)
+
+
+def _kv_bytes(config: Config, policy: Policy, kv_stays: bool) -> int:
+    """Bytes of the KV cache: vLLM's budget, or what transformers fills for one batch of the greatest lengths."""
+    if kv_stays and config.sampling.kv_cache_gib:
+        return int(config.sampling.kv_cache_gib * GIB)
+    assert config.data.max_prompt_length, "resolve() has set it"
+    assert config.sampling.max_new_tokens, "resolve() has set it"
+    form: Any = policy.model.config.get_text_config()
+    heads = getattr(form, "num_key_value_heads", None) or form.num_attention_heads
+    size = getattr(form, "head_dim", None) or form.hidden_size // form.num_attention_heads
+    length = config.data.max_prompt_length + config.sampling.max_new_tokens
+    each = 2 * form.num_hidden_layers * heads * size * length * policy.model.dtype.itemsize
+    return config.sampling.batch_size * each
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of distinct storages: tied weights count once."""
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
