@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from bpo_fast.varlen import VarlenLayout, attend_varlen, lay_out_varlen, pick_varlen
+
 NAME = "bpo_shared_prompt"
 
 
@@ -41,6 +43,13 @@ class SharedPrompts:
     prompt_width: int
     lengths: tuple[tuple[int, ...], ...]
     _masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _varlen: dict[int, VarlenLayout] = field(default_factory=dict, compare=False, repr=False)
+
+    def varlen(self, num_rows: int) -> VarlenLayout:
+        """The same as sequences of their own, for `num_rows` packed rows."""
+        if num_rows not in self._varlen:
+            self._varlen[num_rows] = lay_out_varlen(self.lengths, num_rows, self.places.device)
+        return self._varlen[num_rows]
 
     def mask(self, queries: str, window: int | None) -> Tensor:
         """True where a query (row) sees a key (column); `window` counts the query itself.
@@ -103,8 +112,9 @@ def shared_prompt_attention(
 ) -> Tensor:
     """Attention of packed rows, each completion over its own prompt and itself.
 
-    Two calls: prompts among themselves, causal without a mask, and completions over their group. The square of a whole
-    group, most of which no token sees, is never formed.
+    On a GPU one variable-length call, where a kernel for it is there (varlen.py). Else two calls of SDPA: prompts among
+    themselves, causal without a mask, and completions over their group. The square of a whole group, most of which no
+    token sees, is never formed.
 
     Args:
         q: [M, heads, S, D] queries; M rows share the layout.
@@ -118,6 +128,10 @@ def shared_prompt_attention(
         [M, heads, S, D], the dtype of q.
     """
     num_rows, num_heads, num_tokens, _ = q.shape
+    varlen = pick_varlen(q, softcap)
+    if varlen is not None:
+        sequences = layout.varlen(num_rows)
+        return attend_varlen(q, k, v, sequences, varlen, scale=scale, window=window, softcap=softcap)
     cut = layout.prompt_width
     q, k, v = (_padded(x, layout) for x in (q, k, v))
     repeats = num_heads // k.shape[1]

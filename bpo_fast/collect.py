@@ -93,6 +93,7 @@ class Collector:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            logps=self._config.method.ref_logps == "sampler",
             stop=sampling.stop or (),
             single_members=sampling.members == "single" and self._config.model.members > 1,
         )

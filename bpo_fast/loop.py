@@ -18,6 +18,7 @@ from bpo_fast.plan import Phase, deal
 from bpo_fast.progress import Progress
 from bpo_fast.run import Run
 from bpo_fast.run_folder import pairs_words
+from bpo_fast.sampler_reference import with_sampler_reference
 from bpo_fast.setup import Parts
 from bpo_fast.types import Pair
 
@@ -241,7 +242,12 @@ class Loop:
     def _score_reference(self, phase: Phase, found: PhasePairs) -> PhasePairs:
         title = f"phase {phase.index + 1}: reference"
         with self._run.timed("ref"), self._progress.task(title, len(found.pairs)) as task:
-            if not self._parts.reference.is_policy(phase.num_steps):
+            if self._parts.reference.is_policy(phase.num_steps):
+                pass  # the reference of one step is the policy itself
+            elif self._config.method.ref_logps == "sampler":
+                tolerance = self._config.method.ref_logps_tolerance
+                found = with_sampler_reference(found, self._policy, self._budget, tolerance=tolerance)
+            else:
                 found = with_reference(
                     found, phase.num_steps, self._policy, self._parts.reference, self._budget, on_done=task.advance
                 )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bpo_fast_kernels import PairLoss, linear_logps, linear_pair_loss, pair_loss
+from bpo_fast_kernels import PairLoss, linear_logps, linear_pair_loss, linear_token_logps, pair_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -163,6 +163,13 @@ class Policy:
         assert isinstance(logps, Tensor), "without behavior rows there is one result"
         return logps
 
+    @torch.no_grad()
+    def token_logps(self, batch: PairBatch) -> Tensor:
+        """Log-probs of the view in force: [T] float32, nats, in the order of `batch.targets`."""
+        if not self.head.fused:
+            return self._plain_token_logps(batch)
+        return linear_token_logps(self.hidden(batch), self._weight(), batch.targets, **self._head_options())
+
     def loss(
         self, batch: PairBatch, ref_logps: Tensor | None, method: MethodConfig, *, num_pairs: int
     ) -> tuple[Tensor, PairLoss]:
@@ -225,14 +232,16 @@ class Policy:
     def _head_options(self) -> dict[str, float | None]:
         return {"temperature": self.temperature / self.head.scale, "logit_softcap": self.head.softcap}
 
+    def _plain_token_logps(self, batch: PairBatch) -> Tensor:
+        """[T] through the model's own logits, for heads that the kernels do not know."""
+        logits = self._forward(self.model, batch).logits.flatten(0, 1).index_select(0, batch.rows).float()
+        return (logits / self.temperature).log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+
     def _plain_logps(self, batch: PairBatch) -> Tensor:
-        """[2P] through the model's own logits, for heads that the kernels do not know."""
-        logits = (
-            self._forward(self.model, batch).logits.flatten(0, 1).index_select(0, batch.rows).float() / self.temperature
-        )
-        token_logps = logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
-        segment = torch.arange(len(batch.lengths), device=logits.device).repeat_interleave(batch.lengths)
-        return torch.zeros(len(batch.lengths), device=logits.device).index_add(0, segment, token_logps)
+        """[2P] sums of the same."""
+        token_logps = self._plain_token_logps(batch)
+        segment = torch.arange(len(batch.lengths), device=token_logps.device).repeat_interleave(batch.lengths)
+        return torch.zeros(len(batch.lengths), device=token_logps.device).index_add(0, segment, token_logps)
 
     @contextmanager
     def _swapped(self, weights: dict[str, Tensor]) -> Iterator[None]:

@@ -18,6 +18,7 @@ from bpo_fast.plan import Plan, make_plan
 from bpo_fast.policy import Policy, load_policy
 from bpo_fast.progress import Progress
 from bpo_fast.reference import Reference
+from bpo_fast.sampler_reference import check_settings as check_sampler_reference
 from bpo_fast.tasks import get_task
 from bpo_fast.types import Pair, Prompt
 
@@ -67,6 +68,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
     if config.optim.offload and device.type == "cpu":
         raise ValueError("optim.offload = true: on a CPU the moments are in host memory already")
+    check_sampler_reference(config, from_pairs)
     policy, engine = load_learner(config, device, max_length, progress.print)
     _check_microbatch(config, policy)
     budget = config.method.pairs

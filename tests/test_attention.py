@@ -5,10 +5,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from bpo_fast.attention import lay_out, shared_prompt_attention
 from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.packing import pack_shared
 from bpo_fast.policy import Policy
 from bpo_fast.types import Completion, Pair, Prompt
+from bpo_fast.varlen import attend_varlen, pick_varlen, varlen_reference
 
 SMALL = {
     "vocab_size": 97,
@@ -88,6 +90,49 @@ def test_log_probs_and_gradients_are_those_of_sequences_alone(name):
     for (key, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         scale = float(q.grad.abs().max())
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5 * max(scale, 1e-3), msg=key)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_variable_length_sequences_are_the_same_attention(num_rows, window, softcap):
+    """What a flash kernel would be given, computed by its naive twin; groups of two, one and three completions."""
+    generator = torch.Generator().manual_seed(0)
+    layout, _ = lay_out(((9, 5, 11), (3, 7), (4, 2, 1, 6)), torch.device("cpu"))
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    grads = []
+    for way in ("padded", "varlen"):
+        q, k, v = (
+            torch.randn(num_rows, heads, 48, 8, generator=generator.manual_seed(heads)).requires_grad_()
+            for heads in (4, 2, 2)
+        )
+        if way == "padded":
+            out = shared_prompt_attention(q, k, v, layout, **options)
+        else:
+            out = attend_varlen(q, k, v, layout.varlen(num_rows), varlen_reference, **options)
+        out.backward(torch.randn(out.shape, generator=generator.manual_seed(9)))
+        grads.append((out, q.grad, k.grad, v.grad))
+    for padded, varlen in zip(*grads, strict=True):
+        torch.testing.assert_close(padded, varlen, rtol=1e-5, atol=1e-5)
+
+
+def test_sequences_on_a_cpu_go_to_sdpa():
+    assert pick_varlen(torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16), None) is None
+
+
+def test_three_completions_of_a_prompt_are_three_sequences():
+    """Any number of completions packs the same way: each sees its prompt and itself."""
+    model = make_model("llama")
+    Policy(model, Tokens(), ModelConfig(path="llama", full=True), seed=0)
+    ids = torch.randint(2, 97, (16,), generator=torch.Generator().manual_seed(2))
+    prompt, *completions = ids.split([5, 4, 1, 6])
+    layout, positions = lay_out(((5, 4, 1, 6),), torch.device("cpu"))
+    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool)
+    with torch.no_grad():
+        packed = model(ids[None], position_ids=positions[None], attention_mask=mask, shared_prompts=layout).logits[0]
+        for completion, part in zip(completions, packed[5:].split([4, 1, 6]), strict=True):
+            alone = model(torch.cat([prompt, completion])[None]).logits[0]
+            torch.testing.assert_close(part, alone[5:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
