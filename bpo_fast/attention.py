@@ -7,6 +7,7 @@ unchanged: it looks for a `SharedPrompts` among the arguments that models pass d
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from bpo_fast.varlen import VarlenLayout, attend_varlen, lay_out_varlen, pick_varlen
+from bpo_fast.varlen import Varlen, VarlenLayout, attend_varlen, lay_out_varlen, pick_varlen
 
 NAME = "bpo_shared_prompt"
 
@@ -32,7 +33,7 @@ class SharedPrompts:
         places: [S] int64. place of each token in the padded form flattened, all prompts first.
         segments: [P, L] int64. 0 in the prompt, k in completion k, -1 where there is no token.
         positions: [P, L] int64. position of each token in its sequence.
-        prompt_width: L_p.
+        prompts: [P, L_p] int64. the prompts' part of `groups`.
         lengths: of each group's prompt and completions.
     """
 
@@ -40,10 +41,15 @@ class SharedPrompts:
     places: Tensor
     segments: Tensor
     positions: Tensor
-    prompt_width: int
+    prompts: Tensor
     lengths: tuple[tuple[int, ...], ...]
     _masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict, compare=False, repr=False)
     _varlen: dict[int, VarlenLayout] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def prompt_width(self) -> int:
+        """L_p; the shape of a tensor, which a compiler takes as a number that may vary."""
+        return self.prompts.shape[1]
 
     def varlen(self, num_rows: int) -> VarlenLayout:
         """The same as sequences of their own, for `num_rows` packed rows."""
@@ -96,12 +102,13 @@ def lay_out(lengths: Sequence[Sequence[int]], device: torch.device) -> tuple[Sha
             places.append(span + (num * cut + g * rest + first - cut if k else g * cut))
             start += length
             first = first + length if k else cut
+    groups = groups.to(device)
     layout = SharedPrompts(
-        groups.to(device),
+        groups,
         torch.cat(places).to(device),
         segments.to(device),
         positions.to(device),
-        cut,
+        groups[:, :cut].clone(),
         tuple(tuple(group) for group in lengths),
     )
     return layout, torch.cat(flat_positions).to(device)
@@ -130,8 +137,7 @@ def shared_prompt_attention(
     num_rows, num_heads, num_tokens, _ = q.shape
     varlen = pick_varlen(q, softcap)
     if varlen is not None:
-        sequences = layout.varlen(num_rows)
-        return attend_varlen(q, k, v, sequences, varlen, scale=scale, window=window, softcap=softcap)
+        return _by_varlen(q, k, v, layout, varlen, scale=scale, window=window, softcap=softcap)
     cut = layout.prompt_width
     q, k, v = (_padded(x, layout) for x in (q, k, v))
     repeats = num_heads // k.shape[1]
@@ -150,6 +156,11 @@ def shared_prompt_attention(
     flat = [out.transpose(1, 2).reshape(num_rows, -1, num_heads, v.shape[-1]) for out in parts]
     out = torch.cat(flat, 1).index_select(1, layout.places)
     return out.view(num_rows, num_tokens, num_heads, -1).transpose(1, 2)
+
+
+@torch.compiler.disable  # a kernel of its own, called with host numbers that vary
+def _by_varlen(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, call: Varlen, **options: Any) -> Tensor:
+    return attend_varlen(q, k, v, layout.varlen(len(q)), call, **options)
 
 
 def _padded(x: Tensor, layout: SharedPrompts) -> Tensor:

@@ -41,6 +41,7 @@ class ModelConfig:
         "what the backward pass recomputes: all of a layer, or all but its matrix products and attention",
         choices=("none", "selective", "full"),
     )
+    compile: bool = knob(False, "compile the trunk for training and scoring; minutes at the start")
     head_chunk_mib: int | None = knob(None, "memory of a chunk of the head; none: the kernels' own choice", ge=1)
     full: bool = knob(False, "train all weights; otherwise LoRA on a frozen base")
     members: int = knob(1, "LoRA members of the ensemble; the behavior is their exact average", ge=1)

@@ -74,6 +74,12 @@ class Policy:
         self.eos_ids = _eos_ids(tokenizer, model)
         self.chunk_bytes = config.head_chunk_mib * 2**20 if config.head_chunk_mib else None
         _checkpoint_activations(model, "full" if config.gradient_checkpointing else config.activation_checkpointing)
+        self._rows: Tensor | None = None
+        self._trunk: Any = model.base_model
+        norm = getattr(model.base_model, "norm", None)
+        self._norm_picks = isinstance(norm, nn.Module)
+        if isinstance(norm, nn.Module):
+            norm.register_forward_pre_hook(self._pick_rows)
         self.lora: LoraEnsemble | None = None
         self.shares_prompts = False
         if not config.full:
@@ -92,6 +98,8 @@ class Policy:
                 self.lora.load_member(m, folder)
         # the base is on disk for LoRA, so its start is the adapters alone; a full copy waits in host memory
         self.shares_prompts = not config.attn_implementation and _share_prompts(self)
+        if config.compile:
+            self._trunk = torch.compile(model.base_model, dynamic=True)
         self._initial = (
             self.lora.state() if self.lora else {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
         )
@@ -204,15 +212,19 @@ class Policy:
 
     def hidden(self, batch: PairBatch) -> Tensor:
         """[T, H] rows of the trunk's output that predict completion tokens; the final norm sees only them."""
-        trunk = self.model.base_model
-        norm = getattr(trunk, "norm", None)
-        if not self.shares_prompts or not isinstance(norm, nn.Module):
-            return self._forward(trunk, batch).last_hidden_state.flatten(0, 1).index_select(0, batch.rows)
-        pick = norm.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1).index_select(0, batch.rows),))
+        if not self.shares_prompts or not self._norm_picks:
+            return self._forward(self._trunk, batch).last_hidden_state.flatten(0, 1).index_select(0, batch.rows)
+        self._rows = batch.rows
         try:
-            return self._forward(trunk, batch).last_hidden_state
+            return self._forward(self._trunk, batch).last_hidden_state
         finally:
-            pick.remove()
+            self._rows = None
+
+    def _pick_rows(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """In front of the final norm: the rows that `hidden` wants, or all."""
+        if self._rows is None:
+            return None
+        return (args[0].flatten(0, 1).index_select(0, self._rows),)
 
     def _forward(self, module: nn.Module, batch: PairBatch) -> Any:
         if batch.layout is None:

@@ -13,6 +13,7 @@ from bpo_fast.engine import Engine, versions
 from bpo_fast.engine.hf import HfEngine
 from bpo_fast.loading import pick_device
 from bpo_fast.optim import Optimizer
+from bpo_fast.packing import split
 from bpo_fast.pairs import replay_pairs
 from bpo_fast.plan import Plan, make_plan
 from bpo_fast.policy import Policy, load_policy
@@ -80,7 +81,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
         if num_pairs < budget:
             progress.print(f"data has {len(usable)} usable prompts: method.pairs is {num_pairs}, not {budget}")
     else:
-        replayed = tuple(_replayed(config, policy, from_pairs)[:budget])
+        replayed = tuple(_replayed(config, policy, from_pairs, progress)[:budget])
         usable = tuple(p.prompt for p in replayed)
         num_pairs = len(replayed)
     plan = make_plan(config.method, num_pairs)
@@ -229,7 +230,7 @@ def _say_left_out(progress: Progress, name: str, found: data.PromptSet, config: 
     )
 
 
-def _replayed(config: Config, policy: Policy, source: str) -> list[Pair]:
+def _replayed(config: Config, policy: Policy, source: str, progress: Progress) -> list[Pair]:
     def to_prompts(name: str):
         rows = data.read_rows(name, config.data.split)
         found = data.load_prompts(
@@ -245,11 +246,19 @@ def _replayed(config: Config, policy: Policy, source: str) -> list[Pair]:
         max_new_tokens=config.sampling.max_new_tokens,
         to_prompts=to_prompts,
     )
+    whole = [p for p in pairs if p.prompt.ids and p.chosen.ids and p.rejected.ids]
+    if len(whole) < len(pairs):
+        num_empty = len(pairs) - len(whole)
+        progress.print(f"recorded pairs: {len(whole)}; left out: {num_empty} with an empty prompt or completion")
+    if not whole:
+        raise ValueError(f"--from-pairs {source}: no pairs")
+    # a pair that fits no micro-batch is named now and not at its step
+    split(whole, config.optim.microbatch_tokens // policy.num_members, shared=policy.shares_prompts)
     num_rows = policy.model.get_input_embeddings().weight.shape[0]
-    for pair in pairs:
+    for pair in whole:
         last = max(*pair.prompt.ids, *pair.chosen.ids, *pair.rejected.ids)
         if last >= num_rows:
             raise ValueError(
                 f"--from-pairs {source}: token id {last} of prompt {pair.prompt.id}: the model has {num_rows} rows"
             )
-    return pairs
+    return whole

@@ -339,6 +339,23 @@ def test_pairs_of_a_larger_vocabulary_are_named(trained, tiny_args, tmp_path, mo
     assert not (tmp_path / "new").exists()
 
 
+def test_recorded_pairs_that_cannot_be_trained_on(trained, tiny_args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "phase-00.jsonl"
+    header, first, *rest = (trained[1] / "pairs" / "phase-00.jsonl").read_text().splitlines()
+    row = json.loads(first)
+    path.write_text("\n".join([header, json.dumps(row | {"chosen": row["chosen"] | {"ids": []}}), *rest]) + "\n")
+    code, _, err = call(*tiny_args, "--out", "new", "--from-pairs", path, "--dry-run")
+    assert code == 0, err
+    assert f"recorded pairs: {len(rest)}; left out: 1 with an empty prompt or completion" in err
+    long = row["chosen"] | {"ids": [5] * 9000}
+    path.write_text("\n".join([header, json.dumps(row | {"chosen": long}), *rest]) + "\n")
+    code, _, err = call(*tiny_args, "--out", "new", "--from-pairs", path)
+    assert code == 2
+    assert f"optim.microbatch_tokens = 8192: one pair (prompt {row['prompt']['id']}) needs 90" in err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_config_file_is_weaker_than_set_and_set_than_flags(tiny_args, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.toml").write_text("[method]\nbeta = 0.5\nphases = 3\n[run]\nseed = 7\n")

@@ -107,6 +107,7 @@ def _ours(case: Case) -> Iterator[float]:
             "data.max_prompt_length": case.prompt_tokens + 8,  # the task ends prompts with a word of its own
             "sampling.engine": "hf",
             "sampling.max_new_tokens": case.completion_tokens,
+            "sampling.stop": (),  # TRL looks for none
             "annotator.path": "bpo_fast_bench.loop:reward",
             "method.pairs": num_steps * case.pairs,
             "method.batch_pairs": case.pairs,

@@ -1,0 +1,31 @@
+"""The compiled trunk: the same numbers, and no compilation anew for other lengths."""
+
+import pytest
+import torch
+from tiny_policy import make_pairs, make_policy
+from torch._dynamo.utils import counters
+
+from bpo_fast.config import MethodConfig, ModelConfig
+from bpo_fast.gradients import step_gradients
+
+FORMS = {"full": {"full": True}, "ensemble": {"members": 2, "lora_r": 4, "lora_alpha": 8.0}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_varying_lengths_compile_once_and_give_the_same_gradients(form):
+    torch._dynamo.reset()
+    counters.clear()
+    eager = make_policy(ModelConfig(path="tiny", **FORMS[form]))
+    compiled = make_policy(ModelConfig(path="tiny", compile=True, **FORMS[form]))
+    num_graphs = []
+    for shift in range(4):
+        pairs = make_pairs([(4 + shift, 3, 5), (3, 2 + 3 * shift, 6), (6, 4, 2 + shift)][: 2 + shift % 2])
+        grads = []
+        for policy in (eager, compiled):
+            step_gradients(pairs, policy, MethodConfig(), max_tokens=1000)
+            grads.append([p.grad for p in policy.parameters()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    assert num_graphs[0] > 0
+    assert num_graphs[-1] == num_graphs[0]
