@@ -1,11 +1,12 @@
 """The memory ledger: what a training step will hold, by part, before the first one is taken.
 
-Weights, gradients and moments are counted. Activations are measured, not modelled: the peak of a forward and a backward
-of a few pairs of the greatest lengths is read twice, and a whole micro-batch is their straight line. So checkpointing,
-LoRA and any architecture count as they are, and on a CPU so does what its allocator loses between blocks, which can
-double the bytes of the tensors.
+Weights, gradients and moments are counted. Activations are measured, not modelled: a forward and a backward of two and
+of four pairs of the greatest lengths run under a mode that follows every tensor from birth to death, and a whole
+micro-batch is their straight line. So checkpointing, LoRA and any architecture count as they are. On a CPU the
+allocator's holes between tensors come on top, which can be as much again.
 """
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.rows import Head
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from bpo_fast import machine
 from bpo_fast.config import Config
 from bpo_fast.gradients import microbatches
 from bpo_fast.optim import Optimizer
@@ -23,7 +25,7 @@ from bpo_fast.policy import Policy
 from bpo_fast.types import Completion, Pair, Prompt
 
 GIB = 2**30
-PROBES = (2, 4)  # pairs; fewer are lost in the noise of a process
+PROBES = (2, 4)  # pairs
 
 
 @dataclass(frozen=True)
@@ -109,22 +111,51 @@ def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, *, kv_stay
     )
 
 
+class _LiveBytes(TorchDispatchMode):
+    """Follows the bytes of tensors made inside, from birth to death, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._born(tensor.untyped_storage())
+        return out
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._died, key, size)
+
+    def _died(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
 def _activations(policy: Policy, pairs: Sequence[Pair]) -> int:
     """Peak bytes of a forward and a backward of the trunk, its parameters' gradients not counted."""
     (batch,) = microbatches(pairs, policy, 2**62)
     repeated = batch.repeat(policy.num_members)
     policy.model.train()
-    start = machine.reset_peak()
-    with policy.members():
+    with policy.members(), _LiveBytes() as tensors:
         hidden = policy.hidden(repeated)
-        saved = machine.peak_bytes() - start
+        saved = tensors.live
         hidden.backward(torch.zeros_like(hidden))
     # gradients come as activations go: the peak of a deep model is where the backward begins
-    peak = max(saved, machine.peak_bytes() - start - _bytes(p.grad for p in policy.parameters() if p.grad is not None))
+    grads = _bytes(p.grad for p in policy.parameters() if p.grad is not None)
     for parameter in policy.parameters():
         parameter.grad = None
     policy.model.eval()
-    return peak
+    return max(saved, tensors.peak - grads)
 
 
 def _head_chunk(config: Config, policy: Policy, num_pairs: int) -> int:
