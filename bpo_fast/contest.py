@@ -184,14 +184,16 @@ def read_outputs(source: str, num_rows: int, where: str) -> list[str | None]:
     """
     path = Path(source)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        texts = [_output(row, number, source) for number, row in enumerate(data.read_rows(source), 1)]
+        texts: list[str | None] = [_output(row, number, source) for number, row in enumerate(data.read_rows(source), 1)]
     else:
         try:
             # not splitlines(): a text may hold U+2028
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{source}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-        texts = [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+        if lines[-1] == "":
+            lines.pop()
+        texts = [line.rstrip("\r") for line in lines]
     if len(texts) != num_rows:
         raise ValueError(f"{source}: {len(texts)} outputs, but {where} has {num_rows} rows; they must line up")
     return texts

@@ -159,7 +159,7 @@ def _comparison_table(summary: Mapping[str, Any]) -> str:
         return ""
     head = "<tr><th>task, loss</th><th>method</th><th>judge</th><th>win rate</th><th>95% interval</th></tr>\n"
     note = "Differences of the win rates on the seeds that both have; percentile bootstrap over seeds."
-    table = f'<div class="wide"><table>{head}{rows}</table></div>'
+    table = f'<div class="wide"><table class="runs">{head}{rows}</table></div>'
     return f'<h2>Against offline training</h2>\n<p class="soft">{note}</p>\n{table}'
 
 
