@@ -1,9 +1,10 @@
 """Builds the embedded default of bpo-fast from nothing: `python -m bpo_fast_bench.build_assets --out DIR`.
 
 Everything comes out of `bpo_fast.helpdesk` and the project's own stages. The policy is trained on answers of mixed
-quality. Annotator and judge start from it, learn as critics whether advice fits a question, then become reward models
-on noisy preference pairs; their data share no (topic, form) combination and no seed. A stage whose result is in DIR
-already is kept, so an interrupted build goes on. What to ship lies in DIR/assets, what was measured in DIR/assets.json.
+quality. Annotator and judge start from a smaller model of its kind, learn as critics whether advice fits a question,
+then become reward models on noisy preference pairs; their data share no (topic, form) combination and no seed. A stage
+whose result is in DIR already is kept, so an interrupted build goes on. What to ship lies in DIR/assets, what was
+measured in DIR/assets.json.
 """
 
 import argparse
@@ -41,9 +42,9 @@ from bpo_fast.sft import train_sft
 from bpo_fast.stage_config import RewardConfig, SftConfig
 
 SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-SIZES: dict[str, Any] = {"hidden": 128, "layers": 4, "heads": 4, "kv_heads": 4, "vocab": 2048}
-POLICY: dict[str, Any] = {
-    **SIZES,
+SFT: dict[str, Any] = {
+    "layers": 4,
+    "vocab": 2048,
     "max_prompt_length": 64,
     "max_completion_length": 64,
     "epochs": 2,
@@ -51,6 +52,11 @@ POLICY: dict[str, Any] = {
     "learning_rate": 3e-3,
     "seed": 1,
     "save_dtype": "float16",
+}
+# rows and sizes of the policy, and of the smaller one that both reward models start from
+SPEAKERS: dict[str, dict[str, int]] = {
+    "policy": {"rows": 75_000, "hidden": 192, "heads": 6, "kv_heads": 6},
+    "base": {"rows": 40_000, "hidden": 128, "heads": 4, "kv_heads": 4},
 }
 CRITIC: dict[str, Any] = {
     "max_prompt_length": 96,
@@ -69,7 +75,7 @@ REWARD: dict[str, Any] = {
 }
 
 
-NUM_SFT, NUM_CRITIC, NUM_PAIRS, NUM_PROMPTS, NUM_EVAL = 40_000, 36_000, 30_000, 5_000, 512
+NUM_CRITIC, NUM_PAIRS, NUM_PROMPTS, NUM_EVAL = 36_000, 30_000, 5_000, 512
 SEEDS = {"annotator": 11, "judge": 21}
 
 
@@ -99,27 +105,28 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     temporary.replace(path)
 
 
-def build_policy(build: Build) -> None:
-    """SFT of a model from scratch on answers of mixed quality."""
-    out = build.root / "policy"
+def build_speaker(build: Build, name: str) -> None:
+    """SFT of a model from scratch on answers of mixed quality: a key of `SPEAKERS`."""
+    torch.set_num_threads(1)  # so that equal seeds give equal weights on every machine of this kind
+    out, sizes = build.root / name, dict(SPEAKERS[name])
     if out.exists():
         return
-    data = build.rows("sft", sft_rows, NUM_SFT, POLICY["seed"])
-    held_out = build.rows("sft-eval", sft_rows, 1000, 2, "eval")
-    train_sft(SftConfig(data=data, eval_data=held_out, out=str(out), device="cpu", **POLICY))
+    data = build.rows(f"{name}-sft", sft_rows, sizes.pop("rows"), SFT["seed"])
+    held_out = build.rows(f"{name}-sft-eval", sft_rows, 1000, 2, "eval")
+    train_sft(SftConfig(data=data, eval_data=held_out, out=str(out), device="cpu", **sizes, **SFT))
 
 
 def build_reward(build: Build, role: str) -> None:
-    """A critic that starts from the policy, then a reward model that starts from the critic."""
+    """A critic that starts from the base, then a reward model that starts from the critic."""
     torch.set_num_threads(1)
     seed = SEEDS[role]
     critic, out = build.root / f"{role}-critic", build.root / role
     if not critic.exists():
         data = build.rows(f"{role}-critic-rows", critic_rows, NUM_CRITIC, seed, role)
         held_out = build.rows("critic-eval", critic_rows, 1500, 31, "eval", flips=0)
-        policy = str(build.root / "policy")
+        base = str(build.root / "base")
         train_sft(
-            SftConfig(data=data, eval_data=held_out, model=policy, out=str(critic), device="cpu", seed=seed, **CRITIC)
+            SftConfig(data=data, eval_data=held_out, model=base, out=str(critic), device="cpu", seed=seed, **CRITIC)
         )
     if not out.exists():
         data = build.rows(f"{role}-pairs", preference_rows, NUM_PAIRS, seed + 1, role)
@@ -170,8 +177,8 @@ def measure(build: Build) -> dict[str, Any]:
             p.name: sum(f.stat().st_size for f in ([p] if p.is_file() else p.iterdir()))
             for p in sorted(build.assets.iterdir())
         },
-        "settings": {"policy": POLICY, "critic": CRITIC, "reward": REWARD, "seeds": SEEDS}
-        | {"rows": {"sft": NUM_SFT, "critic": NUM_CRITIC, "pairs": NUM_PAIRS}},
+        "settings": {"sft": SFT, "speakers": SPEAKERS, "critic": CRITIC, "reward": REWARD, "seeds": SEEDS}
+        | {"rows": {"critic": NUM_CRITIC, "pairs": NUM_PAIRS}},
     }
 
 
@@ -261,10 +268,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the build; stages found in it are kept")
     build = Build(parser.parse_args().out)
     started = time.monotonic()
-    torch.set_num_threads(1)  # so that equal seeds give equal weights on every machine of this kind
-    build_policy(build)
-    with ProcessPoolExecutor(len(SEEDS), mp_context=get_context("spawn")) as pool:
-        for done in [pool.submit(build_reward, build, role) for role in SEEDS]:
+    torch.set_num_threads(1)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        policy, base = (pool.submit(build_speaker, build, name) for name in SPEAKERS)
+        base.result()
+        for done in (policy, *[pool.submit(build_reward, build, role) for role in SEEDS]):
             done.result()
     ship(build)
     results = measure(build) | {"seconds": time.monotonic() - started, "cores": os.cpu_count()}
