@@ -25,7 +25,7 @@ def dry_run(config: Config, *, from_pairs: str | None = None, quiet: bool = Fals
         parts = build(resolve(config), progress, from_pairs=from_pairs)
         plan = parts.plan
         out: dict[str, Any] = {"steps": plan.num_steps, "phases": len(plan.phases), "pairs": plan.num_prompts}
-        ledger = make_ledger(parts.config, parts.policy, parts.optimizer, kv_stays=parts.engine.name == "vllm")
+        ledger = make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
         progress.print(ledger.words())
         out |= _try_steps(parts, ledger) | {"peak_memory_gib": machine.peak_memory_gib()}
         progress.print(

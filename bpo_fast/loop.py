@@ -11,6 +11,7 @@ from bpo_fast.engine import SamplingParams
 from bpo_fast.evaluate import EvalRow, as_metrics, judge_greedy, summarise
 from bpo_fast.gradients import TokenBudget, step_gradients
 from bpo_fast.machine import peak_memory_gib
+from bpo_fast.memory import make_ledger
 from bpo_fast.metrics import Metrics
 from bpo_fast.optim import learning_rate
 from bpo_fast.pairs import PairCounts, PhasePairs, read_pairs, write_pairs
@@ -52,9 +53,17 @@ class Loop:
         self._policy.version = self.num_steps
         self._metrics = Metrics(run.path, self._config.run.report_to, keep_lines=num_lines if run.resume else None)
         self._saved_step = self.num_steps if run.checkpoint else -1
+        self._memory: dict[str, float] = {}
         self._seconds_before_phase = dict(run.seconds)
         if parts.annotator is not None:
             self._collector = Collector(self._config, parts.engine, parts.annotator, run, progress)
+
+    def print_memory(self) -> None:
+        """Prints the memory ledger before the first step; its parts stand in the line of every phase."""
+        parts = self._parts
+        ledger = make_ledger(self._config, parts.policy, parts.optimizer, parts.engine)
+        self._progress.print(ledger.words())
+        self._memory = ledger.metrics()
 
     def remaining_phases(self) -> list[Phase]:
         """Phases that have not been ended."""
@@ -128,7 +137,7 @@ class Loop:
         if self._parts.annotator is not None:
             values["timing/annotate_overlapped_s"] = self._collector.overlapped_s
         values |= {"perf/tokens_per_s": num_tokens / max(1e-9, seconds.get("rollout", 0.0))}
-        values |= {"perf/peak_memory_gib": peak_memory_gib()}
+        values |= {"perf/peak_memory_gib": peak_memory_gib()} | self._memory
         if phase.num_steps > 1 or phase.index == 0:
             self._progress.print(f"phase {phase.index + 1}: {pairs_words(vars(found.counts))}")
         due = self.num_steps - max(0, self._saved_step) >= self._parts.plan.num_steps / 10

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bpo_fast.config import Config
+from bpo_fast.engine import Engine
 from bpo_fast.gradients import microbatches
 from bpo_fast.optim import Optimizer
 from bpo_fast.policy import Policy
@@ -38,7 +39,7 @@ class Ledger:
         optimizer: moments and float32 masters where they are on the device.
         activations: of the largest micro-batch, at their peak.
         head_chunk: what the head's kernel keeps of a chunk, and its gradient if the head is trained.
-        kv: the sampler's cache; it is gone before a step where the engine is hf.
+        kv: the sampler's cache.
         kv_stays: True if the sampler keeps its cache through the steps.
         num_microbatches: of the step.
     """
@@ -68,6 +69,11 @@ class Ledger:
             return self.weights + self.kv + self.training
         return self.weights + max(self.training, self.optimizer + self.kv)
 
+    def metrics(self) -> dict[str, float]:
+        """What metrics.jsonl says of it."""
+        parts = ("weights", "kv", "optimizer", "activations")
+        return {f"memory/{name}_gib": getattr(self, name) / GIB for name in parts}
+
     def words(self) -> str:
         """One line for people."""
         names = ("weights", "gradients", "optimizer", "activations", "head_chunk", "kv")
@@ -85,13 +91,13 @@ def longest_pairs(config: Config, policy: Policy, num_pairs: int) -> list[Pair]:
     return [Pair(prompt, answer, answer, 1.0, 0.0)] * num_pairs
 
 
-def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, *, kv_stays: bool) -> Ledger:
+def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, engine: Engine) -> Ledger:
     """Counts and measures; leaves no gradient behind.
 
     Args:
         config: resolved settings.
         policy, optimizer: as they will train.
-        kv_stays: True if the sampler keeps its cache through the steps.
+        engine: the sampler, for its KV cache.
     """
     step_pairs = longest_pairs(config, policy, config.method.batch_pairs or 1)
     batches = microbatches(step_pairs, policy, config.optim.microbatch_tokens)
@@ -105,8 +111,8 @@ def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, *, kv_stay
         optimizer=optimizer.num_bytes(policy.device),
         activations=int(high + a_pair * (largest - more)),
         head_chunk=_head_chunk(config, policy, largest * policy.num_members),
-        kv=_kv_bytes(config, policy, kv_stays),
-        kv_stays=kv_stays,
+        kv=_batch_kv_bytes(config, policy) if engine.kv_bytes is None else engine.kv_bytes,
+        kv_stays=engine.kv_stays,
         num_microbatches=len(batches),
     )
 
@@ -173,10 +179,8 @@ def _head_chunk(config: Config, policy: Policy, num_pairs: int) -> int:
     return chunk + (weight.numel() * 4 if weight.requires_grad else 0)
 
 
-def _kv_bytes(config: Config, policy: Policy, kv_stays: bool) -> int:
-    """Bytes of the KV cache: vLLM's budget, or what transformers fills for one batch of the greatest lengths."""
-    if kv_stays and config.sampling.kv_cache_gib:
-        return int(config.sampling.kv_cache_gib * GIB)
+def _batch_kv_bytes(config: Config, policy: Policy) -> int:
+    """Bytes of the KV cache that transformers fills for one batch of the greatest lengths."""
     assert config.data.max_prompt_length, "resolve() has set it"
     assert config.sampling.max_new_tokens, "resolve() has set it"
     form: Any = policy.model.config.get_text_config()

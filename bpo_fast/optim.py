@@ -23,6 +23,12 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     return config.learning_rate * factor[config.schedule]
 
 
+def state_bytes(config: OptimConfig, num_stepped: int, num_copied: int) -> int:
+    """Bytes of the moments of `num_stepped` elements and of float32 copies of `num_copied` of them."""
+    moments = 2 * (1 + 4 / BLOCK) if config.states == "8bit" else 8
+    return int(moments * num_stepped) + 4 * num_copied
+
+
 class Optimizer:
     """Trains the parameters of a policy.
 
@@ -58,10 +64,8 @@ class Optimizer:
 
     def num_bytes(self, device: torch.device) -> int:
         """Bytes of moments and masters on `device`, whether they are there already or come with the first step."""
-        moments = 2 * (1 + 4 / BLOCK) if self._config.states == "8bit" else 8
-        own = [m.numel() for m in self._masters if m.device == device]
-        copies = [m.numel() for m, p in zip(self._masters, self._parameters, strict=True) if m is not p]
-        return int(moments * sum(own)) + (4 * sum(copies) if own else 0)
+        own = [(m, p) for m, p in zip(self._masters, self._parameters, strict=True) if m.device == device]
+        return state_bytes(self._config, sum(m.numel() for m, _ in own), sum(m.numel() for m, p in own if m is not p))
 
     @property
     def gradient_bytes(self) -> int:

@@ -15,7 +15,6 @@ from rich.console import Console
 from bpo_fast import report
 from bpo_fast.config import Config
 from bpo_fast.loop import Loop
-from bpo_fast.memory import make_ledger
 from bpo_fast.metrics import check_trackers
 from bpo_fast.progress import Progress
 from bpo_fast.run import check_free, open_run
@@ -53,12 +52,11 @@ def train(
         if finished is not None:
             progress.print(f"{run.path}: this run has finished")
             return finished
-        if not quiet:
-            vllm = parts.engine.name == "vllm"
-            progress.print(make_ledger(config, parts.policy, parts.optimizer, kv_stays=vllm).words())
         loop = Loop(replace(parts, config=config), run, progress)
         with run.interruptible():
             try:
+                if not quiet:
+                    loop.print_memory()
                 loop.evaluate("before")
                 for phase in loop.remaining_phases():
                     found = loop.collect(phase)  # the behavior: the average of the members as they are now

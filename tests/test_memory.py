@@ -56,7 +56,8 @@ def make_parts(form, *, pairs=8, microbatch_tokens=8192, **optim):
     )
     members = policy.num_members if policy.lora else None
     optimizer = Optimizer(policy.parameters(), config.optim, num_steps=2, num_members=members)
-    return SimpleNamespace(config=config, policy=policy, optimizer=optimizer)
+    engine = SimpleNamespace(kv_bytes=None, kv_stays=False)
+    return SimpleNamespace(config=config, policy=policy, optimizer=optimizer, engine=engine)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def make_parts(form, *, pairs=8, microbatch_tokens=8192, **optim):
 )
 def test_predicted_and_measured_peaks_agree(form, options):
     parts = make_parts(form, **options)
-    ledger = make_ledger(parts.config, parts.policy, parts.optimizer, kv_stays=False)
+    ledger = make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
     assert all(p.grad is None for p in parts.policy.parameters())
     found = _try_steps(parts, ledger)
     assert found["measured_gib"] == pytest.approx(found["predicted_gib"], rel=0.1)
@@ -82,7 +83,7 @@ def test_checkpointing_takes_less_memory_and_gives_the_same_gradients():
     peaks, grads = [], []
     for form in ("full", "full-selective", "full-checkpointed"):
         parts = make_parts(form)
-        peaks.append(make_ledger(parts.config, parts.policy, parts.optimizer, kv_stays=False).activations)
+        peaks.append(make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine).activations)
         step_gradients(make_pairs(vocab=4096), parts.policy, MethodConfig(), max_tokens=8192)
         grads.append([p.grad for p in parts.policy.parameters()])
     assert peaks[2] < 0.7 * peaks[1] < 0.7 * 0.9 * peaks[0]

@@ -75,9 +75,17 @@ class Request:
 
 
 class Engine(Protocol):
-    """Samples from the current policy."""
+    """Samples from the current policy.
+
+    Attributes:
+        name: what it is called in settings.
+        kv_bytes: of a KV cache that outlives a call; None where it grows with the batch and goes with it.
+        kv_stays: whether that cache keeps its memory while the policy trains.
+    """
 
     name: str
+    kv_bytes: int | None
+    kv_stays: bool
 
     def generate(
         self,

@@ -36,6 +36,8 @@ class HfEngine:
     """
 
     name = "hf"
+    kv_bytes = None
+    kv_stays = False
 
     def __init__(
         self,

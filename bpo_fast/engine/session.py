@@ -18,6 +18,7 @@ from bpo_fast.engine.host_state import guest_functions, preserved, quiet_stderr
 from bpo_fast.engine.member_rows import MemberRows
 from bpo_fast.engine.shared_weights import NotShareableError, Views, adopt_, find_views, strays
 from bpo_fast.lora import find_linears
+from bpo_fast.optim import state_bytes
 from bpo_fast.policy import Policy
 
 ENVIRON = {
@@ -115,10 +116,15 @@ class Session:
         """Inside, requests are drawn from these members; None is the average."""
         return self.member_rows.requests(member_of) if self.member_rows else nullcontext()
 
+    @property
+    def releases_kv(self) -> bool:
+        """Whether training has the memory of the KV cache outside of `awake`: on a GPU."""
+        return self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode
+
     @contextmanager
     def awake(self) -> Iterator[None]:
         """The KV cache has memory inside; outside, on a GPU, training has it."""
-        if not self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
+        if not self.releases_kv:
             # vLLM compiles a helper of its log-probs: five seconds and a C++ compiler for a comparison and a sum
             with guest_functions(), torch.compiler.set_stance("force_eager"):
                 yield
@@ -269,6 +275,8 @@ def single_members(config: Config) -> bool:
 def kv_budget(config: Config, model: PreTrainedModel, device: torch.device, max_length: int) -> int:
     """Bytes of the KV cache: as configured, else what a full batch of the longest sequences needs, if that fits.
 
+    It shares the device with what training holds through a phase: weights, adapters and the optimizer's state.
+
     Raises:
         ValueError: less than one sequence needs, or more than is free; says how much would do.
     """
@@ -279,6 +287,7 @@ def kv_budget(config: Config, model: PreTrainedModel, device: torch.device, max_
     a_sequence = -(-max_length // block) * block * a_token
     least = a_sequence + 2 * block * a_token  # vLLM keeps a block of its own
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
+    free = max(0, free - _held_bytes(config, model, device))
     gib = config.sampling.kv_cache_gib
     if gib is None:
         budget = min(MAX_NUM_SEQS * a_sequence + 2 * block * a_token, int(KV_SHARE * free))
@@ -292,6 +301,19 @@ def kv_budget(config: Config, model: PreTrainedModel, device: torch.device, max_
     if budget > free:
         raise ValueError(f"sampling.kv_cache_gib = {gib}: only {free / 2**30:.3g} GiB are free; {least / 2**30:.3g} do")
     return budget
+
+
+def _held_bytes(config: Config, model: PreTrainedModel, device: torch.device) -> int:
+    """Bytes that weights, adapters and optimizer will hold on the device, none of which are there yet."""
+    num_weights = model.num_parameters()
+    held = num_weights * model.dtype.itemsize
+    if config.model.full:
+        copied = num_weights if model.dtype != torch.float32 else 0
+        return held + (0 if config.optim.offload else state_bytes(config.optim, num_weights, copied))
+    assert config.model.lora_r, "resolve() has set it"
+    linears = find_linears(model, config.model.lora_targets).values()
+    num_lora = config.model.members * config.model.lora_r * sum(sum(m.weight.shape) for m in linears)
+    return held + 4 * num_lora + (0 if config.optim.offload else state_bytes(config.optim, num_lora, 0))
 
 
 def _start(config: Config, model: PreTrainedModel, device: torch.device, max_length: int, kv_bytes: int) -> Any:

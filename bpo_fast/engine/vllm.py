@@ -85,6 +85,8 @@ class VllmEngine:
 
     def __init__(self, policy: Policy, session: Session, *, max_length: int):
         self._policy, self._session, self._max_length = policy, session, max_length
+        self.kv_bytes: int | None = session.kv_bytes
+        self.kv_stays = not session.releases_kv
         members = tuple(range(policy.num_members)) if session.member_rows else ()
         self._probe = Probe(
             policy, self._draw_probe, max_length=max_length, block_size=session.block_size, members=members

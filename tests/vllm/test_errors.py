@@ -93,7 +93,12 @@ def test_the_kv_budget_is_checked_before_vllm_opens(llama_dir, monkeypatch):
         budget((needed - 1) / 2**30)
     with pytest.raises(ValueError, match=r"kv_cache_gib = 1000000\.0: only .* GiB are free; .* do"):
         budget(1e6)
-    monkeypatch.setattr(session, "_free_host_bytes", lambda: 10 * needed)
+    num_lora = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))  # layers, rank, q and o, k and v, the MLP
+    held = 4 * model.num_parameters() + (4 + 8) * num_lora  # adapters have two moments
+    monkeypatch.setattr(session, "_free_host_bytes", lambda: held + 10 * needed)  # as it is when called
+    assert budget(None) == int(0.4 * 10 * needed)
+    config = settings(llama_dir, model__full=True)
+    held = (4 + 8) * model.num_parameters()
     assert budget(None) == int(0.4 * 10 * needed)
 
 
