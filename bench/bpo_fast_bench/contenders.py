@@ -59,6 +59,9 @@ class Case:
     model: str
 
 
+BLOCKS_A_TURN = 2  # one to warm up
+
+
 class Contender:
     """A process that runs one block when told to.
 
@@ -103,12 +106,15 @@ class Contender:
 
 
 def measure(contenders: Mapping[str, Contender], rounds: int) -> dict[str, dict[str, Any]]:
-    """One block each to warm up, then `rounds` turns of all, every other turn backwards; medians and peaks."""
-    for contender in contenders.values():
-        contender.block()
+    """`rounds` turns of all, every other turn backwards, two blocks a turn and the second one counted; medians, peaks.
+
+    The first block of a turn warms up: while a process waits, its memory can go back to the host of a virtual machine,
+    and touching it again takes up to twenty times as long as the block.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(rounds):
         for name in contenders if i % 2 == 0 else reversed(contenders):
+            contenders[name].block()
             times[name].append(contenders[name].block())
     out = {}
     for name, contender in contenders.items():

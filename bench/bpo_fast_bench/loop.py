@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo_fast_bench.contenders import (
+    BLOCKS_A_TURN,
     FORMS,
     LENGTHS,
     LORA_RANK,
@@ -74,7 +75,7 @@ def _measure(options: LoopOptions, lengths: str, form: str, folder: str) -> dict
     contenders = {}
     for who in ("ours", *options.peers):
         members = FORMS[form] if who == "ours" else min(1, FORMS[form])
-        sizes = (options.pairs, options.steps, options.rounds + 1)
+        sizes = (options.pairs, options.steps, BLOCKS_A_TURN * options.rounds)
         contenders[who] = Contender("loop", Case(who, *LENGTHS[lengths], members, *sizes, options.threads, folder))
     found = measure(contenders, options.rounds)
     return compare(found, "ours", options.peers, runs=max(1, FORMS[form]), lengths=lengths, form=form)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo_fast_bench.contenders import (
+    BLOCKS_A_TURN,
     FORMS,
     LENGTHS,
     LORA_RANK,
@@ -88,7 +89,7 @@ def run(options: StepOptions, say: Callable[[str], None] = print) -> list[dict[s
 
 def _measure(options: StepOptions, lengths: str, forms: list[str], folder: str) -> list[dict[str, Any]]:
     def contender(who: str, members: int) -> Contender:
-        sizes = (options.pairs, options.steps, options.rounds + 1)
+        sizes = (options.pairs, options.steps, BLOCKS_A_TURN * options.rounds)
         return Contender("step", Case(who, *LENGTHS[lengths], members, *sizes, options.threads, folder))
 
     contenders = {form: contender("ours", FORMS[form]) for form in forms}
