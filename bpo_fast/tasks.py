@@ -159,6 +159,8 @@ def _check(config: Config) -> None:
         raise ValueError(f"model.members = {model.members}: an ensemble needs LoRA; full fine-tuning has one member")
     if model.full and model.adapters:
         raise ValueError(f"model.adapters = {', '.join(model.adapters)}: full fine-tuning starts from no adapter")
+    if model.compile and model.members > 1:
+        raise ValueError(f"model.compile = true: one member only, not model.members = {model.members}")
     if model.adapters and len(model.adapters) != model.members:
         raise ValueError(
             f"model.adapters = {', '.join(model.adapters)}: {len(model.adapters)} for model.members = {model.members}"

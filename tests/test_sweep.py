@@ -100,13 +100,15 @@ def test_other_settings_in_the_same_folder_are_refused(swept):
 
 
 def test_an_interrupted_sweep_goes_on(settings, tmp_path):
-    (tmp_path / "g.toml").write_text(settings + "[grid]\nF = ['T']\nseed = [1, 2]\nmethod.pairs = 60\n")
+    (tmp_path / "g.toml").write_text(
+        settings.replace(":letters", ":slow") + "[grid]\nF = ['T']\nseed = [1, 2]\nmethod.pairs = 24\n"
+    )
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "bpo_fast", "sweep", "g.toml", "--jobs", "1"]
     started = subprocess.Popen(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
     )
-    steps = tmp_path / "sweeps" / "g" / "runs" / "helpfulness-dpo-bpo-FT-M1-s1-pairs=60" / "metrics.jsonl"
+    steps = tmp_path / "sweeps" / "g" / "runs" / "helpfulness-dpo-bpo-FT-M1-s1-pairs=24" / "metrics.jsonl"
     limit = time.monotonic() + 60
     while time.monotonic() < limit and not (steps.exists() and '"step"' in steps.read_text()):
         time.sleep(0.05)
@@ -118,7 +120,7 @@ def test_an_interrupted_sweep_goes_on(settings, tmp_path):
     done = run_cli(command[3:], tmp_path)
     assert done.returncode == 0, done.stderr
     rows = read_results(tmp_path / "sweeps" / "g" / "results.jsonl")
-    assert [(r["seed"], r["status"], r["steps"]) for r in rows] == [(1, "finished", 15), (2, "finished", 15)]
+    assert [(r["seed"], r["status"], r["steps"]) for r in rows] == [(1, "finished", 6), (2, "finished", 6)]
 
 
 def test_one_line_of_a_run():

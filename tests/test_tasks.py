@@ -98,6 +98,7 @@ def test_held_out_rows_of_the_hub_are_those_of_the_data_set():
         ({"task": "helpfullness"}, "task = 'helpfullness': no such task; did you mean helpfulness?"),
         ({"task": "zzz"}, "task = 'zzz': no such task; known: helpfulness, tldr, harmlessness"),
         ({"method.phases": "often"}, "method.phases = 'often': a number of phases or on-policy"),
+        ({"model.compile": True, "model.members": 2}, "model.compile = true: one member only, not model.members = 2"),
         ({"model.full": True, "model.members": 2}, "model.members = 2: an ensemble needs LoRA"),
         ({"model.full": True, "model.adapters": ["a"]}, "model.adapters = a: full fine-tuning"),
         ({"model.adapters": ["a", "b"], "model.members": 3}, "model.adapters = a, b: 2 for model.members = 3"),

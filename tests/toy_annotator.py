@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 
 def letters(prompts, completions, completion_ids, **columns):
@@ -10,6 +11,11 @@ def letters(prompts, completions, completion_ids, **columns):
         sum(c.isascii() and c.isalpha() for c in text) / (1 + len(text)) + 1e-5 * sum(ids)
         for text, ids in zip(completions, completion_ids, strict=True)
     ]
+
+
+def slow(prompts, completions, completion_ids, **columns):
+    time.sleep(0.5)
+    return letters(prompts, completions, completion_ids)
 
 
 def same(prompts, completions, completion_ids, **columns):

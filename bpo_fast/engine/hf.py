@@ -36,7 +36,7 @@ class HfEngine:
     """
 
     name = "hf"
-    kv_bytes = None
+    kv_bytes: int | None = None
     kv_stays = False
 
     def __init__(
