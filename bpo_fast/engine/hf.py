@@ -142,7 +142,7 @@ class _AtStopString(StoppingCriteria):
     def __init__(self, stop: StopStrings, prompt_width: int):
         self._stop, self._prompt_width = stop, prompt_width
 
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **options: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **options: Any) -> Any:
         found = [self._stop.found(row) for row in input_ids[:, self._prompt_width :].tolist()]
         return torch.tensor(found, device=input_ids.device)
 
