@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo_fast import prompts as data
-from bpo_fast.annotate import Checked, judge_name
+from bpo_fast.annotate import Checked
 from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.config import Config
 from bpo_fast.engine import SamplingParams
@@ -23,7 +23,7 @@ from bpo_fast.files import write_atomic
 from bpo_fast.loading import pick_device
 from bpo_fast.progress import Progress
 from bpo_fast.run import check_free, saved_config
-from bpo_fast.setup import held_out_prompts, load_learner, load_scorer, train_prompts
+from bpo_fast.setup import held_out_prompts, judge_specs, load_learner, load_scorer, train_prompts
 from bpo_fast.stats import bootstrap, length_controlled
 from bpo_fast.tasks import get_task, resolve
 from bpo_fast.tokenizer import with_leading_space
@@ -89,11 +89,9 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
     config = _resolved(config, source)
     out = out or Path("evals") / time.strftime("%Y%m%d-%H%M%S")
     check_free(out)
-    judge_specs = config.eval.judges or ((config.annotator.path,) if config.annotator.path else ())
-    if not judge_specs:
+    specs = judge_specs(config)
+    if not specs:
         raise ValueError("eval.judges: no judge; name one with --judge")
-    if len({judge_name(j) for j in judge_specs}) < len(judge_specs):
-        raise ValueError(f"eval.judges = {', '.join(judge_specs)}: two have one name; give names, as in NAME=JUDGE")
     with Progress() as progress:
         sides = [_contestant(s, config, progress) for s in (source, against) if s is not None]
         ids = _common(sides, config)
@@ -101,7 +99,7 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
             _write_outputs(out / f"{name}.jsonl", side, config)
         progress.print(f"answers: {out}")
         device = pick_device("run.device", config.run.device)
-        judges = [load_scorer(j, config, device) for j in judge_specs]
+        judges = [load_scorer(j, config, device) for j in specs]
         judged: dict[str, list[Judged]] = {}
         duels: dict[str, list[tuple[Score, Score]]] = {}
         with progress.task("judging", len(judges)) as task:
@@ -114,7 +112,7 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
         "data": config.data.eval_path,
         "task": config.task,
         "num_prompts": len(ids),
-        "judges": {j.name: {"spec": spec, "notes": j.notes()} for j, spec in zip(judges, judge_specs, strict=True)},
+        "judges": {j.name: {"spec": spec, "notes": j.notes()} for j, spec in zip(judges, specs, strict=True)},
         "contestants": [
             {
                 "name": side.name,

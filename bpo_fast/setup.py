@@ -88,9 +88,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     reference = Reference(policy, config.method, config.model, max_length=max_length)
     members = policy.num_members if policy.lora else None
     optimizer = Optimizer(policy.parameters(), config.optim, num_steps=plan.num_steps, num_members=members)
-    judges = config.eval.judges or ((config.annotator.path,) if config.annotator.path else ())
-    if len({judge_name(j) for j in judges}) < len(judges):
-        raise ValueError(f"eval.judges = {', '.join(judges)}: two have one name; give names, as in --judge NAME=JUDGE")
+    judges = judge_specs(config)
     held_out = held_out_prompts(config, policy.tokenizer, usable, progress) if judges else ()
     return Parts(
         config=replace(
@@ -178,6 +176,14 @@ def _annotator(config: Config, device: torch.device) -> Checked:
 def load_scorer(spec: str, config: Config, device: torch.device) -> Checked:
     """The annotator or judge called `spec`."""
     return load_annotator(spec, config.annotator, device=str(device), trust_remote_code=config.model.trust_remote_code)
+
+
+def judge_specs(config: Config) -> tuple[str, ...]:
+    """What `eval.judges` names, else the annotator, if there is one; ValueError if two have one name."""
+    judges = config.eval.judges or ((config.annotator.path,) if config.annotator.path else ())
+    if len({judge_name(j) for j in judges}) < len(judges):
+        raise ValueError(f"eval.judges = {', '.join(judges)}: two have one name; give names, as in --judge NAME=JUDGE")
+    return judges
 
 
 def train_prompts(config: Config, tokenizer: Any, progress: Progress) -> tuple[Prompt, ...]:

@@ -11,13 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bpo_fast import config as configs
+from bpo_fast import machine
 from bpo_fast.config import Config
 from bpo_fast.export import export
 from bpo_fast.sweep import FAILED, FINISHED, INTERRUPTED
@@ -35,7 +35,7 @@ def run_one(request: Mapping[str, Any]) -> dict[str, Any]:
     """
     out, values = Path(request["out"]), dict(request["values"])
     answer: dict[str, Any] = {"status": FINISHED, "error": None, "summary": None}
-    _forget_peak_memory()
+    machine.reset_peak()  # peaks are those of one run, not of the process
     try:
         if request["golden"]:
             values["method.golden"] = str(_golden(Path(request["golden"])))
@@ -55,15 +55,6 @@ def _golden(run: Path) -> Path:
     if not folder.exists():
         export(run, folder)
     return folder
-
-
-def _forget_peak_memory() -> None:
-    """Peaks are those of one run, not of the process."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with suppress(OSError):  # Linux only
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _end_with(parent: int) -> None:
