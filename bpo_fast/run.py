@@ -5,7 +5,6 @@ RUN/config.toml  env.json  metrics.jsonl  pairs/phase-00.jsonl  checkpoint-<step
 """
 
 import json
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from bpo_fast.config import Config
 from bpo_fast.doctor import environment
 from bpo_fast.evaluate import EvalRow
 from bpo_fast.files import remove_temporaries, write_atomic
+from bpo_fast.interrupts import interrupts_call
 
 MAY_CHANGE = {"run.output_dir", "run.save_steps", "run.save_total_limit", "run.report_to", "sampling.batch_size"}
 
@@ -83,12 +83,8 @@ class Run:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with interrupts_call(self._interrupt):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def critical(self) -> Iterator[None]:

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from bpo_fast import config as configs
 from bpo_fast.config import Config
 from bpo_fast.files import remove_temporaries, write_atomic
 from bpo_fast.grid import RunSpec
+from bpo_fast.interrupts import interrupts_call
 from bpo_fast.progress import Progress
 from bpo_fast.run_folder import number_text
 
@@ -92,7 +93,7 @@ class Sweep:
             for thread in threads:
                 thread.start()
             try:
-                with _terminable():
+                with interrupts_call(signal.default_int_handler):
                     for thread in threads:
                         while thread.is_alive():  # join() without a limit would keep signals waiting
                             thread.join(0.2)
@@ -252,14 +253,3 @@ def _check_same(spec: RunSpec, run_dir: Path) -> None:
             raise ValueError(
                 f"{name} = {wanted[name]}: the run in {run_dir} has {there[name]}; choose another --out or remove it"
             )
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does, and Ctrl-C ends one that a shell has started in the background."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
