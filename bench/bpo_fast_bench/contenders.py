@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,38 @@ class Case:
 
 
 BLOCKS_A_TURN = 2  # one to warm up
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a bench measures.
+
+    Attributes:
+        lengths: names in `LENGTHS` (prompt and completion tokens).
+        forms: names in `FORMS`.
+        peers: who else; empty: ours alone.
+        pairs: pairs an optimizer step.
+        steps: steps of a block.
+        rounds: counted blocks of each contender.
+        shape: of the model.
+        threads: CPU threads of each contender.
+        out: JSON to write, or None.
+    """
+
+    lengths: tuple[str, ...] = tuple(LENGTHS)
+    forms: tuple[str, ...] = tuple(FORMS)
+    peers: tuple[str, ...] = ()
+    pairs: int = 8
+    steps: int = 1
+    rounds: int = 5
+    shape: Shape = field(default_factory=Shape)
+    threads: int = 2
+    out: str | None = None
+
+    def contender(self, module: str, who: str, lengths: str, members: int, folder: str) -> "Contender":
+        """The process of one contender; `folder` holds the model."""
+        sizes = (self.pairs, self.steps, BLOCKS_A_TURN * self.rounds)
+        return Contender(module, Case(who, *LENGTHS[lengths], members, *sizes, self.threads, folder))
 
 
 class Contender:
@@ -263,10 +295,10 @@ def words(draw: random.Random, num: int, vocab: int = 20000) -> str:
 
 def check_names(options: Any, known: Mapping[str, Sequence[str]]) -> None:
     """Raises ValueError for a name in a tuple of `options` that is not among those known."""
-    for field, names in known.items():
-        for value in getattr(options, field):
-            if value not in names:
-                raise ValueError(f"bench.{field} = {value}: not one of {', '.join(names)}")
+    for name, choices in known.items():
+        for value in getattr(options, name):
+            if value not in choices:
+                raise ValueError(f"bench.{name} = {value}: not one of {', '.join(choices)}")
 
 
 def write_rows(path: Path, options: Any, rows: Sequence[dict[str, Any]]) -> None:

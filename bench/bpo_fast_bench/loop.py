@@ -10,18 +10,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bpo_fast_bench.contenders import (
-    BLOCKS_A_TURN,
     FORMS,
     LENGTHS,
     LORA_RANK,
     Case,
-    Contender,
-    Shape,
+    Options,
     check_names,
     compare,
     line,
@@ -37,18 +35,14 @@ PEERS = ("trl",)
 
 
 @dataclass(frozen=True)
-class LoopOptions:
-    """What to measure; as `StepOptions`, with `steps` the optimizer steps of a phase."""
+class LoopOptions(Options):
+    """`steps` are the optimizer steps of a phase."""
 
     lengths: tuple[str, ...] = ("tldr", "helpfulness")
     forms: tuple[str, ...] = ("full", "lora")
     peers: tuple[str, ...] = PEERS
-    pairs: int = 8
     steps: int = 4
     rounds: int = 3
-    shape: Shape = field(default_factory=Shape)
-    threads: int = 2
-    out: str | None = None
 
 
 def run(options: LoopOptions, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
@@ -75,8 +69,7 @@ def _measure(options: LoopOptions, lengths: str, form: str, folder: str) -> dict
     contenders = {}
     for who in ("ours", *options.peers):
         members = FORMS[form] if who == "ours" else min(1, FORMS[form])
-        sizes = (options.pairs, options.steps, BLOCKS_A_TURN * options.rounds)
-        contenders[who] = Contender("loop", Case(who, *LENGTHS[lengths], members, *sizes, options.threads, folder))
+        contenders[who] = options.contender("loop", who, lengths, members, folder)
     found = measure(contenders, options.rounds)
     return compare(found, "ours", options.peers, runs=max(1, FORMS[form]), lengths=lengths, form=form)
 

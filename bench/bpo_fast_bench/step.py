@@ -11,18 +11,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bpo_fast_bench.contenders import (
-    BLOCKS_A_TURN,
     FORMS,
     LENGTHS,
     LORA_RANK,
     Case,
-    Contender,
-    Shape,
+    Options,
     check_names,
     compare,
     line,
@@ -38,30 +36,10 @@ PEERS = ("trl", "trl-precomputed")
 
 
 @dataclass(frozen=True)
-class StepOptions:
-    """What to measure.
+class StepOptions(Options):
+    """TRL trains an ensemble one member after the other, five times one step."""
 
-    Attributes:
-        lengths: names in `LENGTHS` (prompt and completion tokens).
-        forms: names in `FORMS`; TRL trains an ensemble one member after the other, five times one step.
-        peers: names in `PEERS`; empty: ours alone.
-        pairs: pairs an optimizer step.
-        steps: steps of a block.
-        rounds: blocks of each contender.
-        shape: of the model.
-        threads: CPU threads of each contender.
-        out: JSON to write, or None.
-    """
-
-    lengths: tuple[str, ...] = ("tldr", "helpfulness", "long")
-    forms: tuple[str, ...] = ("full", "lora", "lora5")
     peers: tuple[str, ...] = PEERS
-    pairs: int = 8
-    steps: int = 1
-    rounds: int = 5
-    shape: Shape = field(default_factory=Shape)
-    threads: int = 2
-    out: str | None = None
 
 
 def run(options: StepOptions, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
@@ -88,12 +66,9 @@ def run(options: StepOptions, say: Callable[[str], None] = print) -> list[dict[s
 
 
 def _measure(options: StepOptions, lengths: str, forms: list[str], folder: str) -> list[dict[str, Any]]:
-    def contender(who: str, members: int) -> Contender:
-        sizes = (options.pairs, options.steps, BLOCKS_A_TURN * options.rounds)
-        return Contender("step", Case(who, *LENGTHS[lengths], members, *sizes, options.threads, folder))
-
-    contenders = {form: contender("ours", FORMS[form]) for form in forms}
-    contenders |= {peer: contender(peer, min(1, FORMS[forms[0]])) for peer in options.peers}
+    contenders = {form: options.contender("step", "ours", lengths, FORMS[form], folder) for form in forms}
+    members = min(1, FORMS[forms[0]])
+    contenders |= {peer: options.contender("step", peer, lengths, members, folder) for peer in options.peers}
     found = measure(contenders, options.rounds)
     rows = []
     for form in forms:
