@@ -5,7 +5,7 @@ its prompt and itself. The function is registered with transformers' AttentionIn
 unchanged: it looks for a `SharedPrompts` among the arguments that models pass down, and without one attends as usual.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,3 +211,33 @@ def _attend(
 
 AttentionInterface.register(NAME, _attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def exchange_attention_(
+    model: Any, apart: Callable[[], Tensor], shared: Callable[[], Tensor], *, tolerance: float
+) -> str:
+    """Gives a model this module's attention if it then computes the same.
+
+    Args:
+        model: a transformers model; it has its own attention again where the reason is not empty.
+        apart: numbers that the model gives with its own attention, on sequences by themselves.
+        shared: the same numbers from packed rows, under the new attention.
+        tolerance: relative and absolute.
+
+    Returns:
+        Why not, in words; empty if it has the new attention now.
+    """
+    before = model.config._attn_implementation
+    expected = apart()
+    model.set_attn_implementation(NAME)
+    try:
+        found = shared()
+        same = found.shape == expected.shape and torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+        reason = "" if same else f"results differ by {float((found - expected).abs().max()):.3g}"
+        if model.config._attn_implementation != NAME:
+            reason = "its attention cannot be exchanged"
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+    if reason:
+        model.set_attn_implementation(before)
+    return reason

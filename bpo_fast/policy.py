@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from bpo_fast.attention import NAME as SHARED_PROMPTS
+from bpo_fast.attention import exchange_attention_
 from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.loading import check_vocabulary, named_load_errors
 from bpo_fast.lora import LoraEnsemble
@@ -212,7 +212,7 @@ class Policy:
 
     def hidden(self, batch: PairBatch) -> Tensor:
         """[T, H] rows of the trunk's output that predict completion tokens; the final norm sees only them."""
-        if not self.shares_prompts or not self._norm_picks:
+        if batch.layout is None or not self._norm_picks:
             return self._forward(self._trunk, batch).last_hidden_state.flatten(0, 1).index_select(0, batch.rows)
         self._rows = batch.rows
         try:
@@ -366,20 +366,14 @@ def _share_prompts(policy: Policy) -> bool:
         cuts = (ids[prompt : prompt + chosen], ids[prompt + chosen :])
         sides = [Completion(i, k, tuple(cut), "", False, 0, 0) for k, cut in enumerate(cuts)]
         pairs.append(Pair(Prompt(i, "", tuple(ids[:prompt])), *sides, 1.0, 0.0))
-    apart = policy.logps(pack_apart(pairs, pad_id=policy.pad_id, device=policy.device))
-    before = policy.model.config._attn_implementation
-    policy.model.set_attn_implementation(SHARED_PROMPTS)
-    policy.shares_prompts = True
-    try:
-        shared = policy.logps(pack_shared(pairs, device=policy.device))
-        # bf16 keeps 8 bits: a sum over ten tokens may be off by about 0.1 nats
-        tolerance = 1e-3 if policy.model.dtype == torch.float32 else 0.3
-        same = shared.shape == apart.shape and torch.allclose(shared, apart, rtol=tolerance, atol=tolerance)
-        reason = "" if same else f"log-probs differ by {float((shared - apart).abs().max()):.3g}"
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
+    # bf16 keeps 8 bits: a sum over ten tokens may be off by about 0.1 nats
+    reason = exchange_attention_(
+        policy.model,
+        lambda: policy.logps(pack_apart(pairs, pad_id=policy.pad_id, device=policy.device)),
+        lambda: policy.logps(pack_shared(pairs, device=policy.device)),
+        tolerance=1e-3 if policy.model.dtype == torch.float32 else 0.3,
+    )
     if reason:
-        policy.model.set_attn_implementation(before)
         log.warning("%s: prompts are not shared within pairs (%s)", type(policy.model).__name__, reason)
     return not reason
 

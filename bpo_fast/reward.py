@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from bpo_fast.annotate.pair_scores import PairScores
 from bpo_fast.annotate.reward_model import RewardScorer
 from bpo_fast.config import DataConfig
 from bpo_fast.files import new_folder
@@ -178,7 +179,9 @@ def _fit(
 ) -> list[dict[str, float]]:
     chosen = model.encode([(p.prompt, p.chosen) for p in train])
     rejected = model.encode([(p.prompt, p.rejected) for p in train])
-    lengths = [2 * max(len(c.ids), len(r.ids)) for c, r in zip(chosen, rejected, strict=True)]
+    pairs = list(zip(chosen, rejected, strict=True))
+    score_pairs = PairScores(model, pairs[:2])
+    lengths = [score_pairs.num_tokens(pair) for pair in pairs]
     if config.gradient_checkpointing:
         model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     device = next(model.model.parameters()).device
@@ -186,8 +189,7 @@ def _fit(
 
     def loss_of(rows: list[int]) -> tuple[torch.Tensor, int]:
         with autocast:
-            scores = model.forward([chosen[i] for i in rows] + [rejected[i] for i in rows])
-        better, worse = scores.float().chunk(2)
+            better, worse = score_pairs([pairs[i] for i in rows]).float()
         return torch.nn.functional.softplus(worse - better).mean(), len(rows)
 
     def evaluate() -> dict[str, float]:

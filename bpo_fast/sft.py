@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the policy that BPO starts from, from a model or from scratch."""
 
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -14,7 +15,7 @@ import torch
 import transformers
 
 from bpo_fast.attention import NAME as PACKED
-from bpo_fast.attention import lay_out
+from bpo_fast.attention import exchange_attention_, lay_out
 from bpo_fast.config import DataConfig
 from bpo_fast.files import new_folder
 from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device
@@ -265,21 +266,10 @@ def pack_rows(model: Any, examples: Sequence[Example]) -> bool:
     if any(getattr(model.config.get_text_config(), name, 0.0) for name in ATTENTION_DROPOUTS):
         return False
     model.eval()
-    before = model.config._attn_implementation
-    reason = ""
     with torch.no_grad():
-        apart = completion_nll(model, examples)
-        model.set_attn_implementation(PACKED)
-        try:
-            packed = completion_nll(model, examples)
-            if model.config._attn_implementation != PACKED:
-                reason = "its attention cannot be exchanged"
-            elif packed.shape != apart.shape or not torch.allclose(packed, apart, rtol=1e-3, atol=1e-3):
-                reason = f"log-probs differ by {float((packed - apart).abs().max()):.3g}"
-        except (TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).split("\n")[0]
+        nll = functools.partial(completion_nll, model, examples)
+        reason = exchange_attention_(model, nll, nll, tolerance=1e-3)
     if reason:
-        model.set_attn_implementation(before)
         log.warning("%s: rows are padded, not packed (%s)", type(model).__name__, reason)
     return not reason
 

@@ -233,7 +233,14 @@ def test_swapped_pairs_teach_relevance(tmp_path):
         for i in range(200)
     ]
     result = train_reward(
-        settings(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "rm", swapped=1.0, epochs=12, eval_fraction=0),
+        settings(
+            write_rows(tmp_path / "rows.jsonl", rows),
+            tmp_path / "rm",
+            swapped=1.0,
+            epochs=12,
+            eval_fraction=0,
+            batch_tokens=256,
+        ),
         progress=QUIET,
     )
     assert result["num_train"] == 400

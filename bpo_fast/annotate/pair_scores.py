@@ -1,0 +1,91 @@
+"""Scores of preference pairs for training: what both texts of a pair begin with is encoded once, and nothing is padded.
+
+A decoder's state at a token depends on what stands before it alone, so the prompt and the words that the two answers
+share need one pass. Other models (encoders, odd attention) are given padded texts, two a pair.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpo_fast.annotate.reward_model import RewardScorer
+from bpo_fast.attention import exchange_attention_, lay_out
+
+log = logging.getLogger(__name__)
+
+
+class PairScores:
+    """r(x, chosen) and r(x, rejected) of encoded pairs, differentiable.
+
+    Args:
+        scorer: the reward model. Its attention is exchanged where that gives the same scores.
+        pairs: some encoded pairs to try that on, at least one.
+    """
+
+    def __init__(self, scorer: RewardScorer, pairs: Sequence[tuple[Any, Any]]):
+        self._scorer = scorer
+        self.packed = self._pack(list(pairs))
+
+    def __call__(self, pairs: Sequence[tuple[Any, Any]]) -> Tensor:
+        """[2, P] scores of P pairs of `tokenizers.Encoding`: the first texts', then the second ones'."""
+        if self.packed:
+            return self._packed(pairs)
+        return self._scorer.forward([one for one, _ in pairs] + [other for _, other in pairs]).view(2, -1)
+
+    def num_tokens(self, pair: tuple[Any, Any]) -> int:
+        """Tokens that a pair takes in a batch, before padding."""
+        one, other = pair
+        if self.packed:
+            return len(one.ids) + len(other.ids) - num_common(one.ids, other.ids)
+        return 2 * max(len(one.ids), len(other.ids))
+
+    def _pack(self, pairs: list[tuple[Any, Any]]) -> bool:
+        model = self._scorer.model
+        if not hasattr(model, "score") or any(num_common(a.ids, b.ids) == 0 for a, b in pairs):
+            reason = "it is not a decoder with a score head, or its texts begin with different tokens"
+        else:
+            was_training = model.training
+            model.eval()
+            with torch.no_grad():
+                texts = [one for one, _ in pairs] + [other for _, other in pairs]
+                reason = exchange_attention_(
+                    model,
+                    lambda: self._scorer.forward(texts).view(2, -1),
+                    lambda: self._packed(pairs),
+                    tolerance=1e-3 if model.dtype == torch.float32 else 0.1,
+                )
+            model.train(was_training)
+        if reason:
+            log.warning("%s: pairs are padded, not packed (%s)", type(model).__name__, reason)
+        return not reason
+
+    def _packed(self, pairs: Sequence[tuple[Any, Any]]) -> Tensor:
+        model = self._scorer.model
+        device = next(model.parameters()).device
+        ids, lengths, last, total = [], [], ([], []), 0
+        for one, other in pairs:
+            common = num_common(one.ids, other.ids)
+            ids += [*one.ids, *other.ids[common:]]
+            lengths.append((common, len(one.ids) - common, len(other.ids) - common))
+            last[0].append(total + len(one.ids) - 1)
+            total += len(one.ids) + len(other.ids) - common
+            last[1].append(total - 1)
+        layout, positions = lay_out(lengths, device)
+        states = model.base_model(
+            input_ids=torch.tensor([ids]).to(device),
+            position_ids=positions[None],
+            attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),  # packed attention has its own
+            use_cache=False,
+            shared_prompts=layout,
+        ).last_hidden_state[0]
+        rows = torch.tensor([*last[0], *last[1]]).to(device)
+        return model.score(states.index_select(0, rows)).view(2, -1)
+
+
+def num_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that both begin with, one less than the shorter has at most: each keeps its last token to itself."""
+    limit = min(len(one), len(other)) - 1
+    return next((i for i in range(limit) if one[i] != other[i]), limit)

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from test_reward import bert_scorer, llama_scorer
+
+from bpo_fast.annotate.pair_scores import PairScores, num_common
+
+# one pair whose answers begin alike, one answer that is the other's beginning, one pair that shares the prompt alone
+TEXTS = [
+    ("is red nice ?", " red is good", " red is bad indeed"),
+    ("is blue nice or is it not nice ?", " blue is good", " blue is good indeed"),
+    ("what ?", " pink", " green is bad"),
+]
+
+
+def encoded(scorer):
+    chosen = scorer.encode([(p, one) for p, one, _ in TEXTS])
+    rejected = scorer.encode([(p, other) for p, _, other in TEXTS])
+    return list(zip(chosen, rejected, strict=True))
+
+
+def gradients(model, scores):
+    model.zero_grad()
+    (scores * torch.tensor([[1.0, -2.0, 0.5], [0.3, 1.0, -1.0]])).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True}])
+def test_packed_pairs_have_the_scores_and_gradients_of_padded_ones(changes):
+    scorer = llama_scorer(**changes)
+    pairs = encoded(scorer)
+    apart = scorer.forward([a for a, _ in pairs] + [b for _, b in pairs]).view(2, -1)
+    expected = gradients(scorer.model, apart)
+    scores = PairScores(scorer, pairs[:1])
+    assert scores.packed
+    packed = scores(pairs)
+    torch.testing.assert_close(packed, apart, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients(scorer.model, packed), expected, rtol=1e-4, atol=1e-5)
+    # the exchanged attention still scores padded texts
+    texts = [a for a, _ in pairs]
+    torch.testing.assert_close(scorer.forward(texts), apart[0], rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_keeps_its_padding(caplog):
+    scorer = bert_scorer()
+    pairs = encoded(scorer)
+    scores = PairScores(scorer, pairs[:1])
+    assert not scores.packed
+    assert "padded, not packed" in caplog.text
+    assert scores(pairs).shape == (2, 3)
+    assert scores.num_tokens(pairs[0]) == 2 * max(len(e.ids) for e in pairs[0])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "common"),
+    [
+        ([1, 2, 3], [1, 2, 4], 2),
+        ([1, 2, 3], [1, 2, 3], 2),
+        ([1, 2], [1, 2, 3], 1),
+        ([5], [5, 6], 0),
+        ([1, 2], [3, 2], 0),
+    ],
+)
+def test_each_text_keeps_its_last_token_to_itself(one, other, common):
+    assert num_common(one, other) == common == num_common(other, one)
