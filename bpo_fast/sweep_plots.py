@@ -88,7 +88,7 @@ def _frequency(groups: Sequence[Group]) -> Figure | None:
             axis.set_xticks(range(len(phases)), [str(p) for p in phases])
             axis.set_xlim(-0.4, len(phases) - 0.6)
             axis.set_xlabel("phases F")
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes[row, 0].set_ylabel(f"win rate, {judge}")
     _legend_below(figure, axes[0, 0])
     return figure
@@ -109,7 +109,7 @@ def _aggregates(groups: Sequence[Group]) -> Figure | None:
             axis.plot(found[name].mean, y, "|", color=color, markersize=11, markeredgewidth=2)
         axis.set_title(name)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=3, min_n_ticks=2))
-        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0))
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)
     axes[0].set_yticks(range(len(rows)), [label[0] for label in rows])
@@ -181,7 +181,7 @@ def _reference(groups: Sequence[Group]) -> Figure | None:
     ]
     if not drawn[0]:
         return None
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[0].set_title(f"win rate, {judge} ({place.loss.upper()}, F={place.phases})")
     axes[1].set_title("KL to the start (nats)")
     _legend_below(figure, axes[0])
@@ -212,16 +212,16 @@ def _stability(groups: Sequence[Group]) -> Figure | None:
     axes[1].set_xticks(range(len(best)), [labels[g.place] for g in best])
     axes[1].set_xlim(-0.5, len(best) - 0.3)
     for axis in axes:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     _legend_below(figure, axes[0])
     return figure
 
 
 def _reward_and_kl(groups: Sequence[Group]) -> Figure | None:
-    judges = judge_names(groups)[:2]
     shown = main_groups(groups)
+    judges = judge_names(shown)[:2]
     curves = {j: [(g, curve(g, f"eval/win_rate/{j}"), curve(g, "eval/kl")) for g in shown] for j in judges}
-    if not judges or not any(win is not None and kl is not None for found in curves.values() for _, win, kl in found):
+    if not any(win is not None and kl is not None for found in curves.values() for _, win, kl in found):
         return None
     figure = Figure(figsize=(HALF_WIDTH_IN * len(judges), 3.2))
     axes = figure.subplots(1, len(judges), squeeze=False)[0]
@@ -232,9 +232,9 @@ def _reward_and_kl(groups: Sequence[Group]) -> Figure | None:
             color = _color(shown, n)
             axis.plot(kl[1].mean(0), win[1].mean(0), color=color, marker="o", label=group.place.label)
             axis.plot(kl[1][:, -1], win[1][:, -1], ".", color=color, alpha=0.35, markersize=5)
-        axis.set_title(f"win rate, {judge}")
+        axis.set_title(f"{_main_place(groups)}win rate, {judge}")
         axis.set_xlabel("KL to the start (nats a completion)")
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     _legend_below(figure, axes[0])
     return figure
 
@@ -291,7 +291,7 @@ def _margins_and_lengths(groups: Sequence[Group]) -> Figure | None:
     drawn |= _over_steps(axes[1], shown, "eval/mean_length", labels)
     if not drawn:
         return None
-    axes[0].set_title("margin: reward of chosen - rejected")
+    axes[0].set_title(f"{_main_place(groups)}margin: reward of chosen - rejected")
     axes[0].set_xlabel("optimizer step")
     axes[1].set_title("mean length of greedy answers (tokens)")
     _legend_below(figure, axes[0] if axes[0].lines else axes[1])
@@ -340,6 +340,12 @@ def main_groups(groups: Sequence[Group]) -> list[Group]:
     own = [g for g in groups if (g.place.task, g.place.loss) == (task, loss)]
     ranked = sorted(own, key=lambda g: (g.place.phases not in (1, 2, EVERY_STEP), g.place.members > 1))
     return sorted(ranked[:MAX_CURVES], key=lambda g: g.place.order())
+
+
+def _main_place(groups: Sequence[Group]) -> str:
+    """Task and loss of the curves, where there are several."""
+    places = tasks_and_losses(groups)
+    return f"{places[0][0]}, {places[0][1].upper()}: " if len(places) > 1 else ""
 
 
 def _color(groups: Sequence[Group], n: int) -> str:

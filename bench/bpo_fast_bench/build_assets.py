@@ -1,10 +1,10 @@
 """Builds the embedded default of bpo-fast from nothing: `python -m bpo_fast_bench.build_assets --out DIR`.
 
 Everything comes out of `bpo_fast.helpdesk` and the project's own stages. The policy is trained on answers of mixed
-quality. Annotator and judge start from a smaller model of its kind, learn as critics whether advice fits a question,
-then become reward models on noisy preference pairs; their data share no (topic, form) combination and no seed. A stage
-whose result is in DIR already is kept, so an interrupted build goes on. What to ship lies in DIR/assets, what was
-measured in DIR/assets.json.
+quality. Annotator and judge each begin as a smaller model of its kind, learn as critics whether advice fits a question,
+then become reward models on noisy preference pairs, which are seen once each; the two share no row, no (topic, form)
+combination, no seed and no weight. A stage whose result is in DIR already is kept, so an interrupted build goes on.
+What to ship lies in DIR/assets, what was measured in DIR/assets.json.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from bpo_fast.helpdesk import (
     swapped_rows,
 )
 from bpo_fast.helpdesk.answers import write_answer
+from bpo_fast.helpdesk.rows import FLIPS, TEMPERATURE
 from bpo_fast.helpdesk.topics import topics
 from bpo_fast.reward import train_reward
 from bpo_fast.sample import sample
@@ -47,36 +48,30 @@ SFT: dict[str, Any] = {
     "vocab": 2048,
     "max_prompt_length": 64,
     "max_completion_length": 64,
-    "epochs": 2,
     "batch_tokens": 1024,
     "learning_rate": 3e-3,
-    "seed": 1,
-    "save_dtype": "float16",
 }
-# rows and sizes of the policy, and of the smaller one that both reward models start from
-SPEAKERS: dict[str, dict[str, int]] = {
-    "policy": {"rows": 75_000, "hidden": 192, "heads": 6, "kv_heads": 6},
-    "base": {"rows": 40_000, "hidden": 128, "heads": 4, "kv_heads": 4},
-}
+# the policy, and the smaller speakers that the reward models begin as
+POLICY: dict[str, Any] = SFT | {"hidden": 192, "heads": 6, "kv_heads": 6, "epochs": 2, "save_dtype": "float16"}
+SPEAKER: dict[str, Any] = SFT | {"hidden": 128, "heads": 4, "kv_heads": 4, "epochs": 1}
 CRITIC: dict[str, Any] = {
     "max_prompt_length": 96,
     "max_completion_length": 16,
-    "epochs": 2,
+    "epochs": 1,
     "batch_tokens": 1024,
     "learning_rate": 2e-3,
 }
 REWARD: dict[str, Any] = {
     "max_prompt_length": 64,
     "max_completion_length": 64,
-    "epochs": 2,
+    "epochs": 1,
     "batch_tokens": 2048,
-    "learning_rate": 1e-3,
+    "learning_rate": 1.5e-3,
     "save_dtype": "float16",
 }
-
-
-NUM_CRITIC, NUM_PAIRS, NUM_PROMPTS, NUM_EVAL = 36_000, 30_000, 5_000, 512
-SEEDS = {"annotator": 11, "judge": 21}
+ROWS = {"policy": 75_000, "speaker": 60_000, "critic": 80_000, "pairs": 200_000, "prompts": 5_000, "eval": 512}
+SEEDS = {"policy": 1, "annotator": 11, "judge": 21}
+REWARD_MODELS = ("annotator", "judge")
 
 
 @dataclass(frozen=True)
@@ -105,49 +100,47 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     temporary.replace(path)
 
 
-def build_speaker(build: Build, name: str) -> None:
-    """SFT of a model from scratch on answers of mixed quality: a key of `SPEAKERS`."""
-    torch.set_num_threads(1)  # so that equal seeds give equal weights on every machine of this kind
-    out, sizes = build.root / name, dict(SPEAKERS[name])
-    if out.exists():
-        return
-    data = build.rows(f"{name}-sft", sft_rows, sizes.pop("rows"), SFT["seed"])
-    held_out = build.rows(f"{name}-sft-eval", sft_rows, 1000, 2, "eval")
-    train_sft(SftConfig(data=data, eval_data=held_out, out=str(out), device="cpu", **sizes, **SFT))
+def build_policy(build: Build) -> None:
+    """SFT from scratch on answers of mixed quality."""
+    build_sft(build, "policy", "sft", ROWS["policy"], SEEDS["policy"], POLICY)
 
 
 def build_reward(build: Build, role: str) -> None:
-    """A critic that starts from the base, then a reward model that starts from the critic."""
-    torch.set_num_threads(1)
-    seed = SEEDS[role]
-    critic, out = build.root / f"{role}-critic", build.root / role
-    if not critic.exists():
-        data = build.rows(f"{role}-critic-rows", critic_rows, NUM_CRITIC, seed, role)
-        held_out = build.rows("critic-eval", critic_rows, 1500, 31, "eval", flips=0)
-        base = str(build.root / "base")
-        train_sft(
-            SftConfig(data=data, eval_data=held_out, model=base, out=str(critic), device="cpu", seed=seed, **CRITIC)
-        )
+    """A speaker, a critic that starts from it, a reward model that starts from the critic."""
+    seed, speaker, critic, out = SEEDS[role], f"{role}-speaker", f"{role}-critic", build.root / role
+    build_sft(build, speaker, role, ROWS["speaker"], seed, SPEAKER)
+    if not (build.root / critic).exists():
+        data = build.rows(f"{critic}-rows", critic_rows, ROWS["critic"], seed, role)
+        held_out = build.rows(f"{critic}-eval", critic_rows, 1500, 31, "eval", flips=0)
+        files = {"data": data, "eval_data": held_out, "out": str(build.root / critic)}
+        train_sft(SftConfig(**files, model=str(build.root / speaker), device="cpu", seed=seed, **CRITIC))
     if not out.exists():
-        data = build.rows(f"{role}-pairs", preference_rows, NUM_PAIRS, seed + 1, role)
-        held_out = build.rows("pairs-eval", preference_rows, 1500, 13, "eval", flips=0)
-        train_reward(
-            RewardConfig(
-                data=data, eval_data=held_out, model=str(critic), out=str(out), device="cpu", seed=seed, **REWARD
-            )
-        )
+        data = build.rows(f"{role}-pairs", preference_rows, ROWS["pairs"], seed + 1, role)
+        held_out = build.rows(f"{role}-pairs-eval", preference_rows, 1500, 13, "eval", flips=0)
+        files = {"data": data, "eval_data": held_out, "out": str(out)}
+        train_reward(RewardConfig(**files, model=str(build.root / critic), device="cpu", seed=seed, **REWARD))
+
+
+def build_sft(build: Build, name: str, role: str, num_rows: int, seed: int, settings: dict[str, Any]) -> None:
+    """A model from scratch on the answers to the questions of `role`."""
+    torch.set_num_threads(1)  # so that equal seeds give equal weights on every machine of this kind
+    out = build.root / name
+    if not out.exists():
+        data = build.rows(f"{name}-sft", sft_rows, num_rows, seed, role)
+        held_out = build.rows(f"{name}-sft-eval", sft_rows, 1000, 2, "eval")
+        train_sft(SftConfig(data=data, eval_data=held_out, out=str(out), device="cpu", seed=seed, **settings))
 
 
 def ship(build: Build) -> None:
     """Copies weights, tokenizers and questions to DIR/assets, without records that name paths of this machine."""
     shutil.rmtree(build.assets, ignore_errors=True)
-    for folder in ("policy", "annotator", "judge"):
+    for folder in ("policy", *REWARD_MODELS):
         (build.assets / folder).mkdir(parents=True)
         for name in SHIPPED:
             if (build.root / folder / name).exists():
                 shutil.copyfile(build.root / folder / name, build.assets / folder / name)
-    write_rows(build.assets / "prompts.jsonl", prompt_rows(NUM_PROMPTS, 101))
-    write_rows(build.assets / "eval.jsonl", prompt_rows(NUM_EVAL, 102, "eval"))
+    write_rows(build.assets / "prompts.jsonl", prompt_rows(ROWS["prompts"], 101))
+    write_rows(build.assets / "eval.jsonl", prompt_rows(ROWS["eval"], 102, "eval"))
 
 
 def measure(build: Build) -> dict[str, Any]:
@@ -162,8 +155,8 @@ def measure(build: Build) -> dict[str, Any]:
         "near_swaps": swapped_rows(1000, 15, "eval"),
         "near_swaps_training_prompts": swapped_rows(1000, 15, "prompts"),
     }
-    reports = {role: json.loads((build.root / role / "reward.json").read_text()) for role in SEEDS}
-    models = {role: RewardModel(str(build.assets / role), device="cpu") for role in SEEDS}
+    reports = {role: json.loads((build.root / role / "reward.json").read_text()) for role in REWARD_MODELS}
+    models = {role: RewardModel(str(build.assets / role), device="cpu") for role in REWARD_MODELS}
     return {
         "policy": _measure_policy(build),
         "labels": {"score": fmean(rubric_score(r["prompt"], r["label"]) for r in held_out)},
@@ -177,8 +170,8 @@ def measure(build: Build) -> dict[str, Any]:
             p.name: sum(f.stat().st_size for f in ([p] if p.is_file() else p.iterdir()))
             for p in sorted(build.assets.iterdir())
         },
-        "settings": {"sft": SFT, "speakers": SPEAKERS, "critic": CRITIC, "reward": REWARD, "seeds": SEEDS}
-        | {"rows": {"critic": NUM_CRITIC, "pairs": NUM_PAIRS}},
+        "settings": {"policy": POLICY, "speaker": SPEAKER, "critic": CRITIC, "reward": REWARD, "seeds": SEEDS}
+        | {"rows": ROWS, "pairs": {"temperature": TEMPERATURE, "flips": FLIPS}},
     }
 
 
@@ -270,9 +263,10 @@ def main() -> None:
     started = time.monotonic()
     torch.set_num_threads(1)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        policy, base = (pool.submit(build_speaker, build, name) for name in SPEAKERS)
-        base.result()
-        for done in (policy, *[pool.submit(build_reward, build, role) for role in SEEDS]):
+        for done in [
+            *(pool.submit(build_reward, build, role) for role in REWARD_MODELS),
+            pool.submit(build_policy, build),
+        ]:
             done.result()
     ship(build)
     results = measure(build) | {"seconds": time.monotonic() - started, "cores": os.cpu_count()}

@@ -9,7 +9,7 @@ from bpo_fast.helpdesk.rubric import rubric_score
 from bpo_fast.helpdesk.topics import Topic, topics
 
 FLIPS = 0.05
-TEMPERATURE = 1.0
+TEMPERATURE = 0.5
 
 
 def sft_rows(num: int, seed: int, role: str = "sft") -> list[dict[str, str]]:
@@ -77,10 +77,11 @@ def preference_rows(num: int, seed: int, role: str, *, flips: float = FLIPS) -> 
 def critic_rows(num: int, seed: int, role: str, *, flips: float = FLIPS) -> list[dict[str, str]]:
     """`num` rows that teach whether one sentence of advice fits a question, half of them fitting.
 
-    The prompt is a question and the sentence, the label yes or no, turned around with probability `flips`. Two fifths
-    of the sentences follow an opening that names their noun, and for one fifth the label names it first. These come
-    before pairs: whether a step fits its question shows neither in the step nor in the question alone, and a small
-    model that sees pairs only never finds it.
+    The prompt is a question and the sentence, the label yes or no, turned around with probability `flips`. What does
+    not fit is advice on another problem, often of the same noun or domain. Two fifths of the sentences follow an
+    opening that names their noun, and for one fifth the label names it first. These come before pairs: whether a step
+    fits its question shows neither in the step nor in the question alone, and a small model that sees pairs only is
+    slow to find it.
     """
     rng = random.Random(f"critic {role} {seed}")
     pool = combinations(role)
@@ -89,7 +90,7 @@ def critic_rows(num: int, seed: int, role: str, *, flips: float = FLIPS) -> list
     for _ in range(num):
         topic, form = rng.choice(pool)
         fits = rng.random() < 0.5
-        advised = topic if fits else rng.choice([t for t in topics() if t.id != topic.id])
+        advised = topic if fits else _another(topic, rng)
         part, kind = rng.randrange(3), rng.choice(("named", "named", "asked", "plain", "plain"))
         advice = _advice(advised, part, rng)
         if kind == "named":
