@@ -79,17 +79,17 @@ def test_logps_are_those_of_the_models_own_logits(name, fused, temperature):
     assert policy.shares_prompts
     batch = policy.pack(pairs)
     expected = naive_logps(model, pairs, temperature)
-    torch.testing.assert_close(policy.logps(batch), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(policy.logps(batch), expected, rtol=1e-5, atol=1e-5)
     apart = pack_apart(pairs, pad_id=0, device=torch.device("cpu"))
     policy.shares_prompts = False
-    torch.testing.assert_close(policy.logps(apart), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(policy.logps(apart), expected, rtol=1e-5, atol=1e-5)
     policy.shares_prompts = True
     zeros = torch.zeros(2 * len(pairs))
     loss, parts = policy.loss(batch, zeros, MethodConfig(), num_pairs=len(pairs))
     h = expected[:3] - expected[3:]
-    torch.testing.assert_close(parts.margins, h, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(parts.margins, h, rtol=1e-5, atol=1e-5)
     expected_loss = torch.nn.functional.softplus(-0.1 * h).mean()
-    torch.testing.assert_close(loss.detach().float(), expected_loss, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss.detach().float(), expected_loss, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_of_the_model_is_off_in_training():
@@ -117,7 +117,7 @@ def test_initial_is_where_the_run_began(tiny_model_dir, full):
     with policy.behavior():
         moved = policy.logps(batch)
     with policy.dense(policy.dense_state()):
-        torch.testing.assert_close(policy.logps(batch), moved, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(policy.logps(batch), moved, rtol=1e-5, atol=1e-5)
 
 
 def test_load_errors_name_the_model(tiny_model_dir, tmp_path):
