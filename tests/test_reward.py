@@ -130,10 +130,10 @@ def test_truncation_keeps_the_completion_and_the_end_of_the_prompt():
     scorer = bert_scorer()
     ids = scorer.tokenizer.convert_tokens_to_ids
     long_prompt = ("how " * 20 + "are you", "fine thanks")
-    encoded = scorer.encode([long_prompt])[0].ids
+    encoded = scorer.encode([long_prompt])[0].ids.tolist()
     assert len(encoded) == scorer.max_length == 16
     assert encoded[-6:] == ids(["are", "you", "[SEP]", "fine", "thanks", "[SEP]"])
-    too_long = scorer.encode([("how are", "bad " + "fine " * 40)])[0].ids
+    too_long = scorer.encode([("how are", "bad " + "fine " * 40)])[0].ids.tolist()
     assert too_long == ids(["[CLS]", "[SEP]", "bad"] + ["fine"] * 12 + ["[SEP]"])
 
 
@@ -142,7 +142,7 @@ def test_a_chat_template_gets_turns_without_the_cue():
     tokenizer.chat_template = CHAT
     scorer = llama_scorer(tokenizer=tokenizer)
     for text in ("hello? Assistant:", "hello?"):
-        encoded = scorer.encode([(text, " friend ")])[0].ids
+        encoded = scorer.encode([(text, " friend ")])[0].ids.tolist()
         assert tokenizer.decode(encoded) == "<user>hello?\n<assistant>friend\n"
     scorer.max_length = 5
     assert len(scorer.encode([("hello?", "friend")])[0].ids) == 5

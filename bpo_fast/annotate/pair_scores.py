@@ -6,12 +6,11 @@ share need one pass. Other models (encoders, odd attention) are given padded tex
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bpo_fast.annotate.reward_model import RewardScorer
+from bpo_fast.annotate.reward_model import Encoded, RewardScorer
 from bpo_fast.attention import exchange_attention_, lay_out
 
 log = logging.getLogger(__name__)
@@ -25,24 +24,24 @@ class PairScores:
         pairs: some encoded pairs to try that on, at least one.
     """
 
-    def __init__(self, scorer: RewardScorer, pairs: Sequence[tuple[Any, Any]]):
+    def __init__(self, scorer: RewardScorer, pairs: Sequence[tuple[Encoded, Encoded]]):
         self._scorer = scorer
         self.packed = self._pack(list(pairs))
 
-    def __call__(self, pairs: Sequence[tuple[Any, Any]]) -> Tensor:
-        """[2, P] scores of P pairs of `tokenizers.Encoding`: the first texts', then the second ones'."""
+    def __call__(self, pairs: Sequence[tuple[Encoded, Encoded]]) -> Tensor:
+        """[2, P] scores of P encoded pairs: the first texts', then the second ones'."""
         if self.packed:
             return self._packed(pairs)
         return self._scorer.forward([one for one, _ in pairs] + [other for _, other in pairs]).view(2, -1)
 
-    def num_tokens(self, pair: tuple[Any, Any]) -> int:
+    def num_tokens(self, pair: tuple[Encoded, Encoded]) -> int:
         """Tokens that a pair takes in a batch, before padding."""
         one, other = pair
         if self.packed:
             return len(one.ids) + len(other.ids) - num_common(one.ids, other.ids)
         return 2 * max(len(one.ids), len(other.ids))
 
-    def _pack(self, pairs: list[tuple[Any, Any]]) -> bool:
+    def _pack(self, pairs: list[tuple[Encoded, Encoded]]) -> bool:
         model = self._scorer.model
         if not hasattr(model, "score") or any(num_common(a.ids, b.ids) == 0 for a, b in pairs):
             reason = "it is not a decoder with a score head, or its texts begin with different tokens"
@@ -62,7 +61,7 @@ class PairScores:
             log.warning("%s: pairs are padded, not packed (%s)", type(model).__name__, reason)
         return not reason
 
-    def _packed(self, pairs: Sequence[tuple[Any, Any]]) -> Tensor:
+    def _packed(self, pairs: Sequence[tuple[Encoded, Encoded]]) -> Tensor:
         model = self._scorer.model
         device = next(model.parameters()).device
         ids, lengths, last, total = [], [], ([], []), 0

@@ -2,8 +2,9 @@
 
 import math
 import re
+from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -14,7 +15,15 @@ from bpo_fast.tokenizer import with_leading_space
 from bpo_fast.types import Completion, Prompt
 
 MAX_LENGTH = 1_000_000  # a tokenizer without a limit says 1e30
+ENCODED_TOGETHER = 4096  # texts; an encoding of the tokenizers library takes kilobytes
 _CLOSING = re.compile(r"\s*\b(assistant|answer)\s*:\s*$", re.IGNORECASE)
+
+
+class Encoded(NamedTuple):
+    """A prompt with a completion: int32 token ids, and the segment that each is of."""
+
+    ids: array
+    type_ids: array
 
 
 class RewardScorer:
@@ -89,24 +98,34 @@ class RewardScorer:
     def score_texts(self, texts: Sequence[tuple[str, str]]) -> list[float]:
         """Scores (prompt, completion) texts, finite or not; equal token ids get equal scores."""
         encodings = self.encode(texts)
-        distinct = {tuple(e.ids): e for e in encodings}
-        lengths = [len(ids) for ids in distinct]
+        keys = [e.ids.tobytes() for e in encodings]
+        distinct = dict(zip(keys, encodings, strict=True))
+        lengths = [len(e.ids) for e in distinct.values()]
         scored, unique = torch.empty(len(distinct)), list(distinct.values())
         with torch.inference_mode():
             for rows in length_batches(lengths, self.batch_tokens):
                 scored[rows] = self.forward([unique[i] for i in rows]).float().cpu()
         score_of = dict(zip(distinct, scored.tolist(), strict=True))
-        return [score_of[tuple(e.ids)] for e in encodings]
+        return [score_of[key] for key in keys]
 
-    def encode(self, texts: Sequence[tuple[str, str]]) -> list[Any]:
-        """Encodes (prompt, completion) texts within `max_length`; gives `tokenizers.Encoding` objects."""
+    def encode(self, texts: Sequence[tuple[str, str]]) -> list[Encoded]:
+        """Encodes (prompt, completion) texts within `max_length`."""
+        join = self._join_plain if self.tokenizer.chat_template is None else self._join_turns
+        encoded = []
+        for start in range(0, len(texts), ENCODED_TOGETHER):
+            joined = join(texts[start : start + ENCODED_TOGETHER])
+            encoded += [Encoded(array("i", e.ids), array("i", e.type_ids)) for e in joined]
+        return encoded
+
+    def _join_turns(self, texts: Sequence[tuple[str, str]]) -> list[Any]:
+        rendered = [self._render(prompt, completion) for prompt, completion in texts]
+        encodings = self.tokenizer.backend_tokenizer.encode_batch(rendered, add_special_tokens=False)
+        for encoding in encodings:
+            encoding.truncate(self.max_length, direction="left")
+        return encodings
+
+    def _join_plain(self, texts: Sequence[tuple[str, str]]) -> list[Any]:
         backend = self.tokenizer.backend_tokenizer
-        if self.tokenizer.chat_template is not None:
-            rendered = [self._render(prompt, completion) for prompt, completion in texts]
-            encodings = backend.encode_batch(rendered, add_special_tokens=False)
-            for encoding in encodings:
-                encoding.truncate(self.max_length, direction="left")
-            return encodings
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
         prompts = backend.encode_batch([p for p, _ in texts], add_special_tokens=False)
         completions = backend.encode_batch([with_leading_space(p, c) for p, c in texts], add_special_tokens=False)
@@ -117,7 +136,7 @@ class RewardScorer:
             joined.append(backend.post_process(prompt, completion))
         return joined
 
-    def forward(self, encodings: Sequence[Any]) -> torch.Tensor:
+    def forward(self, encodings: Sequence[Encoded]) -> torch.Tensor:
         """Scores [len(encodings)] of one right-padded batch, differentiable outside inference mode."""
         longest = max(len(e.ids) for e in encodings)
         shape = (len(encodings), longest)
