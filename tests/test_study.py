@@ -42,6 +42,7 @@ def test_every_run_of_the_study_gets_a_rate():
 
 def test_the_tuning_shares_neither_seeds_nor_prompts_with_the_study():
     tuning, study = (read_grid(STUDIES / f"{name}.toml") for name in ("helpdesk-lr", "helpdesk"))
+    study = [*study, *read_grid(STUDIES / "helpdesk-conditions.toml")]
     assert not {s.seed for s in tuning} & {s.seed for s in study}
     assert {s.values["data.eval_path"].rpartition("[")[2] for s in tuning} == {":128]"}
     assert {s.values["data.eval_path"].rpartition("[")[2] for s in study} == {"128:]"}
@@ -86,7 +87,20 @@ def test_win_rates_at_matched_kl(tmp_path):
 
 
 def test_what_is_committed(sweep, tmp_path):
-    found = write_results(sweep, {"dpo/bpo": 3e-3}, tmp_path)
+    found = write_results(sweep, None, {"dpo/bpo": 3e-3}, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text()) == found
+    assert found["conditions"] == {}
     assert (tmp_path / "summary.json").is_file()
     assert "BPO F=2 - offline, 4 paired seeds, 6 prompts:" in table(found)
+
+
+def test_conditions_are_compared_each_by_itself(sweep, tmp_path):
+    axes = 'method = ["offline", "bpo", "on-policy"]\nseed = [100, 101]\n'
+    blocks = [
+        f'[[grid]]\nname = "{name}"\n{axes}set."method.pairs" = {n}\n' for name, n in (("few", 128), ("many", 512))
+    ]
+    conditions = write_fake_sweep(tmp_path / "conditions", "".join(blocks))
+    found = write_results(sweep, conditions, {}, tmp_path / "results")
+    assert list(found["conditions"]) == ["few", "many"]
+    assert [row["num_seeds"] for row in found["conditions"]["few"]] == [2, 2]
+    assert "many: BPO F=2 - on-policy, 2 paired seeds, 6 prompts:" in table(found)

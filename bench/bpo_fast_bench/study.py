@@ -22,7 +22,7 @@ from bpo_fast.sweep import RESULTS_FILE, Row, Sweep, read_results
 from bpo_fast.sweep_report import write_sweep_report
 
 STUDIES = Path(__file__).parents[1] / "studies"
-RATE, JUDGE, PROXY = "optim.learning_rate", "rubric", "annotator"
+RATE, JUDGE, PROXY, TASK = "optim.learning_rate", "rubric", "annotator", "helpfulness"
 PRIMARY = (("bpo", 2), (("offline", 1), ("on-policy", "T")))
 
 
@@ -31,10 +31,10 @@ class StudyOptions:
     """Where the study's runs and results go.
 
     Attributes:
-        out: folder of the two sweeps.
-        results: folder of summary.json and the figures.
+        out: folder of the sweeps.
+        results: folder of study.json, summary.json and the figures.
         jobs: worker processes.
-        rates_grid, grid: the two grids.
+        rates_grid, grid, conditions_grid: the grids, in the order in which they run.
         dry_run: list the runs only.
     """
 
@@ -43,6 +43,7 @@ class StudyOptions:
     jobs: int = 2
     rates_grid: Path = STUDIES / "helpdesk-lr.toml"
     grid: Path = STUDIES / "helpdesk.toml"
+    conditions_grid: Path = STUDIES / "helpdesk-conditions.toml"
     dry_run: bool = False
 
 
@@ -58,9 +59,9 @@ def run(options: StudyOptions) -> dict[str, Any] | None:
     """
     tuning = Sweep(read_grid(options.rates_grid), options.out / "rates")
     if options.dry_run:
-        specs = read_grid(options.grid)
-        print("\n".join(spec.name for spec in [*tuning.specs, *specs]))
-        print(f"{len(tuning.specs)} runs for learning rates, {len(specs)} for the study")
+        specs, conditions = read_grid(options.grid), read_grid(options.conditions_grid)
+        print("\n".join(spec.name for spec in [*tuning.specs, *specs, *conditions]))
+        print(f"{len(tuning.specs)} runs for learning rates, {len(specs)} for the study, {len(conditions)} conditions")
         return None
     with Progress() as progress:
         tuning.run(options.jobs, progress)
@@ -70,7 +71,10 @@ def run(options: StudyOptions) -> dict[str, Any] | None:
         progress.print(f"learning rates: {json.dumps(rates)}")
         study = Sweep(with_rates(read_grid(options.grid), rates), options.out / "runs")
         study.run(options.jobs, progress)
-    return write_results(study.folder, rates, options.results)
+        write_results(study.folder, None, rates, options.results)  # what is there already, should the rest be cut short
+        conditions = Sweep(with_rates(read_grid(options.conditions_grid), rates), options.out / "conditions")
+        conditions.run(options.jobs, progress)
+    return write_results(study.folder, conditions.folder, rates, options.results)
 
 
 def choose_rates(rows: Sequence[Row]) -> dict[str, float]:
@@ -96,14 +100,24 @@ def with_rates(specs: Sequence[RunSpec], rates: Mapping[str, float]) -> list[Run
     return [dataclasses.replace(s, values={**s.values, RATE: rate(s)}) for s in specs]
 
 
-def write_results(sweep: Path, rates: Mapping[str, float], folder: Path) -> dict[str, Any]:
-    """Writes the report, its figures and study.json of the runs that have finished."""
-    write_sweep_report([sweep], folder)
-    folders, failed = find_runs([sweep])
-    groups = read_groups(folders)
-    found = {"learning_rates": dict(rates), "failed": failed, "primary": primary(groups)}
+def write_results(study: Path, conditions: Path | None, rates: Mapping[str, float], folder: Path) -> dict[str, Any]:
+    """Writes the report of the study, its figures, and study.json: the comparisons of the runs that have finished."""
+    write_sweep_report([study], folder)
+    found: dict[str, Any] = {"learning_rates": dict(rates), "failed": find_runs([study])[1]}
+    found["primary"] = primary(read_groups(find_runs([study])[0]))
+    found["conditions"] = {}
+    if conditions is not None:
+        folders, failed = find_runs([conditions])
+        found["failed"] += failed
+        for name in dict.fromkeys(condition_of(run) for run in folders):
+            found["conditions"][name] = primary(read_groups(run for run in folders if condition_of(run) == name))
     write_atomic(folder / "study.json", json.dumps(found, indent=1) + "\n")
     return found
+
+
+def condition_of(run: Path) -> str:
+    """The block of the grid that a run is of: its name up to the task."""
+    return run.name.partition(f"-{TASK}-")[0]
 
 
 def primary(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -158,8 +172,10 @@ def kl_curve(run: RunFolder) -> tuple[np.ndarray, np.ndarray]:
 def table(found: Mapping[str, Any]) -> str:
     """The primary comparisons for a terminal."""
     lines = [f"learning rates: {json.dumps(found['learning_rates'])}"]
-    for row in found["primary"]:
-        lines.append(f"{row['a']} - {row['b']}, {row['num_seeds']} paired seeds, {row['num_prompts']} prompts:")
+    compared = [("", row) for row in found["primary"]]
+    compared += [(f"{name}: ", row) for name, rows in found["conditions"].items() for row in rows]
+    for where, row in compared:
+        lines.append(f"{where}{row['a']} - {row['b']}, {row['num_seeds']} paired seeds, {row['num_prompts']} prompts:")
         for key in ("difference", "difference_over_seeds", "difference_at_matched_kl"):
             mean, low, high = (100 * row[key][k] for k in ("mean", "low", "high"))
             lines.append(f"  {key.replace('_', ' ')}: {mean:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}")
