@@ -12,7 +12,7 @@ import typer
 
 from bpo_fast import config as configs
 from bpo_fast.cli_bench import bench
-from bpo_fast.cli_errors import reports_errors
+from bpo_fast.cli_errors import check_alone, reports_errors
 from bpo_fast.config import KNOBS, Config
 from bpo_fast.stage_config import RewardConfig, SftConfig
 
@@ -78,6 +78,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="load all, try the longest step, write nothing")] = False,
 ) -> None:
     """Run the online loop: sample, annotate, train, F times over; then evaluate and write a report."""
+    check_alone()
     flags = {
         "task": task,
         "model.path": model,

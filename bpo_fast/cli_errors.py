@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,16 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return guarded
+
+
+def check_alone() -> None:
+    """ValueError where a launcher has started several processes, each of which would be the whole run."""
+    num = os.environ.get("WORLD_SIZE", "1")
+    if num != "1":
+        raise ValueError(
+            f"WORLD_SIZE = {num}: a run is one process on one device, its sampler without tensor parallelism;"
+            " start it without a launcher"
+        )
 
 
 def _fail(message: str, code: int) -> None:

@@ -397,3 +397,15 @@ def test_the_process_itself_prints_one_line_and_exits_with_2(tiny_args, tmp_path
     assert done.stderr.splitlines()[-1] == "error: none.jsonl: no such file or folder"
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_of_a_launcher_are_refused(tiny_args, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(
+        [*tiny_args, "--out", "run"], "WORLD_SIZE = 2: a run is one process on one device, its sampler without tensor"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensor_parallelism_is_no_knob(tiny_args):
+    refused([*tiny_args, "--set", "sampling.tensor_parallel_size=2"], "sampling.tensor_parallel_size: no such knob")
