@@ -42,6 +42,7 @@ def sample(config: Config, out: Path, *, n: int, temperature: float) -> None:
             temperature=temperature,
             stop=config.sampling.stop or (),
         )
+        engine.refresh(0)
         with progress.task("sampling", n * len(prompts)) as task:
             completions = engine.generate(
                 prompts,
