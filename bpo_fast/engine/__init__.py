@@ -121,9 +121,15 @@ def by_length(prompts: Sequence[Prompt]) -> list[int]:
 def make_requests(
     prompts: Sequence[Prompt], params: SamplingParams, *, run_seed: int, policy_version: int, num_members: int
 ) -> list[Request]:
-    """One request a completion, the samples of a prompt side by side, short prompts first."""
+    """One request a completion, the samples of a prompt side by side, short prompts first.
+
+    Raises:
+        ValueError: a prompt without tokens, which no model can go on from.
+    """
     requests = []
     for i in by_length(prompts):
+        if not prompts[i].ids:
+            raise ValueError(f"prompt {prompts[i].id} has no tokens")
         for sample_id in range(params.n):
             seed = request_seed(run_seed, policy_version, prompts[i].id, sample_id)
             member = seed % num_members if params.single_members else None

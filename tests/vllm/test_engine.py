@@ -112,11 +112,37 @@ def test_top_k_cuts(full):
     assert {c.ids[0] for c in draw(engine, [question], num_new=1, n=200, top_k=2)[0]} == set(best)
 
 
+def test_top_p_cuts(full):
+    policy, engine = full
+    [question] = prompts(1)
+    with torch.no_grad():
+        probs, ids = (
+            policy.model(input_ids=torch.tensor([question.ids])).logits[0, -1].softmax(-1).sort(descending=True)
+        )
+    mass = probs.cumsum(0)
+    kept = int((mass < 0.5).sum()) + 1  # the fewest tokens that hold half of the mass
+    assert 2 <= kept <= 20
+    drawn = {c.ids[0] for c in draw(engine, [question], num_new=1, n=400, top_p=0.5)[0]}
+    assert drawn <= set(ids[:kept].tolist())
+    assert set(ids[: kept - 1].tolist()) <= drawn
+    [surest] = draw(engine, [question], top_p=1e-6, n=1)
+    assert surest[0].ids == draw(engine, [question], temperature=0.0, n=1)[0][0].ids
+
+
+def test_a_prompt_may_be_as_long_as_the_engine_allows(full):
+    policy, engine = full
+    longest = Prompt(1, "", tuple(2 + j % 200 for j in range(MAX_LENGTH - 16)))
+    [[c]] = draw(engine, [longest], n=1, temperature=0.0)
+    assert [c.ids] == greedy_by_transformers(policy, [longest], 16)
+
+
 def test_what_does_not_fit_is_named(full):
     _, engine = full
     long = Prompt(3, "", (5,) * (MAX_LENGTH - 15))
     with pytest.raises(ValueError, match=f"prompt 3 has 145 tokens.* = 16 it is longer than the {MAX_LENGTH}"):
         draw(engine, [long])
+    with pytest.raises(ValueError, match="prompt 9 has no tokens"):
+        draw(engine, [*prompts(2), Prompt(9, "", ())])
     with pytest.raises(ValueError, match=r"temperature = 0\.5: log-probs are of 1\.0"):
         draw(engine, prompts(1), temperature=0.5, logps=True)
     with pytest.raises(ValueError, match=r"sampling\.members: vLLM was not opened for single members"):
