@@ -5,6 +5,7 @@ the members, `initial()` is where the run began, `merged()` is the behavior as d
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ import torch
 from bpo_fast_kernels import PairLoss, linear_logps, linear_pair_loss, linear_token_logps, pair_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bpo_fast.attention import exchange_attention_
 from bpo_fast.config import MethodConfig, ModelConfig
+from bpo_fast.dequantise import dense_, loading_options, quantised_by
 from bpo_fast.loading import check_vocabulary, named_load_errors
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.packing import PairBatch, pack_apart, pack_shared
@@ -309,27 +311,34 @@ def load_policy(
 def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(causal LM on the host, in eval mode and the type for `device`; its tokenizer); ValueError names `model.path`."""
     path = str(config.path)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    name = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, name)
     options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"model.path = {path}: not a model folder (no config.json)")
-    with named_load_errors(f"model.path = {path}"):
+    with named_load_errors(f"model.path = {path}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers warns of the options that it is given for a quantised model
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        stored = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        quantised = quantised_by(stored)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=getattr(torch, dtype),
+            dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # named below
             **options,
+            **loading_options(stored),
         )
         model, found = loaded
+        if quantised:
+            model = dense_(model, dtype)
     drawn = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if drawn:  # at random, by transformers
         raise ValueError(f"model.path = {path}: {len(drawn)} weights are not there or do not fit, such as {drawn[0]}")
+    if quantised:
+        log.warning("model.path = %s: its %s weights are dequantised to %s", path, quantised, name)
     return model.eval(), tokenizer
 
 

@@ -83,6 +83,22 @@ def preserved(environ: Mapping[str, str] | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def preserved_class(cls: type) -> Iterator[None]:
+    """The class is afterwards as it was; vLLM decorates transformers' own where it has no code for an architecture."""
+    bases, own = cls.__bases__, dict(vars(cls))
+    try:
+        yield
+    finally:
+        if cls.__bases__ != bases:
+            cls.__bases__ = bases
+        for name, value in dict(vars(cls)).items():
+            if name not in own:
+                delattr(cls, name)
+            elif own[name] is not value:
+                setattr(cls, name, own[name])
+
+
+@contextmanager
 def preserved_random() -> Iterator[None]:
     """The generators are afterwards as they were; cheap enough for every call of a sampler."""
     python, array = random.getstate(), np.random.get_state()

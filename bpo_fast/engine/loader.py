@@ -3,12 +3,16 @@
 On a CPU vLLM repacks linear weights for its kernels once they are loaded, which would detach them from the trainer's.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from vllm.config import LoadConfig
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -74,14 +78,21 @@ class PlainEmbedding(UnquantizedEmbeddingMethod):
 
 
 class PolicyLoader(DefaultModelLoader):
-    """Loads safetensors, keeps the weights plain and makes room for the members of a live LoRA ensemble."""
+    """Loads the trainer's weights, keeps them plain and makes room for the members of a live LoRA ensemble."""
 
-    live_lora: LiveLora | None = None  # of the engine that is being built
+    # of the engine that is being built
+    policy: PreTrainedModel | None = None
+    live_lora: LiveLora | None = None
 
     def __init__(self, load_config: LoadConfig):
         plain = LoadConfig(load_format="safetensors", download_dir=load_config.download_dir)
         plain.device, plain.use_tqdm_on_load = load_config.device, False
         super().__init__(plain)
+
+    def get_all_weights(self, model_config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The trainer's weights, not the file's: those may be quantised, and are read already."""
+        assert self.policy is not None, "the engine's start has set it"
+        return checkpoint_weights(self.policy)
 
     def load_weights(self, model: nn.Module, model_config) -> None:
         """Loads, then swaps the methods that would repack."""
@@ -93,7 +104,19 @@ class PolicyLoader(DefaultModelLoader):
             elif type(method) is UnquantizedEmbeddingMethod:
                 layer.quant_method = PlainEmbedding()
         if self.live_lora is not None:
-            add_live_lora_(model, self.live_lora)
+            with suppress(NotShareableError):  # reads_live_lora() tells
+                add_live_lora_(model, self.live_lora)
+
+
+def checkpoint_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The trainer's weights and buffers under the names and in the layout of a checkpoint, tied ones once."""
+    seen: set[int] = set()
+    once = {}
+    for name, tensor in policy.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            once[name] = tensor
+    yield from revert_weight_conversion(policy, once).items()
 
 
 def add_live_lora_(model: nn.Module, lora: LiveLora) -> None:
@@ -119,6 +142,14 @@ def live_lora_storage(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     layer, rows = locate_linear(model, name)
     parts: Any = layer.lora_parts
     return next((a, b) for part, a, b in parts if part == rows)
+
+
+def reads_live_lora(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether the loader could give every one of these transformers layers its members."""
+    try:
+        return all(hasattr(locate_linear(model, name)[0], "lora_parts") for name in names)
+    except NotShareableError:
+        return False
 
 
 def register() -> None:

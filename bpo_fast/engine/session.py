@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from bpo_fast.config import Config
 from bpo_fast.engine import versions
-from bpo_fast.engine.host_state import guest_functions, preserved, quiet_stderr
+from bpo_fast.engine.host_state import guest_functions, preserved, preserved_class, quiet_stderr
+from bpo_fast.engine.kv_budget import BLOCK_SIZE, MAX_NUM_SEQS, head_size, kv_budget
 from bpo_fast.engine.member_rows import MemberRows
 from bpo_fast.engine.shared_weights import NotShareableError, Views, adopt_, find_views, strays
 from bpo_fast.lora import find_linears
-from bpo_fast.optim import state_bytes
 from bpo_fast.policy import Policy
 
 ENVIRON = {
@@ -27,11 +27,7 @@ ENVIRON = {
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
 }
-MAX_NUM_SEQS = 256
 MAX_BATCHED_TOKENS = 4096
-# prompts of a few dozen tokens are worth sharing between their samples; 32 is the smallest block the CPU kernels like
-BLOCK_SIZE = {"cpu": 32, "cuda": 16}
-KV_SHARE = 0.4  # of the memory that is free when vLLM opens, at most
 
 _open: "Session | None" = None
 
@@ -104,7 +100,7 @@ class Session:
             if self.views:
                 torch._foreach_copy_([self.views[n] for n in parameters], [p.data for p in parameters.values()])
             else:
-                self.module.load_weights((n, p.data) for n, p in parameters.items())
+                self.module.load_weights(loader.checkpoint_weights(self.policy.model))
         return sum(p.numel() * p.element_size() for p in parameters.values())
 
     def reset_prefix_cache(self) -> None:
@@ -188,15 +184,21 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
     kv_bytes = kv_budget(config, model, device, max_length)
     own_group = not torch.distributed.is_initialized()
     loader.register()
-    loader.PolicyLoader.live_lora = live
+    loader.PolicyLoader.policy, loader.PolicyLoader.live_lora = model, live
     try:
         llm = _start(config, model, device, max_length, kv_bytes)
-    except NotShareableError as error:
-        raise ValueError(f"sampling.merge_lora = false: {error}") from None
+    finally:
+        loader.PolicyLoader.policy = None
     try:
         module = llm.apply_model(lambda m: m)[0]
+        if live and not loader.reads_live_lora(module, lora_names):
+            live = None
         merged = set() if live else {f"{name}.weight" for name in lora_names}
         views, shared, copied, why = _share(module, model, merged)
+        if why:
+            live = None  # which rows of a layer are whose is not known
+        if lora_names and not live:
+            _check_merging(config, module)
         model.to(device)
         rows = live.rows if live else None
         if rows:
@@ -221,6 +223,17 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
     return _open
 
 
+def _check_merging(config: Config, module: nn.Module) -> None:
+    """ValueError where members that cannot be read in place are to be, by a setting."""
+    for knob, is_set in (
+        ("sampling.members = single", single_members(config)),
+        ("sampling.merge_lora = false", config.sampling.merge_lora is False),
+    ):
+        if is_set:
+            layers = f"the linear layers of {config.model.path} as the trainer has them"
+            raise ValueError(f"{knob}: vLLM's {type(module).__name__} does not hold {layers}")
+
+
 def _share(
     module: nn.Module, model: PreTrainedModel, merged: set[str]
 ) -> tuple[Views, tuple[str, ...], tuple[str, ...], str | None]:
@@ -242,12 +255,10 @@ def unsupported(model: PreTrainedModel, device: torch.device) -> str | None:
     architecture = _architecture(model)
     if architecture not in ModelRegistry.get_supported_archs():
         return f"vLLM {versions.installed()} does not know {architecture}"
-    if getattr(model.config, "quantization_config", None):
-        return "a quantised model cannot share its weights"
     if device.type == "cpu":
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-        size, known = _head_size(config), CPUAttentionBackend.get_supported_head_sizes()
+        size, known = head_size(config), CPUAttentionBackend.get_supported_head_sizes()
         if size not in known:
             return f"vLLM's CPU attention has no heads of size {size}, only {', '.join(map(str, known))}"
     return None
@@ -272,50 +283,6 @@ def single_members(config: Config) -> bool:
     return config.sampling.members == "single" and config.model.members > 1
 
 
-def kv_budget(config: Config, model: PreTrainedModel, device: torch.device, max_length: int) -> int:
-    """Bytes of the KV cache: as configured, else what a full batch of the longest sequences needs, if that fits.
-
-    It shares the device with what training holds through a phase: weights, adapters and the optimizer's state.
-
-    Raises:
-        ValueError: less than one sequence needs, or more than is free; says how much would do.
-    """
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    block = BLOCK_SIZE[device.type]
-    a_token = 2 * text.num_hidden_layers * heads * _head_size(text) * model.dtype.itemsize
-    a_sequence = -(-max_length // block) * block * a_token
-    least = a_sequence + 2 * block * a_token  # vLLM keeps a block of its own
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
-    free = max(0, free - _held_bytes(config, model, device))
-    gib = config.sampling.kv_cache_gib
-    if gib is None:
-        budget = min(MAX_NUM_SEQS * a_sequence + 2 * block * a_token, int(KV_SHARE * free))
-    else:
-        budget = int(gib * 2**30)
-    if budget < least:
-        raise ValueError(
-            f"sampling.kv_cache_gib = {budget / 2**30:.3g}: one sequence of {max_length} tokens needs"
-            f" {least / 2**30:.3g}"
-        )
-    if budget > free:
-        raise ValueError(f"sampling.kv_cache_gib = {gib}: only {free / 2**30:.3g} GiB are free; {least / 2**30:.3g} do")
-    return budget
-
-
-def _held_bytes(config: Config, model: PreTrainedModel, device: torch.device) -> int:
-    """Bytes that weights, adapters and optimizer will hold on the device, none of which are there yet."""
-    num_weights = model.num_parameters()
-    held = num_weights * model.dtype.itemsize
-    if config.model.full:
-        copied = num_weights if model.dtype != torch.float32 else 0
-        return held + (0 if config.optim.offload else state_bytes(config.optim, num_weights, copied))
-    assert config.model.lora_r, "resolve() has set it"
-    linears = find_linears(model, config.model.lora_targets).values()
-    num_lora = config.model.members * config.model.lora_r * sum(sum(m.weight.shape) for m in linears)
-    return held + 4 * num_lora + (0 if config.optim.offload else state_bytes(config.optim, num_lora, 0))
-
-
 def _start(config: Config, model: PreTrainedModel, device: torch.device, max_length: int, kv_bytes: int) -> Any:
     on_gpu = device.type == "cuda"
     options: dict[str, Any] = {"worker_cls": "bpo_fast.engine.worker.KvPoolWorker"} if on_gpu else {}
@@ -324,7 +291,7 @@ def _start(config: Config, model: PreTrainedModel, device: torch.device, max_len
     if single_members(config):
         environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # MemberRows hooks into the first one
     quiet = nullcontext() if "VLLM_LOGGING_LEVEL" in os.environ else quiet_stderr()
-    with preserved(environ), quiet:
+    with preserved(environ), preserved_class(type(model.base_model)), quiet:
         _import_architecture(model)
         if on_gpu:
             torch.cuda.set_device(device)
@@ -334,6 +301,7 @@ def _start(config: Config, model: PreTrainedModel, device: torch.device, max_len
                 dtype=str(model.dtype).removeprefix("torch."),
                 trust_remote_code=config.model.trust_remote_code,
                 load_format=loader.LOAD_FORMAT,
+                hf_overrides={"quantization_config": None},  # the trainer's weights are dense, whatever the file holds
                 use_tqdm_on_load=False,
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # not the model's own repetition penalties and the like
@@ -352,8 +320,6 @@ def _start(config: Config, model: PreTrainedModel, device: torch.device, max_len
                 seed=0,
                 **options,
             )
-        except NotShareableError:
-            raise
         except ValueError as error:
             raise ValueError(f"sampling.engine = vllm: {' '.join(str(error).split())}") from None
 
@@ -394,13 +360,3 @@ def _live_lora(config: Config, device: torch.device, names: tuple[str, ...], max
 def _batched_tokens(max_length: int) -> int:
     """Longest batch of one step."""
     return max(MAX_BATCHED_TOKENS, max_length)
-
-
-def _head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _free_host_bytes() -> int:
-    with open("/proc/meminfo", encoding="ascii") as file:
-        rows = dict(line.split(":") for line in file)
-    return int(rows["MemAvailable"].split()[0]) * 1024

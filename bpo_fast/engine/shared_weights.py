@@ -67,12 +67,12 @@ def adopt_(model: nn.Module, views: Views, names: Iterable[str]) -> None:
     """Makes the parameters called `names` views of vLLM's storages, and frees the ones that the model came with.
 
     Raises:
-        NotShareableError: vLLM loaded other values; nothing is changed then.
+        NotShareableError: vLLM holds other values; nothing is changed then.
     """
     parameters = {name: p for name, p in model.named_parameters() if name in set(names)}
     for name, parameter in parameters.items():
         if not torch.equal(parameter, views[name].to(parameter.device)):
-            raise NotShareableError(f"{name}: vLLM holds other values than the file")
+            raise NotShareableError(f"{name}: vLLM holds other values there")
     for name, parameter in parameters.items():
         parameter.data = views[name].detach()
 

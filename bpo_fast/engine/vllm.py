@@ -20,6 +20,7 @@ from bpo_fast.engine.host_state import Interrupts, preserved, preserved_random
 from bpo_fast.engine.probe import Probe, ProbeResult
 from bpo_fast.engine.session import Session, open_session
 from bpo_fast.engine.stopping import StopStrings
+from bpo_fast.engine.versions import UnsupportedModelError
 from bpo_fast.policy import Policy, load_policy
 from bpo_fast.types import Completion, Prompt
 
@@ -49,7 +50,7 @@ def load_learner(
         say: told in one line how the weights are held.
 
     Raises:
-        ValueError: vLLM is missing or untested, does not know the model, or has no room for its KV cache.
+        ValueError: vLLM is missing or untested, does not run the model, or has no room for its KV cache.
         RuntimeError: this process has an engine already.
     """
     sessions: list[Session] = []
@@ -68,8 +69,36 @@ def load_learner(
         raise
     [session] = sessions
     session.attach(policy)
+    engine = VllmEngine(policy, session, max_length=max_length)
+    if session.why_copied:
+        _prove_copy(config, policy, engine, session.why_copied)
     say(session.in_words())
-    return policy, VllmEngine(policy, session, max_length=max_length)
+    return policy, engine
+
+
+@torch.no_grad()
+def _prove_copy(config: Config, policy: Policy, engine: "VllmEngine", why: str) -> None:
+    """Shows that a copy reaches every weight: it must follow when one half changes its sign, and then the other.
+
+    Raises:
+        UnsupportedModelError: vLLM samples from something else.
+    """
+    weights = list(policy.model.parameters())
+    try:
+        engine.refresh(0)
+        for half in (weights[::2], weights[1::2]):
+            torch._foreach_neg_(half)
+            try:
+                engine.refresh(0)
+            finally:
+                torch._foreach_neg_(half)
+        engine.refresh(0)
+    except RuntimeError as error:
+        engine.close()
+        raise UnsupportedModelError(
+            f"sampling.engine = vllm: {config.model.path}: its weights cannot be shared ({why}) and a copy does not"
+            f" reach all of them ({error}); choose sampling.engine = hf"
+        ) from None
 
 
 class VllmEngine:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tiny_vllm import greedy_by_transformers, prompts, train_a_little
+from tiny_vllm import greedy_by_transformers, prompts, settings, train_a_little
 
 from bpo_fast.engine import SamplingParams
+from bpo_fast.engine.session import merges_lora
 
 NUM_NEW = 16
 
@@ -32,6 +33,18 @@ def test_the_behavior_is_the_exact_average(llama_dir, learner, members, merge):
     if not merge:
         storages = [s.data_ptr() for layer in engine._session.module.modules() for s in storage(layer)]
         assert addresses == set(storages)
+
+
+def test_the_rule_merges_on_a_cpu_and_reads_in_place_on_a_gpu(llama_dir):
+    def merges(device, **knobs):
+        return merges_lora(settings(llama_dir, **knobs), torch.device(device))
+
+    assert merges("cpu")
+    assert not merges("cuda")
+    assert merges("cuda", sampling__merge_lora=True)
+    assert not merges("cpu", sampling__merge_lora=False)
+    assert not merges("cpu", model__members=2, sampling__members="single")
+    assert merges("cpu", model__members=1, sampling__members="single")
 
 
 def storage(layer):

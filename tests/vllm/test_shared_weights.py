@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_vllm import greedy_by_transformers, prompts, save_model, train_a_little
 from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -42,6 +43,8 @@ def test_full_fine_tuning_moves_the_sampler_without_a_copy(name, tmp_path, tiny_
     vocabulary = len(tiny_tokenizer) + 3  # no multiple of 64: vLLM pads it
     config = config_class(**SHAPE, vocab_size=vocabulary, **options)
     policy, engine = learner(save_model(tmp_path, config, tiny_tokenizer), model__full=True)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(p, stored[n]) for n, p in policy.model.named_parameters())
     session, questions = engine._session, prompts(6)
     storages = {p.untyped_storage().data_ptr() for p in session.module.parameters()}
     addresses = {n: p.data_ptr() for n, p in policy.model.named_parameters()}

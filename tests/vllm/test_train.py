@@ -84,6 +84,8 @@ def test_a_killed_and_resumed_run_ends_as_one_that_was_not(llama_dir, tiny_data,
         with pytest.raises(KeyboardInterrupt):
             train(config, quiet=True)
     assert complete_checkpoints(cut)[-1].name == "checkpoint-2"
+    with pytest.raises(ValueError, match=r"sampling\.engine = hf: the run to resume has vllm"):
+        train(replace(config, {"sampling.engine": "hf"}), resume=cut, quiet=True)
     train(settings(llama_dir, **knobs(tiny_data, cut, **form)), resume=cut, quiet=True)
     assert_same(whole, cut)
 

@@ -1,0 +1,70 @@
+"""How much memory the KV cache of vLLM gets."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from bpo_fast.config import Config
+from bpo_fast.lora import find_linears
+from bpo_fast.optim import state_bytes
+
+MAX_NUM_SEQS = 256
+# prompts of a few dozen tokens are worth sharing between their samples; 32 is the smallest block the CPU kernels like
+BLOCK_SIZE = {"cpu": 32, "cuda": 16}
+KV_SHARE = 0.4  # of the memory that is free when vLLM opens, at most
+
+
+def kv_budget(config: Config, model: PreTrainedModel, device: torch.device, max_length: int) -> int:
+    """Bytes of the KV cache: as configured, else what a full batch of the longest sequences needs, if that fits.
+
+    It shares the device with what training holds through a phase: weights, adapters and the optimizer's state.
+
+    Raises:
+        ValueError: less than one sequence needs, or more than is free; says how much would do.
+    """
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    block = BLOCK_SIZE[device.type]
+    a_token = 2 * text.num_hidden_layers * heads * head_size(text) * model.dtype.itemsize
+    a_sequence = -(-max_length // block) * block * a_token
+    least = a_sequence + 2 * block * a_token  # vLLM keeps a block of its own
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
+    free = max(0, free - _held_bytes(config, model, device))
+    gib = config.sampling.kv_cache_gib
+    if gib is None:
+        budget = min(MAX_NUM_SEQS * a_sequence + 2 * block * a_token, int(KV_SHARE * free))
+    else:
+        budget = int(gib * 2**30)
+    if budget < least:
+        raise ValueError(
+            f"sampling.kv_cache_gib = {budget / 2**30:.3g}: one sequence of {max_length} tokens needs"
+            f" {least / 2**30:.3g}"
+        )
+    if budget > free:
+        raise ValueError(f"sampling.kv_cache_gib = {gib}: only {free / 2**30:.3g} GiB are free; {least / 2**30:.3g} do")
+    return budget
+
+
+def _held_bytes(config: Config, model: PreTrainedModel, device: torch.device) -> int:
+    """Bytes that weights, adapters and optimizer will hold on the device, none of which are there yet."""
+    num_weights = model.num_parameters()
+    held = num_weights * model.dtype.itemsize
+    if config.model.full:
+        copied = num_weights if model.dtype != torch.float32 else 0
+        return held + (0 if config.optim.offload else state_bytes(config.optim, num_weights, copied))
+    assert config.model.lora_r, "resolve() has set it"
+    linears = find_linears(model, config.model.lora_targets).values()
+    num_lora = config.model.members * config.model.lora_r * sum(sum(m.weight.shape) for m in linears)
+    return held + 4 * num_lora + (0 if config.optim.offload else state_bytes(config.optim, num_lora, 0))
+
+
+def head_size(config: Any) -> int:
+    """Of one attention head; `config` is that of the text model."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _free_host_bytes() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        rows = dict(line.split(":") for line in file)
+    return int(rows["MemAvailable"].split()[0]) * 1024
