@@ -4,6 +4,10 @@ An optimizer step needs dense weights, and so does a sampler that is to be the p
 dequantised base, full fine-tuning trains it and saves dense weights.
 """
 
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -67,6 +71,14 @@ def dense_(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         name = min(wanted.items() ^ found.items())[0]
         raise ValueError(f"dequantised, its {name} is not as the model has it")
     return model
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Drops what quantisers say of their options and progress; what goes wrong is an exception."""
+    with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _stored(config: PreTrainedConfig) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ the members, `initial()` is where the run began, `merged()` is the behavior as d
 """
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from bpo_fast.attention import exchange_attention_
 from bpo_fast.config import MethodConfig, ModelConfig
-from bpo_fast.dequantise import dense_, loading_options, quantised_by
+from bpo_fast.dequantise import dense_, loading_options, quantised_by, quietly
 from bpo_fast.loading import check_vocabulary, named_load_errors
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.packing import PairBatch, pack_apart, pack_shared
@@ -316,8 +315,7 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedMod
     options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"model.path = {path}: not a model folder (no config.json)")
-    with named_load_errors(f"model.path = {path}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers warns of the options that it is given for a quantised model
+    with named_load_errors(f"model.path = {path}"), quietly():
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         stored = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         quantised = quantised_by(stored)

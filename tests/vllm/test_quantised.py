@@ -60,9 +60,11 @@ FULL, LORA = {"model__full": True}, {"model__members": 2}
 @pytest.mark.parametrize(
     ("method", "form"), [("compressed-tensors", FULL), ("compressed-tensors", LORA), ("fp8", FULL)]
 )
-def test_dequantised_weights_are_shared(method, form, llama_dir, tmp_path, learner, caplog):
+def test_dequantised_weights_are_shared(method, form, llama_dir, tmp_path, learner, caplog, capfd):
     values = SAVE[method](llama_dir, tmp_path / "quantised")
+    capfd.readouterr()
     policy, engine = learner(tmp_path / "quantised", **form)
+    assert capfd.readouterr() == ("", "")  # pytest has the line of the log, below
     assert f"its {method} weights are dequantised to float32" in caplog.text
     session, parameters = engine._session, dict(policy.model.named_parameters())
     assert session.why_copied is None
