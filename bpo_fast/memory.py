@@ -165,7 +165,7 @@ def _activations(policy: Policy, pairs: Sequence[Pair]) -> int:
 
 
 def _head_chunk(config: Config, policy: Policy, num_pairs: int) -> int:
-    """Bytes of E in a chunk of whole pairs, and of dW; with a frozen head E lives in tiles and dX alone is kept."""
+    """Bytes of dW and of E beside it in a chunk of whole pairs; with a frozen head E lives in tiles and dX is kept."""
     assert config.sampling.max_new_tokens, "resolve() has set it"
     weight, rows_a_pair = policy.model.get_output_embeddings().weight, 2 * config.sampling.max_new_tokens
     num_rows = num_pairs * rows_a_pair
@@ -175,7 +175,8 @@ def _head_chunk(config: Config, policy: Policy, num_pairs: int) -> int:
         return num_rows * weight.shape[1] * 4
     engine, head = pick_backend("auto", policy.device), Head(weight, 1.0, None)
     budget = policy.chunk_bytes or engine.chunk_bytes
-    chunk = min(engine.kept_bytes(num_rows, head), max(budget, engine.kept_bytes(rows_a_pair, head)))
+    beside_dw = max(num_rows - (engine.free_rows(weight) if weight.requires_grad else 0), 0)
+    chunk = min(engine.kept_bytes(beside_dw, head), max(budget, engine.kept_bytes(rows_a_pair, head)))
     return chunk + (weight.numel() * 4 if weight.requires_grad else 0)
 
 

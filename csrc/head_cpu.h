@@ -53,6 +53,28 @@ struct Stats {
   Stats(float* base, int64_t n) : logps(base), shift(base + n), inv_sum(base + 2 * n), miss(base + 3 * n) {}
 };
 
+// Where E lives: the first panels in dW, as long as nothing was summed there, the others [panel][padded_vocab][kPanel].
+template <class H>
+struct Store {
+  using Kept = typename H::Kept;
+  Kept *inside, *beside;
+  int64_t num_inside, pitch, panel_size;  // pitch: of a row of dW
+
+  Store(const H& h, Kept* in, Kept* out, int64_t panels_inside, int64_t row_bytes)
+      : inside(in),
+        beside(out),
+        num_inside(panels_inside),
+        pitch(row_bytes / static_cast<int64_t>(sizeof(Kept))),
+        panel_size(h.padded_vocab() * kPanel) {}
+
+  int64_t stride(int64_t panel) const { return panel < num_inside ? pitch : kPanel; }
+  // The panel's numbers [kPanel] of vocabulary row `v`.
+  Kept* at(int64_t panel, int64_t v) const {
+    if (panel < num_inside) return inside + v * pitch + panel * kPanel;
+    return beside + (panel - num_inside) * panel_size + v * kPanel;
+  }
+};
+
 // What a panel carries through a sweep.
 struct Panel {
   alignas(64) float shift[kPanel];
@@ -143,16 +165,19 @@ const typename H::Grads::Word* column_pairs(float* e, int64_t rows, typename H::
   }
 }
 
-// The same from E as it was kept.
+// The same from E as it was kept, rows `stride` apart.
 template <class H>
-const typename H::Grads::Word* kept_pairs(const typename H::Kept* e, int64_t rows, typename H::Grads::Word* out) {
+const typename H::Grads::Word* kept_pairs(const typename H::Kept* e, int64_t stride, int64_t rows,
+                                          typename H::Grads::Word* out) {
   if constexpr (H::Grads::kPack == 1) {
-    return e;
+    if (stride == kPanel) return e;
+    for (int64_t v = 0; v < rows; ++v) std::copy_n(e + v * stride, kPanel, out + v * kPanel);
+    return out;
   } else {
     const typename H::Kept none[kPanel] = {};
     for (int64_t k = 0; k < column_words<H>(rows); ++k) {
-      const auto* first = e + 2 * k * kPanel;
-      const auto* second = 2 * k + 1 == rows ? none : first + kPanel;
+      const auto* first = e + 2 * k * stride;
+      const auto* second = 2 * k + 1 == rows ? none : first + stride;
       for (int i = 0; i < kPanel; ++i) out[k * kPanel + i] = H::Grads::word(first[i], second[i]);
     }
     return out;
@@ -208,13 +233,13 @@ struct Group {
   const H& head;
   int64_t first_panel, count;
   bool wants_dx;
-  typename H::Kept* kept;  // E of all panels [panel][padded_vocab][kPanel], or null
+  const Store<H>* kept;  // null: E is not kept
   Array<Token> x;
   Buffer pull;
   Block<H> block;
   std::vector<Panel> panels;
 
-  Group(const H& h, int64_t first, int64_t n, bool dx, typename H::Kept* e)
+  Group(const H& h, int64_t first, int64_t n, bool dx, const Store<H>* e)
       : head(h),
         first_panel(first),
         count(n),
@@ -234,7 +259,6 @@ struct Group {
 
   Token* x_panel(int64_t i) { return x.get() + i * head.row_words() * kPanel; }
   float* pull_panel(int64_t i) { return pull.get() + i * head.padded_width() * kPanel; }
-  typename H::Kept* kept_panel(int64_t i) { return kept + (first_panel + i) * head.padded_vocab() * kPanel; }
 };
 
 enum class Pass { kExp, kTop };
@@ -259,8 +283,10 @@ void sweep(Group<H>& g, const std::vector<int64_t>& which, Pass pass) {
       }
       exp_block(head, z, first, rows, g.panels[i]);
       if (keep) {
-        auto* out = g.kept_panel(i) + first * kPanel;
-        for (int64_t j = 0; j < rows * kPanel; ++j) assign(out[j], z[j]);
+        auto* out = g.kept->at(g.first_panel + i, first);
+        const int64_t stride = g.kept->stride(g.first_panel + i);
+        for (int64_t v = 0; v < rows; ++v)
+          for (int64_t j = 0; j < kPanel; ++j) assign(out[v * stride + j], z[v * kPanel + j]);
       }
       if (dx) add_dx(head, g.block.across.get(), column_pairs<H>(z, rows, g.block.pairs.get()), rows, g.pull_panel(i));
     }
@@ -308,7 +334,7 @@ void finish_panel(Group<H>& g, int64_t i, Stats& stats, float* unit_dx) {
     stats.inv_sum[row] = static_cast<float>(1.0 / total);
     stats.miss[row] = static_cast<float>(p.sum[lane] / total);
     const float slope = target_slope(head, p.target_logit[lane]);
-    if (g.kept) assign(g.kept_panel(i)[head.targets[row] * kPanel + lane], -static_cast<float>(p.sum[lane]) * slope);
+    if (g.kept) assign(g.kept->at(g.first_panel + i, head.targets[row])[lane], -static_cast<float>(p.sum[lane]) * slope);
     if (!unit_dx) continue;
     const auto* w = head.weight + head.targets[row] * head.width;
     const float push = head.scale * stats.miss[row] * slope, pull = head.scale * stats.inv_sum[row];
@@ -320,7 +346,7 @@ void finish_panel(Group<H>& g, int64_t i, Stats& stats, float* unit_dx) {
 
 // Statistics of the panels [begin, end); d logp / d hidden and E where the caller gives room for them.
 template <class H>
-void score_panels(const H& head, int64_t begin, int64_t end, Stats stats, float* unit_dx, typename H::Kept* kept) {
+void score_panels(const H& head, int64_t begin, int64_t end, Stats stats, float* unit_dx, const Store<H>* kept) {
   const int64_t panel_bytes = 2 * kPanel * sizeof(float) * std::max<int64_t>(head.width, 1);
   const int64_t step = std::max<int64_t>(4, kGroupBytes / panel_bytes);
   for (int64_t first = begin; first < end; first += step) {
@@ -347,7 +373,7 @@ std::vector<int64_t> live_panels(const H& head, const float* factor, int64_t beg
 
 // dX of the panels [begin, end) from kept E; panels whose rows all have factor 0 are skipped.
 template <class H>
-void kept_dx_panels(const H& head, const typename H::Kept* kept, const float* factor, int64_t begin, int64_t end, float* dx) {
+void kept_dx_panels(const H& head, const Store<H>& kept, const float* factor, int64_t begin, int64_t end, float* dx) {
   const std::vector<int64_t> live = live_panels(head, factor, begin, end);
   const int64_t panel_size = head.padded_width() * kPanel;
   Buffer pull = make_buffer(live.size() * panel_size);
@@ -357,8 +383,8 @@ void kept_dx_panels(const H& head, const typename H::Kept* kept, const float* fa
     const int64_t rows = std::min(head.block(), head.vocab - first);
     block.pack_dx(head, first, rows);
     for (size_t i = 0; i < live.size(); ++i) {
-      const auto* e = kept + (live[i] * head.padded_vocab() + first) * kPanel;
-      add_dx(head, block.across.get(), kept_pairs<H>(e, rows, block.pairs.get()), rows, pull.get() + i * panel_size);
+      const auto* e = kept_pairs<H>(kept.at(live[i], first), kept.stride(live[i]), rows, block.pairs.get());
+      add_dx(head, block.across.get(), e, rows, pull.get() + i * panel_size);
     }
   }
   std::fill_n(dx + begin * kPanel * head.width, (std::min(end * kPanel, head.num_rows) - begin * kPanel) * head.width, 0.0f);

@@ -201,12 +201,12 @@ class _TokenLogps(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = hidden_gradient(engine, scored, coefs, rows.head, zeros=False).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            dw = engine.dw_sums(weight, 1)
+            sums = engine.dw_sums(weight, 1)
             if scored.e is not None:
-                engine.kept_dw_(dw, scored, coefs, rows, zeros=False)
+                engine.kept_dw_(sums, scored, coefs, rows, zeros=False)
             else:
-                engine.recompute_dw_(dw, scored.stats, coefs, rows)
-            dw = dw.to(weight.dtype)
+                engine.recompute_dw_(sums, scored.stats, coefs, rows)
+            dw = sums.total.to(weight.dtype)
         return dx, dw, None
 
 

@@ -19,7 +19,7 @@ from bpo_fast_kernels.linear_logps import (
     spread,
 )
 from bpo_fast_kernels.pair_loss import PairLoss, pair_loss, pair_loss_reference
-from bpo_fast_kernels.rows import Backend, Head, LossSpec, Rows
+from bpo_fast_kernels.rows import Backend, Head, LossSpec, Rows, WeightSums
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def linear_pair_loss(
         mode: "fused" (gradients formed in the forward pass, chunk by chunk of whole pairs), "store" and "recompute" (as
             in `linear_token_logps`), "forward" (no gradient), or "auto", which is "fused".
         budget_bytes: most bytes of E a chunk of pairs may take, the backend's own choice if None; pairs stay whole.
+            What "native" keeps in a dW that holds no sum yet is not counted.
 
     Returns:
         (loss, PairLoss): the scalar sum of pair losses / num_pairs, differentiable in `hidden` and `weight`, and the
@@ -179,15 +180,15 @@ class _Call:
     engine: Backend
 
 
-def pair_chunks(bounds: list[int], max_rows: int) -> list[tuple[int, int]]:
-    """Cut pairs into consecutive runs of at most `max_rows` rows, at least one pair each."""
+def pair_chunks(bounds: list[int], max_rows: int, free_rows: int = 0) -> list[tuple[int, int]]:
+    """Cut pairs into runs of at most `max_rows` rows, `free_rows` more in the first, at least one pair each."""
     pairs = len(bounds) // 2
-    chunks, first, rows = [], 0, 0
+    chunks, first, rows, room = [], 0, 0, max_rows + free_rows
     for i in range(pairs):
         size = bounds[i + 1] - bounds[i] + bounds[pairs + i + 1] - bounds[pairs + i]
-        if i > first and rows + size > max_rows:
+        if i > first and rows + size > room:
             chunks.append((first, i))
-            first, rows = i, 0
+            first, rows, room = i, 0, max_rows
         rows += size
     return [*chunks, (first, pairs)] if pairs else chunks
 
@@ -197,7 +198,7 @@ class _Sums:
     """What the chunks fill in."""
 
     dx: torch.Tensor | None
-    dw: torch.Tensor | None
+    dw: WeightSums | None
     loss: torch.Tensor
     margins: torch.Tensor
     logps: torch.Tensor
@@ -216,7 +217,7 @@ def _run_chunk_(sums: _Sums, hidden: torch.Tensor, call: _Call, spans: tuple[sli
     cu = offsets(call.cu_seqlens.to(hidden.device, non_blocking=True).diff()[both])
     zeros = call.spec.loss == "slic"  # pairs past the margin have coefficient 0: their rows need no gradient
     dx_now = sums.dx is not None and not zeros
-    scored = call.engine.score(chunk, dx=dx_now, keep=True)
+    scored = call.engine.score(chunk, dx=dx_now, keep=True, sums=sums.dw)
     logps = call.engine.sequence_sums(scored.stats.token_logps, cu)
     ref = logps if call.ref_logps is None else call.ref_logps[both]
     loss, margins, slope = call.engine.pair_loss(logps, ref, call.lengths[both], call.spec)
@@ -227,7 +228,8 @@ def _run_chunk_(sums: _Sums, hidden: torch.Tensor, call: _Call, spans: tuple[sli
         cut = spans[0].stop - spans[0].start
         sums.dx[spans[0]], sums.dx[spans[1]] = dx[:cut], dx[cut:]
     if sums.dw is not None:
-        trained = replace(chunk, hidden=chunk.hidden[:, -sums.dw.shape[1] :])  # all columns but those of a frozen head
+        width = sums.dw.total.shape[1]
+        trained = replace(chunk, hidden=chunk.hidden[:, -width:])  # all columns but those of a frozen head
         call.engine.kept_dw_(sums.dw, scored, coefs, trained, zeros=zeros)
 
 
@@ -243,7 +245,8 @@ class _LinearPairLoss(torch.autograd.Function):
         bounds = call.cu_seqlens.tolist()
         # over many rows: a backend may round E up to whole panels
         max_rows = call.chunk_bytes * 1024 // call.engine.kept_bytes(1024, call.head)
-        chunks = pair_chunks(bounds, max_rows)
+        free_rows = call.engine.free_rows(trained) if ctx.needs_input_grad[1] else 0
+        chunks = pair_chunks(bounds, max_rows, free_rows)
         sums = _Sums(
             dx=torch.empty_like(hidden) if ctx.needs_input_grad[0] else None,
             dw=call.engine.dw_sums(trained, len(chunks)) if ctx.needs_input_grad[1] else None,
@@ -254,7 +257,7 @@ class _LinearPairLoss(torch.autograd.Function):
         for a, b in chunks:
             spans = (slice(bounds[a], bounds[b]), slice(bounds[pairs + a], bounds[pairs + b]))
             _run_chunk_(sums, hidden, call, spans, slice(a, b))
-        ctx.grads = (sums.dx, None if sums.dw is None else sums.dw.to(trained.dtype))
+        ctx.grads = (sums.dx, None if sums.dw is None else sums.dw.total.to(trained.dtype))
         ctx.mark_non_differentiable(sums.loss, sums.margins, sums.logps)
         return sums.loss.sum() / call.divisor, sums.loss, sums.margins, sums.logps
 

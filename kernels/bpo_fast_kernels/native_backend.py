@@ -5,7 +5,7 @@ import math
 import torch
 
 from bpo_fast_kernels.build import cxx_command, load_library
-from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored
+from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums
 from bpo_fast_kernels.torch_backend import pair_slopes, sum_sequences
 
 # Sums of dW of bfloat16 inputs are rounded once a visit; past so many visits they are float32 until the end. Eight
@@ -36,44 +36,61 @@ class NativeBackend:
         medium = dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
         return self.pairs and (medium or dtype == torch.bfloat16)
 
-    def score(self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None) -> Scored:
-        """One sweep; dX is formed while E is in cache.
+    def score(
+        self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None, sums: WeightSums | None = None
+    ) -> Scored:
+        """One sweep; dX is formed while E is in cache. The first H rows of E are kept in an empty dW.
 
         Behavior rows are a sweep of their own: rows share nothing but the packed head, 1% of the work.
         """
         head, hidden = rows.head, rows.hidden.detach().contiguous()
         stats, narrow = torch.empty(4, len(hidden)), self.narrow(hidden.dtype)
         unit_dx = torch.empty(hidden.shape) if dx else None
-        shape, dtype = (self._panels(len(hidden)), self._padded(head), self.lanes), self._kept_dtype(narrow)
-        e = self._room(shape, dtype) if keep else None
+        dtype, panels, inside = self._kept_dtype(narrow), self._panels(len(hidden)), None
+        if keep and sums is not None and not sums.begun:
+            free = self._free_panels(sums.total, dtype)
+            panels, inside = max(panels - free, 0), sums.total if free else None
+        e = self._room((panels, self._padded(head), self.lanes), dtype, sums) if keep else None
         weight, softcap = head.weight.detach().contiguous(), head.softcap or 0.0
-        self.ops.score(hidden, weight, rows.targets.contiguous(), head.scale, softcap, narrow, stats, unit_dx, e)
+        self.ops.score(
+            hidden, weight, rows.targets.contiguous(), head.scale, softcap, narrow, stats, unit_dx, e, inside
+        )
         logps = None if behavior is None else self.score(behavior, dx=False, keep=False).stats.token_logps
-        return Scored(RowStats(*stats.unbind()), unit_dx, e, logps)
+        return Scored(RowStats(*stats.unbind()), unit_dx, e, logps, inside)
 
     def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head, *, zeros: bool) -> torch.Tensor:
         """2THV that skips panels whose coefficients are all 0."""
         dx, weight = torch.empty(len(coefs), head.weight.shape[1]), head.weight.detach().contiguous()
-        self.ops.kept_dx(scored.e, weight, self._is_narrow(scored), self._factor(scored.stats, coefs, head), dx)
+        factor = self._factor(scored.stats, coefs, head)
+        self.ops.kept_dx(scored.e, scored.e_in_dw, weight, self._is_narrow(scored), factor, dx)
         return dx
 
-    def dw_sums(self, weight: torch.Tensor, visits: int) -> torch.Tensor:
+    def dw_sums(self, weight: torch.Tensor, visits: int) -> WeightSums:
         """In the gradient's own type for a few visits of bfloat16: the float32 sums would be the largest tensor."""
         rounded = weight.dtype == torch.bfloat16 and visits <= ROUNDED_VISITS
-        return torch.zeros(weight.shape, dtype=torch.bfloat16 if rounded else torch.float32)
+        total = torch.empty(weight.shape, dtype=torch.bfloat16 if rounded else torch.float32)
+        self.ops.use_large_pages(total)
+        return WeightSums(total, begun=False)
 
-    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
+    def free_rows(self, weight: torch.Tensor) -> int:
+        """Whole panels in the gradient's own type, while the four copies a chunk makes of rows fit `chunk_bytes`."""
+        room = self._free_panels(weight, self._kept_dtype(self.narrow(weight.dtype)))
+        return min(room, self.chunk_bytes // (16 * weight.shape[1] * self.lanes)) * self.lanes
+
+    def kept_dw_(self, sums: WeightSums, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
         """2THV; skips panels whose coefficients are all 0."""
         factor = self._factor(scored.stats, coefs, rows.head)
-        self.ops.kept_dw(scored.e, rows.hidden.detach().contiguous(), self._is_narrow(scored), factor, dw)
+        hidden, fresh, sums.begun = rows.hidden.detach().contiguous(), not sums.begun, True
+        self.ops.kept_dw(scored.e, scored.e_in_dw, hidden, self._is_narrow(scored), factor, fresh, sums.total)
 
-    def recompute_dw_(self, dw: torch.Tensor, stats: RowStats, coefs: torch.Tensor, rows: Rows) -> None:
+    def recompute_dw_(self, sums: WeightSums, stats: RowStats, coefs: torch.Tensor, rows: Rows) -> None:
         """4THV."""
         head, targets, softcap = rows.head, rows.targets.contiguous(), rows.head.softcap or 0.0
         hidden, weight = rows.hidden.detach().contiguous(), head.weight.detach().contiguous()
-        sums, factor = stats.miss / stats.inv_sum, self._factor(stats, coefs, head)
-        narrow = self.narrow(hidden.dtype)
-        self.ops.recompute_dw(hidden, weight, targets, head.scale, softcap, narrow, stats.shift, sums, factor, dw)
+        miss_sums, factor = stats.miss / stats.inv_sum, self._factor(stats, coefs, head)
+        narrow, fresh, sums.begun = self.narrow(hidden.dtype), not sums.begun, True
+        scaling = (head.scale, softcap, narrow)
+        self.ops.recompute_dw(hidden, weight, targets, *scaling, stats.shift, miss_sums, factor, fresh, sums.total)
 
     def kept_bytes(self, num_rows: int, head: Head) -> int:
         """Whole panels of E."""
@@ -93,10 +110,21 @@ class NativeBackend:
     def _factor(self, stats: RowStats, coefs: torch.Tensor, head: Head) -> torch.Tensor:
         return (stats.inv_sum * coefs).mul_(-head.scale)
 
-    def _room(self, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory for E, of one size for chunks nearly full: a little larger one would not fit where the last was."""
+    def _room(self, shape: tuple[int, int, int], dtype: torch.dtype, sums: WeightSums | None) -> torch.Tensor:
+        """Memory for E, that of the chunk before where it is large enough; what is not touched costs nothing."""
         size, chunk = math.prod(shape), self.chunk_bytes // dtype.itemsize
-        return torch.empty(chunk if chunk // 2 < size < chunk else size, dtype=dtype)[:size].view(shape)
+        if sums is None or size == 0:
+            return torch.empty(shape, dtype=dtype)
+        room = sums.room
+        if room is None or room.numel() < size:
+            sums.room = room = torch.empty(max(size, chunk), dtype=dtype)
+            self.ops.use_large_pages(room)
+        return room[:size].view(shape)
+
+    def _free_panels(self, dw: torch.Tensor, kept: torch.dtype) -> int:
+        """Panels of E of this type that fit into the rows of dW, whose length must be whole words of E."""
+        row_bytes = dw.shape[1] * dw.itemsize
+        return 0 if row_bytes % 4 else row_bytes // (self.lanes * kept.itemsize)
 
     def _kept_dtype(self, narrow: bool) -> torch.dtype:
         return torch.bfloat16 if narrow else torch.float32

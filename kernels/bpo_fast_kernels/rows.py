@@ -70,12 +70,14 @@ class Scored:
         e: E times the slope of the cap, the target's entry -S' times that slope, where it was kept; laid out as the
             backend likes it.
         behavior_logps: [T] float32. token log-probs of the behavior rows, where there were any.
+        e_in_dw: `WeightSums.total`, where the first rows of E lie in it and not in `e`.
     """
 
     stats: RowStats
     unit_dx: torch.Tensor | None = None
     e: Any = None
     behavior_logps: torch.Tensor | None = None
+    e_in_dw: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,21 @@ class LossSpec:
     loss: str
     beta: float
     label_smoothing: float
+
+
+@dataclass
+class WeightSums:
+    """dW while calls of `kept_dw_` and `recompute_dw_` add to it.
+
+    Attributes:
+        total: [V, H]. float32 or the weight's type.
+        begun: whether `total` holds a sum; before that a backend may keep E in it.
+        room: memory that the E of one call after the other is kept in, where a backend has it.
+    """
+
+    total: torch.Tensor
+    begun: bool
+    room: torch.Tensor | None = None
 
 
 class Backend(Protocol):
@@ -98,11 +115,13 @@ class Backend(Protocol):
     name: str
     chunk_bytes: int
 
-    def score(self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None) -> Scored:
+    def score(
+        self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None, sums: WeightSums | None = None
+    ) -> Scored:
         """Statistics, 2THV; `dx` adds 2THV for the gradient by hidden; `keep` keeps E.
 
         With both a backend may leave `unit_dx` out and have `kept_dx` called. `behavior` has the same targets; its rows
-        keep nothing.
+        keep nothing. `sums` may lend E its memory until E is added to it.
         """
         ...
 
@@ -113,15 +132,19 @@ class Backend(Protocol):
         """
         ...
 
-    def dw_sums(self, weight: torch.Tensor, visits: int) -> torch.Tensor:
-        """Zeros [V, H] for so many calls of `kept_dw_` or `recompute_dw_` to add to: float32 or the weight's type."""
+    def dw_sums(self, weight: torch.Tensor, visits: int) -> WeightSums:
+        """An empty sum [V, H] for so many calls of `kept_dw_` or `recompute_dw_`."""
         ...
 
-    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
-        """2THV: add the sum over rows of coefs_t * d token_logp_t / d weight to `dw` of `dw_sums`."""
+    def free_rows(self, weight: torch.Tensor) -> int:
+        """Rows of E that `dw_sums` of this trained weight can hold before its first sum."""
         ...
 
-    def recompute_dw_(self, dw: torch.Tensor, stats: RowStats, coefs: torch.Tensor, rows: Rows) -> None:
+    def kept_dw_(self, sums: WeightSums, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
+        """2THV: add the sum over rows of coefs_t * d token_logp_t / d weight. E may be gone then."""
+        ...
+
+    def recompute_dw_(self, sums: WeightSums, stats: RowStats, coefs: torch.Tensor, rows: Rows) -> None:
         """4THV: the same from the statistics alone."""
         ...
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored
+from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums
 
 TILE_ROWS = 4096
 TILE_COLS = 4096
@@ -164,7 +164,9 @@ class TorchBackend:
         push = (stats.miss * sweep.target_slope)[:, None] * rows.head.weight[rows.targets].float()
         return (push - pull * stats.inv_sum[:, None]) * rows.head.scale
 
-    def score(self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None) -> Scored:
+    def score(
+        self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None, sums: WeightSums | None = None
+    ) -> Scored:
         """One sweep over row blocks and vocabulary tiles; with `keep`, dX is one large GEMM later.
 
         Behavior rows are row blocks of their own: a GEMM cut by rows reads each tile of the head once a block, joined
@@ -218,11 +220,15 @@ class TorchBackend:
         dx = torch.zeros(len(coefs), weight.shape[1], device=coefs.device)
         return dx.index_copy_(0, live, mm_f32(scored.e[live], weight) * row[live])
 
-    def dw_sums(self, weight: torch.Tensor, visits: int) -> torch.Tensor:
+    def dw_sums(self, weight: torch.Tensor, visits: int) -> WeightSums:
         """float32 whatever the visits."""
-        return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        return WeightSums(torch.zeros(weight.shape, dtype=torch.float32, device=weight.device), begun=True)
 
-    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
+    def free_rows(self, weight: torch.Tensor) -> int:
+        """None: a GEMM that adds to dW cannot have E in it."""
+        return 0
+
+    def kept_dw_(self, sums: WeightSums, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
         """2THV."""
         factor = (-rows.head.scale * coefs * scored.stats.inv_sum)[:, None]
         scaled, e, live = (
@@ -233,9 +239,9 @@ class TorchBackend:
         if live is not None:
             scaled, e = scaled[live], e[live]
         for cols in columns(len(rows.head.weight)):
-            dw[cols] += mm_f32(e[:, cols].T, scaled)
+            sums.total[cols] += mm_f32(e[:, cols].T, scaled)
 
-    def recompute_dw_(self, dw: torch.Tensor, stats: RowStats, coefs: torch.Tensor, rows: Rows) -> None:
+    def recompute_dw_(self, sums: WeightSums, stats: RowStats, coefs: torch.Tensor, rows: Rows) -> None:
         """4THV: logits again by tile, E from the shift that the forward pass settled on."""
         head = rows.head
         for block in blocks(len(rows.hidden)):
@@ -249,7 +255,7 @@ class TorchBackend:
                 z = mm_f32(x, head.weight[cols].T)
                 e = self.room_for_e(z, scaled.dtype)
                 self.exp_tile_(z, e, sweep, cols.start, head, fill)
-                dw[cols] += mm_f32(e.T, scaled)
+                sums.total[cols] += mm_f32(e.T, scaled)
 
     def kept_bytes(self, num_rows: int, head: Head) -> int:
         """E in its working type."""

@@ -12,7 +12,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored
+from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums
 from bpo_fast_kernels.torch_backend import SHIFT_SLACK, TILE_COLS, Sweep, TorchBackend
 from bpo_fast_kernels.triton_config import INTERPRETED, GemmConfig, gemm_config
 from bpo_fast_kernels.triton_gemm import exp_gemm_kernel, raise_shift_kernel, row_sums_kernel, set_targets_kernel
@@ -132,13 +132,13 @@ class TritonBackend(TorchBackend):
         factor = coefs * scored.stats.inv_sum * -head.scale
         return live_dx(scored.e, contiguous_rows(head.weight), factor, coefs)
 
-    def kept_dw_(self, dw: torch.Tensor, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
+    def kept_dw_(self, sums: WeightSums, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
         """2THV: library GEMMs, or with `zeros` one over the live rows only."""
         if not zeros:
-            super().kept_dw_(dw, scored, coefs, rows, zeros=False)
+            super().kept_dw_(sums, scored, coefs, rows, zeros=False)
             return
         factor = (coefs * scored.stats.inv_sum * -rows.head.scale)[:, None]
-        live_dw_(dw, scored.e, (rows.hidden.float() * factor).to(scored.e.dtype), coefs)
+        live_dw_(sums.total, scored.e, (rows.hidden.float() * factor).to(scored.e.dtype), coefs)
 
     def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """One program a sequence."""
@@ -181,14 +181,16 @@ class TritonGemmBackend(TritonBackend):
 
     name = "triton-gemm"
 
-    def score(self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None) -> Scored:
+    def score(
+        self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None, sums: WeightSums | None = None
+    ) -> Scored:
         """One GEMM; dX comes from its E by a library GEMM.
 
         float32 rows take Plan B on a GPU: tensor cores would round them to TF32.
         """
         num_rows, vocab = len(rows.hidden), len(rows.head.weight)
         if num_rows == 0 or (rows.hidden.is_cuda and rows.hidden.dtype == torch.float32):
-            return super().score(rows, dx=dx, keep=keep, behavior=behavior)
+            return super().score(rows, dx=dx, keep=keep, behavior=behavior, sums=sums)
         if dx and not keep:
             return self.score_by_chunks(rows, behavior)
         config = self.config(rows, behavior)

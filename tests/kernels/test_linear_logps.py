@@ -192,12 +192,33 @@ def test_native_rows_do_not_depend_on_their_neighbors():
         assert torch.equal(alone, together[part])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["store", "recompute"])
+def test_native_sums_dw_over_several_visits(dtype, mode):
+    """A visit takes 1,024 rows of float32 or 2,048 of bfloat16."""
+    case = random_case(2100, 33, 61, dtype=dtype)
+    _, _, dw, coefs = run(case, "native", mode)
+    assert relative(dw, answer(case, coefs).dw) < (1e-5 if dtype == torch.float32 else 4e-3)
+
+
 @pytest.fixture
 def medium_precision():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     yield
     torch.set_float32_matmul_precision(before)
+
+
+def test_medium_precision_keeps_twice_the_rows_of_e_in_dw(medium_precision):
+    engine, case = pick_backend("native", torch.device("cpu")), random_case(128, 64, 203)
+    rows, coefs = Rows(case.hidden, case.targets, Head(case.weight)), torch.randn(128)
+    sums = engine.dw_sums(case.weight, 1)
+    scored = engine.score(rows, dx=False, keep=True, sums=sums)
+    assert len(scored.e) == (0 if engine.pairs else 2)
+    want = answer(case, coefs)
+    assert relative(engine.kept_dx(scored, coefs, rows.head, zeros=False), want.dx) < 4e-3
+    engine.kept_dw_(sums, scored, coefs, rows, zeros=False)
+    assert relative(sums.total, want.dw) < 4e-3
 
 
 @pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
@@ -215,10 +236,10 @@ def test_native_float32_with_bfloat16_gradient_products(medium_precision, mode, 
 
 def test_native_sums_bfloat16_gradients_in_their_own_type_for_a_few_visits():
     engine, weight = pick_backend("native", torch.device("cpu")), torch.zeros(5, 3, dtype=torch.bfloat16)
-    assert engine.dw_sums(weight, 8).dtype == torch.bfloat16
-    assert engine.dw_sums(weight, 9).dtype == torch.float32
-    assert engine.dw_sums(weight.float(), 1).dtype == torch.float32
-    assert pick_backend("torch", torch.device("cpu")).dw_sums(weight, 1).dtype == torch.float32
+    assert engine.dw_sums(weight, 8).total.dtype == torch.bfloat16
+    assert engine.dw_sums(weight, 9).total.dtype == torch.float32
+    assert engine.dw_sums(weight.float(), 1).total.dtype == torch.float32
+    assert pick_backend("torch", torch.device("cpu")).dw_sums(weight, 1).total.dtype == torch.float32
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -233,11 +254,11 @@ def test_rows_without_coefficient_are_skipped(backend, dtype):
     want = answer(case, coefs)
     # The first 64 rows of E become NaN: whoever reads them is found out.
     scored.e.view(96, -1)[:64].fill_(torch.nan)
-    dw = engine.dw_sums(case.weight, 1)
-    engine.kept_dw_(dw, scored, coefs, rows, zeros=True)
+    sums = engine.dw_sums(case.weight, 1)
+    engine.kept_dw_(sums, scored, coefs, rows, zeros=True)
     limit = 1e-5 if dtype == torch.float32 else 4e-3
     assert relative(engine.kept_dx(scored, coefs, rows.head, zeros=True), want.dx) < limit
-    assert relative(dw, want.dw) < limit
+    assert relative(sums.total, want.dw) < limit
 
 
 def test_auto_stores_only_within_its_budget():

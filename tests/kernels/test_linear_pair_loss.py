@@ -3,8 +3,8 @@ import torch
 from bpo_fast_kernels import LowRank, linear_logps, linear_pair_loss
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference, pair_chunks
-from bpo_fast_kernels.rows import Head
-from cases import offsets, peaked_case, random_case, relative
+from bpo_fast_kernels.rows import Head, Rows
+from cases import adversarial_cases, answer, offsets, peaked_case, random_case, relative
 
 BACKENDS = ("torch", "native")
 LENGTHS = [5, 0, 70, 1, 9, 33, 3, 1]  # pairs of 14, 33, 73 and 2 rows
@@ -43,6 +43,21 @@ def test_loss_and_gradients_match_float64(backend, loss, frozen, budget):
     (3 * scalar).backward()
     assert relative(hidden.grad, 3 * want[3]) < 1e-4
     assert frozen or relative(weight.grad, 3 * want[4]) < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", adversarial_cases())
+@pytest.mark.parametrize("frozen", [True, False])
+def test_rows_at_the_limits(backend, name, frozen):
+    case, cu_seqlens = adversarial_cases()[name], offsets([10, 9, 20, 1])
+    ref = near_ref(case, cu_seqlens)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(not frozen)
+    scalar, parts = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, ref, beta=0.01, backend=backend)
+    scalar.backward()
+    want = reference(case, cu_seqlens, ref, beta=0.01)
+    assert torch.allclose(parts.margins.double(), want[2], rtol=1e-5, atol=2e-3)
+    assert relative(hidden.grad, want[3]) < 1e-4
+    assert frozen or relative(weight.grad, want[4]) < 1e-4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -250,7 +265,60 @@ def test_chunks_hold_whole_pairs():
     assert pair_chunks(bounds, 1000) == [(0, 4)]
     assert pair_chunks(bounds, 75) == [(0, 2), (2, 4)]
     assert pair_chunks(bounds, 1) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert pair_chunks(bounds, 33, free_rows=14) == [(0, 2), (2, 3), (3, 4)]
     assert pair_chunks([0], 5) == []
+
+
+@pytest.mark.parametrize("width", [64, 65, 66, 160, 321], ids=lambda width: f"H{width}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", ["dpo", "slic"])
+@pytest.mark.parametrize("budget", [None, 1], ids=["one_chunk", "small_chunks"])
+def test_rows_of_e_that_lie_in_the_empty_dw(width, dtype, loss, budget):
+    """122 rows are four panels of 32: dW holds none to all of them, by its width and type."""
+    case, cu_seqlens = random_case(122, width, 203, spread=2.0, dtype=dtype), offsets(LENGTHS)
+    ref = near_ref(case, cu_seqlens)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    options = {"loss": loss, "budget_bytes": budget, "backend": "native"}
+    scalar, _ = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, ref, **options)
+    scalar.backward()
+    want = reference(case, cu_seqlens, ref, loss=loss)
+    limit = 1e-4 if dtype == torch.float32 else 4e-3
+    assert relative(hidden.grad, want[3]) < limit
+    assert relative(weight.grad, want[4]) < limit
+
+
+def test_dw_holds_as_many_rows_of_e_as_its_rows_have_room_for():
+    engine = pick_backend("native", torch.device("cpu"))
+    for width in (engine.lanes - 1, engine.lanes, 5 * engine.lanes + 2):
+        assert engine.free_rows(torch.zeros(3, width)) == width // engine.lanes * engine.lanes
+    if engine.pairs:
+        weight = torch.zeros(3, 5 * engine.lanes, dtype=torch.bfloat16)
+        assert engine.free_rows(weight) == 5 * engine.lanes
+        assert engine.free_rows(weight[:, :-1]) == 0, "a row of an odd number of bfloat16 has no whole words"
+
+
+def test_e_moves_into_dw_only_while_nothing_is_summed_there():
+    case, engine = random_case(96, 64, 40), pick_backend("native", torch.device("cpu"))
+    rows, coefs = Rows(case.hidden, case.targets, Head(case.weight)), torch.randn(96)
+    sums = engine.dw_sums(case.weight, 2)
+    for visit in (1, 2):
+        scored = engine.score(rows, dx=True, keep=True, sums=sums)
+        assert (scored.e_in_dw is sums.total) == (visit == 1)
+        again = engine.kept_dx(scored, coefs, rows.head, zeros=False)
+        assert relative(again, (scored.unit_dx * coefs[:, None]).double()) < 1e-5
+        engine.kept_dw_(sums, scored, coefs, rows, zeros=False)
+        assert relative(sums.total, visit * answer(case, coefs).dw) < 1e-5
+
+
+def test_a_gradient_without_live_rows_is_zero():
+    case, cu_seqlens = random_case(122, 64, 203), offsets(LENGTHS)
+    ref = near_ref(case, cu_seqlens)
+    ref[:4] -= 1000  # every pair is far past the margin
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
+    scalar, _ = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, ref, loss="slic", backend="native")
+    scalar.backward()
+    assert hidden.grad.abs().sum() == 0
+    assert weight.grad.abs().sum() == 0
 
 
 def test_gradcheck_of_the_reference():
