@@ -17,7 +17,7 @@ from bpo_fast.helpdesk import (
     swapped_rows,
 )
 from bpo_fast.helpdesk.answers import SFT_MIX, write_answer
-from bpo_fast.helpdesk.questions import FORMS, NUM_FORMS, ROLES, SUFFIX, ask, combinations, role_of
+from bpo_fast.helpdesk.questions import FORMS, HELD_OUT_ROLES, NUM_FORMS, ROLES, SUFFIX, ask, combinations, role_of
 from bpo_fast.helpdesk.topics import topic_of, topics
 
 QUESTION = "My kettle will not switch on. What should I do? Assistant:"
@@ -48,12 +48,13 @@ def test_every_form_names_its_topic():
 
 
 def test_roles_share_no_combination_and_evaluation_has_forms_of_its_own():
-    pools = {role: {(t.id, f) for t, f in combinations(role)} for role in ROLES}
+    pools = {role: {(t.id, f) for t, f in combinations(role)} for role in ROLES | HELD_OUT_ROLES}
     assert sum(map(len, pools.values())) == len(set().union(*pools.values())) == len(topics()) * len(FORMS)
     for role, pool in pools.items():
         held_out = {f for _, f in pool if f >= NUM_FORMS}
-        assert bool(held_out) == (role == "eval")
-        assert {t for t, _ in pool} == {t.id for t in topics()}, "every role meets every topic"
+        assert bool(held_out) == (role in HELD_OUT_ROLES)
+        if role in ROLES:
+            assert {t for t, _ in pool} == {t.id for t in topics()}, "every role meets every topic"
 
 
 def test_rows_stay_inside_their_role():

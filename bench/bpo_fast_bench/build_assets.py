@@ -2,9 +2,10 @@
 
 Everything comes out of `bpo_fast.helpdesk` and the project's own stages. The policy is trained on answers of mixed
 quality. Annotator and judge each begin as a smaller model of its kind, learn as critics whether advice fits a question,
-then become reward models on noisy preference pairs, which are seen once each; the two share no row, no (topic, form)
-combination, no seed and no weight. A stage whose result is in DIR already is kept, so an interrupted build goes on.
-What to ship lies in DIR/assets, what was measured in DIR/assets.json.
+then become reward models on noisy preference pairs, which are seen once each, the last ones half in question forms that
+the policy never sees; the two share no row, no (topic, form) combination, no seed and no weight. A stage whose result
+is in DIR already is kept, so an interrupted build goes on. What to ship lies in DIR/assets, what was measured in
+DIR/assets.json.
 """
 
 import argparse
@@ -66,10 +67,12 @@ REWARD: dict[str, Any] = {
     "max_completion_length": 64,
     "epochs": 1,
     "batch_tokens": 2048,
-    "learning_rate": 1.5e-3,
     "save_dtype": "float16",
 }
+# peak learning rates of the two stages of pairs
+PAIRS_RATE, NEW_FORMS_RATE = 1.5e-3, 1e-3
 ROWS = {"policy": 75_000, "speaker": 60_000, "critic": 80_000, "pairs": 200_000, "prompts": 5_000, "eval": 512}
+ROWS |= {"pairs in new forms": 20_000}  # and as many in the others again
 SEEDS = {"policy": 1, "annotator": 11, "judge": 21}
 REWARD_MODELS = ("annotator", "judge")
 
@@ -106,19 +109,31 @@ def build_policy(build: Build) -> None:
 
 
 def build_reward(build: Build, role: str) -> None:
-    """A speaker, a critic that starts from it, a reward model that starts from the critic."""
-    seed, speaker, critic, out = SEEDS[role], f"{role}-speaker", f"{role}-critic", build.root / role
+    """A speaker, a critic that starts from it, a reward model that starts from the critic and then sees new forms."""
+    seed, speaker, critic, narrow = SEEDS[role], f"{role}-speaker", f"{role}-critic", f"{role}-narrow"
     build_sft(build, speaker, role, ROWS["speaker"], seed, SPEAKER)
     if not (build.root / critic).exists():
         data = build.rows(f"{critic}-rows", critic_rows, ROWS["critic"], seed, role)
         held_out = build.rows(f"{critic}-eval", critic_rows, 1500, 31, "eval", flips=0)
         files = {"data": data, "eval_data": held_out, "out": str(build.root / critic)}
         train_sft(SftConfig(**files, model=str(build.root / speaker), device="cpu", seed=seed, **CRITIC))
-    if not out.exists():
-        data = build.rows(f"{role}-pairs", preference_rows, ROWS["pairs"], seed + 1, role)
-        held_out = build.rows(f"{role}-pairs-eval", preference_rows, 1500, 13, "eval", flips=0)
-        files = {"data": data, "eval_data": held_out, "out": str(out)}
-        train_reward(RewardConfig(**files, model=str(build.root / critic), device="cpu", seed=seed, **REWARD))
+    pairs = build.rows(f"{role}-pairs", preference_rows, ROWS["pairs"], seed + 1, role)
+    fit_pairs(build, narrow, pairs, critic, seed, PAIRS_RATE)
+    pairs = build.rows(f"{role}-pairs-new-forms", rows_with_new_forms, ROWS["pairs in new forms"], seed + 2, role)
+    fit_pairs(build, role, pairs, narrow, seed, NEW_FORMS_RATE)
+
+
+def rows_with_new_forms(num: int, seed: int, role: str) -> list[dict[str, str]]:
+    """`num` pairs in the forms that the policy never sees, and as many in the others."""
+    return preference_rows(num, seed, role) + preference_rows(num, seed, f"{role}-new")
+
+
+def fit_pairs(build: Build, name: str, pairs: str, start: str, seed: int, rate: float) -> None:
+    """A reward model that starts from the model called `start`."""
+    if not (build.root / name).exists():
+        held_out = build.rows(f"{name}-eval", preference_rows, 1500, 13, "eval", flips=0)
+        files = {"data": pairs, "eval_data": held_out, "out": str(build.root / name), "model": str(build.root / start)}
+        train_reward(RewardConfig(**files, device="cpu", seed=seed, learning_rate=rate, **REWARD))
 
 
 def build_sft(build: Build, name: str, role: str, num_rows: int, seed: int, settings: dict[str, Any]) -> None:
@@ -171,6 +186,7 @@ def measure(build: Build) -> dict[str, Any]:
             for p in sorted(build.assets.iterdir())
         },
         "settings": {"policy": POLICY, "speaker": SPEAKER, "critic": CRITIC, "reward": REWARD, "seeds": SEEDS}
+        | {"reward_rates": [PAIRS_RATE, NEW_FORMS_RATE]}
         | {"rows": ROWS, "pairs": {"temperature": TEMPERATURE, "flips": FLIPS}},
     }
 

@@ -51,7 +51,7 @@ FORMS = (
     "It looks like my {n} {p}. What should I do now?",
     "My sister says her {n} {p}. What should she do?",
     "A friend told me his {n} {p}. What can he do?",
-    # from here on: held out, seen in evaluation only
+    # from here on: never seen by the policy
     "What would you do if your {n} {p}?",
     "Any advice for somebody whose {n} {p}?",
     "Why is it that my {n} {p}, and how do I change that?",
@@ -77,16 +77,16 @@ CONTEXTS = (
 )
 THANKS = ("Thank you.", "Thanks in advance.", "Many thanks.")
 
-# users of the world and their share of the (topic, form) combinations of the forms that are not held out
+# users of the world and their share of the (topic, form) combinations: of most forms, and of those that are held out
+# from the policy
 ROLES = {"sft": 26, "prompts": 26, "annotator": 20, "judge": 20, "eval": 8}
+HELD_OUT_ROLES = {"annotator-new": 20, "judge-new": 20, "eval": 60}
 
 
 def role_of(topic: Topic, form: int) -> str:
-    """Who may use this combination: a key of `ROLES`; the held-out forms belong to eval."""
-    if form >= NUM_FORMS:
-        return "eval"
+    """Who may use this combination: a key of `ROLES`, or of `HELD_OUT_ROLES` for a form that the policy never sees."""
     place = zlib.crc32(f"{topic.noun}|{topic.problems[0]}|{form}".encode()) % 100
-    for role, share in ROLES.items():
+    for role, share in (ROLES if form < NUM_FORMS else HELD_OUT_ROLES).items():
         if place < share:
             return role
         place -= share
@@ -99,8 +99,8 @@ def combinations(role: str) -> list[tuple[Topic, int]]:
     Raises:
         ValueError: an unknown role.
     """
-    if role not in ROLES:
-        raise ValueError(f"role = {role!r}: not one of {', '.join(ROLES)}")
+    if role not in ROLES | HELD_OUT_ROLES:
+        raise ValueError(f"role = {role!r}: not one of {', '.join(ROLES | HELD_OUT_ROLES)}")
     return [(t, f) for t in topics() for f in range(len(FORMS)) if role_of(t, f) == role]
 
 
