@@ -76,11 +76,11 @@ def test_policy_answers_the_question_and_stops(policy):
 
 
 def test_reward_models_follow_the_rubric(reward_model):
-    assert accuracy(reward_model, preference_rows(200, 5, "prompts", flips=0)) >= 0.75
+    assert accuracy(reward_model, preference_rows(400, 5, "eval", flips=0)) >= 0.85
 
 
 def test_reward_models_see_relevance(reward_model):
-    assert accuracy(reward_model, swapped_rows(200, 6, "prompts")) >= 0.7
+    assert accuracy(reward_model, swapped_rows(200, 6, "eval")) >= 0.85
 
 
 def test_reward_models_are_not_each_other():
