@@ -84,7 +84,9 @@ class SamplingConfig:
         "whom completions come from: the exact average, or single members, drawn by the seed of the completion",
         choices=("average", "single"),
     )
-    batch_size: int = knob(128, "sequences decoded together by the hf engine", ge=1)
+    batch_size: int | None = knob(
+        None, "sequences decoded together by the hf engine; none: by the memory they take", ge=1
+    )
     kv_cache_gib: float | None = knob(None, "KV cache of vLLM; none: what a full batch needs, if it is free", gt=0)
     merge_lora: bool | None = knob(
         None, "vLLM: merge the members into a second copy of their layers, or read them in place; none: merge on a CPU"

@@ -111,6 +111,7 @@ class Loop:
                 sums = self._gradients(step, pairs)
                 norm, finite = self._parts.optimizer.step(step, sums["loss"]) if pairs else (0.0, True)
                 norm, finite = float(norm), bool(finite)
+                self._parts.optimizer.release_gradients()
             self.num_steps = step + 1
             self._policy.version = self.num_steps
             self._num_bad_steps = 0 if finite else self._num_bad_steps + 1

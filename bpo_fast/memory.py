@@ -9,7 +9,6 @@ allocator's holes between tensors come on top, which can be as much again.
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from bpo_fast_kernels.backends import pick_backend
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine
+from bpo_fast.engine.decode import cache_bytes, rows_together
 from bpo_fast.gradients import microbatches
 from bpo_fast.optim import Optimizer
 from bpo_fast.policy import Policy
@@ -184,12 +184,8 @@ def _batch_kv_bytes(config: Config, policy: Policy) -> int:
     """Bytes of the KV cache that transformers fills for one batch of the greatest lengths."""
     assert config.data.max_prompt_length, "resolve() has set it"
     assert config.sampling.max_new_tokens, "resolve() has set it"
-    form: Any = policy.model.config.get_text_config()
-    heads = getattr(form, "num_key_value_heads", None) or form.num_attention_heads
-    size = getattr(form, "head_dim", None) or form.hidden_size // form.num_attention_heads
     length = config.data.max_prompt_length + config.sampling.max_new_tokens
-    each = 2 * form.num_hidden_layers * heads * size * length * policy.model.dtype.itemsize
-    return config.sampling.batch_size * each
+    return (config.sampling.batch_size or rows_together(policy.model, length)) * cache_bytes(policy.model, length)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -111,6 +111,11 @@ class Optimizer:
                 master.grad = None
         return mean, finite
 
+    def release_gradients(self) -> None:
+        """Frees the gradients: what comes between two steps needs their memory."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
     def _norms(self, grads: list[Tensor]) -> Tensor:
         """[M] float32, or [1] for full fine-tuning."""
         if self._num_members:

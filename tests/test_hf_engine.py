@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from bpo_fast.config import ModelConfig
 from bpo_fast.engine import SamplingParams, request_seed
-from bpo_fast.engine.hf import HfEngine, _Chooser
+from bpo_fast.engine.choose import draw
+from bpo_fast.engine.hf import HfEngine
 from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.policy import load_policy
 from bpo_fast.types import Prompt
@@ -110,11 +111,29 @@ def test_the_first_token_has_the_distribution_of_the_model(params, toy, tokenize
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5, (chi2, freedom)  # four standard deviations
 
 
-@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.5 - 1e-9, 1), (0.5, 3), (1 - 2**-53, 3)])
-def test_the_ends_of_the_unit_interval_fall_on_tokens_of_some_mass(uniform, token):
-    chooser = _Chooser([0], SamplingParams(1), torch.device("cpu"))
-    scores = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    assert chooser._draw(scores, torch.tensor([uniform], dtype=torch.float64)).tolist() == [[token]]
+@pytest.mark.parametrize(("uniform", "place"), [(0.0, 0), (0.5 - 1e-9, 0), (0.5, 1), (1 - 2**-53, 1)])
+@pytest.mark.parametrize("tokens", [(1, 3), (0, 127), (127, 128), (130, 260), (299, 300)])  # blocks have 128
+def test_the_ends_of_the_unit_interval_fall_on_tokens_of_some_mass(uniform, place, tokens):
+    masses = torch.zeros(1, 301)
+    masses[0, tokens] = 0.3
+    assert draw(masses, torch.tensor([uniform], dtype=torch.float64)).tolist() == [tokens[place]]
+
+
+@pytest.mark.parametrize("num", [1, 127, 128, 129, 1000])
+def test_a_draw_is_the_inverse_transform_of_the_whole_vocabulary(num):
+    generator = torch.Generator().manual_seed(num)
+    masses = torch.randn(200, num, generator=generator).mul(4).exp()
+    masses[torch.rand(masses.shape, generator=generator) < 0.3] = 0
+    masses[:, num // 2] += 1e-30  # a mass that rounds away in every sum, and the only one of its row at times
+    uniforms = torch.rand(200, generator=generator, dtype=torch.float64)
+    cumulative = masses.double().cumsum(-1)
+    found = draw(masses, uniforms)
+    above = cumulative.gather(1, found[:, None]).squeeze(1)
+    mass = masses.double().gather(1, found[:, None]).squeeze(1)
+    target, slack = uniforms * cumulative[:, -1], 1e-6 * cumulative[:, -1]
+    assert (mass > 0).all()
+    assert (target <= above + slack).all()
+    assert (target >= above - mass - slack).all()
 
 
 def test_the_second_token_depends_on_the_first(toy, tokenizer):

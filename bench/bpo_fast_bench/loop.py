@@ -1,7 +1,7 @@
 """`bpo-fast bench loop`: whole online phases (sample, score, train), ours against TRL's OnlineDPOTrainer, in one run.
 
-Same model, prompts, reward function, lengths and optimizer; both sample with transformers' generate. A block is one
-phase: ours samples its prompts in one call and takes its steps on them; TRL samples anew at every step.
+Same model, prompts, reward function, lengths and optimizer; both sample from the transformers model and its KV cache. A
+block is one phase: ours samples its prompts in one call and takes its steps on them; TRL samples anew at every step.
 """
 
 import json
@@ -80,7 +80,7 @@ def reward(prompts: list[str], completions: list[str], completion_ids: list[list
 
 
 def _ours(case: Case) -> Iterator[float]:
-    """The loop of `bpo-fast train`, a phase a block, without evaluation and checkpoints."""
+    """The loop of `bpo-fast train`, a phase a block, without checkpoints, evaluation and its estimate of the KL."""
     from bpo_fast import config as configs
     from bpo_fast.loop import Loop
     from bpo_fast.progress import Progress
@@ -108,6 +108,7 @@ def _ours(case: Case) -> Iterator[float]:
             "method.phases": case.num_blocks,
             "optim.learning_rate": 1e-5,
             "eval.prompts": 0,
+            "eval.kl_prompts": 0,
             "run.device": "cpu",
             "run.output_dir": f"{out}/run",
             "run.save_steps": 10 * num_steps,

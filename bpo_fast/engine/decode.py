@@ -1,0 +1,150 @@
+"""Decoding with transformers' KV cache: a prompt is encoded once for all its completions, rows that are done leave."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from bpo_fast.engine.choose import Chooser
+
+# what cache and logits of a batch may take; how many rows it has at least (fewer leave matrix products waiting for the
+# weights) and at most (more gain nothing)
+CPU_BYTES, GPU_BYTES = 2**27, 2**31
+MIN_ROWS, MAX_ROWS = 64, 512
+# rows that are done are dropped once they are this share of the batch: that copies the cache of the others
+DROPPED_SHARE = 1 / 8
+
+
+def cache_argument(model: Any) -> str:
+    """Under which name the model's forward takes a KV cache.
+
+    Raises:
+        ValueError: it takes none of transformers' own kind, or no mask for prompts of unlike lengths.
+    """
+    takes = inspect.signature(model.forward).parameters
+    names = [n for n in ("cache", "past_key_values") if n in takes]  # transformers 5 began with the second
+    if not names or "attention_mask" not in takes:
+        raise ValueError(
+            f"sampling.engine = hf: {type(model).__name__} takes no KV cache of transformers or no attention mask"
+        )
+    return names[0]
+
+
+def cache_bytes(model: Any, length: int) -> int:
+    """Bytes of the KV cache of one sequence."""
+    form = model.config.get_text_config()
+    heads = getattr(form, "num_key_value_heads", None) or form.num_attention_heads
+    size = getattr(form, "head_dim", None) or form.hidden_size // form.num_attention_heads
+    return 2 * form.num_hidden_layers * heads * size * length * model.dtype.itemsize
+
+
+def rows_together(model: Any, length: int) -> int:
+    """How many sequences of a length are decoded together: as many as the memory of a batch is meant for."""
+    logits = model.get_output_embeddings().weight.shape[0] * 4
+    rows = (CPU_BYTES if model.device.type == "cpu" else GPU_BYTES) // (cache_bytes(model, length) + logits)
+    return min(max(rows, MIN_ROWS), MAX_ROWS)
+
+
+class CachedRows:
+    """Sequences of a batch that have gone through the model and go on token by token.
+
+    Args:
+        model: a causal LM that has a `cache_argument`.
+        ids, mask: [U, L] int64. prompts, filled up on the left where the mask is 0.
+
+    Attributes:
+        logits: [B, V] of the next token of each row.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, mask: Tensor):
+        takes = inspect.signature(model.forward).parameters
+        self._model, self._mask = model, mask
+        self._takes_positions = "position_ids" in takes
+        self._cache = DynamicCache(config=model.config)
+        self._options = {cache_argument(model): self._cache, "use_cache": True}
+        first = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self.logits = self._forward(ids, (mask.cumsum(-1) - 1).clamp_min(0), **first)
+
+    def pick(self, rows: Tensor) -> None:
+        """Goes on with these rows of the batch; a row may be taken more than once or not at all."""
+        self._cache.reorder_cache(rows)
+        self._mask, self.logits = self._mask.index_select(0, rows), self.logits.index_select(0, rows)
+
+    def append(self, tokens: Tensor) -> None:
+        """Appends a token to every row: [B] int64."""
+        positions = self._mask.sum(-1, keepdim=True)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
+        self.logits = self._forward(tokens[:, None], positions)
+
+    def _forward(self, ids: Tensor, positions: Tensor, **options: Any) -> Tensor:
+        if self._takes_positions:
+            options["position_ids"] = positions
+        return self._model(input_ids=ids, attention_mask=self._mask, **self._options, **options).logits[:, -1]
+
+
+def decode(
+    model: Any,
+    prompts: Sequence[tuple[int, ...]],
+    choose: Chooser,
+    *,
+    ended: Callable[[list[int]], bool],
+    max_new_tokens: int,
+    pad_id: int,
+) -> list[tuple[list[int], list[float]]]:
+    """Decodes a completion for each prompt.
+
+    Args:
+        model: a causal LM that has a `cache_argument`.
+        prompts: token ids; those that are equal are encoded once.
+        choose: chooses next tokens; request i is that of prompt i.
+        ended: whether a completion is over with its newest token.
+        max_new_tokens: where it is over at the latest.
+        pad_id: id that fills up prompts.
+
+    Returns:
+        For each prompt the completion's ids and, if `choose` gives them, their log-probs.
+    """
+    device = model.device
+    places: dict[tuple[int, ...], int] = {}
+    rows = torch.tensor([places.setdefault(ids, len(places)) for ids in prompts], device=device)
+    batch = CachedRows(model, *_padded(list(places), pad_id, device))
+    batch.pick(rows)
+    out: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
+    requests, open_rows = list(range(len(prompts))), set(range(len(prompts)))
+    for step in range(max_new_tokens):
+        tokens, logps = choose(batch.logits, torch.tensor(requests, device=device), step)
+        values = None if logps is None else logps.tolist()
+        for row, token in enumerate(tokens.tolist()):
+            request = requests[row]
+            if request not in open_rows:
+                continue
+            ids, ids_logps = out[request]
+            ids.append(token)
+            if values is not None:
+                ids_logps.append(values[row])
+            if ended(ids):
+                open_rows.discard(request)
+        if not open_rows or step + 1 == max_new_tokens:
+            break
+        if len(requests) - len(open_rows) >= DROPPED_SHARE * len(requests):
+            kept = [row for row, request in enumerate(requests) if request in open_rows]
+            requests = [requests[row] for row in kept]
+            picked = torch.tensor(kept, device=device)
+            batch.pick(picked)
+            tokens = tokens.index_select(0, picked)
+        batch.append(tokens)
+    return out
+
+
+def _padded(prompts: Sequence[tuple[int, ...]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[U, L] ids and mask, filled up on the left."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(prompts), width), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,101 @@
+"""Decoding with rows that share a prefill and leave the batch, for every architecture, against generate."""
+
+import pytest
+import torch
+import transformers
+from test_attention import CONFIGS, SMALL
+from transformers import AutoModelForCausalLM
+
+from bpo_fast.attention import NAME as SHARED_PROMPTS
+from bpo_fast.engine import SamplingParams
+from bpo_fast.engine.choose import Chooser
+from bpo_fast.engine.decode import CachedRows, cache_argument, cache_bytes, decode, rows_together
+
+BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "initializer_range": 0.2}
+ALL = {name: (kind, {**SMALL, **extra}) for name, (kind, extra) in CONFIGS.items()} | {
+    "bloom": ("BloomConfig", BLOOM),
+    "lfm2": ("Lfm2Config", {**SMALL, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
+}
+ENDS = {*range(2, 30)}  # so many that rows end all the time
+
+
+def make_model(name):
+    torch.manual_seed(0)
+    kind, options = ALL[name]
+    return AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options), dtype=torch.float32).eval()
+
+
+def make_prompts():
+    generator = torch.Generator().manual_seed(3)
+    prompts = [tuple(torch.randint(30, 97, (n,), generator=generator).tolist()) for n in (1, 14, 3, 9, 9, 5)]
+    return [prompts[i] for i in (0, 0, 1, 2, 2, 2, 3, 4, 1, 5)]  # of windows of 6 and of no window
+
+
+@torch.inference_mode()
+def run(model, prompts, seeds, *, temperature=1.0, max_new_tokens=16):
+    choose = Chooser(seeds, SamplingParams(max_new_tokens, temperature=temperature, logps=True), torch.device("cpu"))
+    return decode(model, prompts, choose, ended=lambda ids: ids[-1] in ENDS, max_new_tokens=max_new_tokens, pad_id=0)
+
+
+@pytest.fixture
+def picks(monkeypatch):
+    """Rows of every pick."""
+    seen, own = [], CachedRows.pick
+
+    def pick(self, rows):
+        seen.append(len(rows))
+        own(self, rows)
+
+    monkeypatch.setattr(CachedRows, "pick", pick)
+    return seen
+
+
+@pytest.mark.parametrize("name", [*ALL, "gemma2-shared", "llama-shared"])
+def test_a_row_is_what_it_is_alone(name, picks):
+    model = make_model(name.removesuffix("-shared"))
+    if name.endswith("-shared"):
+        model.set_attn_implementation(SHARED_PROMPTS)
+    prompts, seeds = make_prompts(), list(range(10))
+    together = run(model, prompts, seeds)
+    assert picks[0] == 10, "six prompts became ten rows"
+    assert len(picks) > 1, "rows left the batch"
+    assert sorted(picks[1:], reverse=True) == picks[1:]
+    assert len({len(ids) for ids, _ in together}) > 1
+    for prompt, seed, (ids, logps) in zip(prompts, seeds, together, strict=True):
+        [(alone, alone_logps)] = run(model, [prompt], [seed])
+        assert ids == alone
+        assert logps == pytest.approx(alone_logps, abs=1e-4)
+        assert not ENDS & {*ids[:-1]}
+        with torch.no_grad():  # and without a cache
+            rows = (
+                model(torch.tensor([(*prompt, *ids)]), use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            )
+        assert logps == pytest.approx(rows.gather(1, torch.tensor(ids)[:, None]).squeeze(1).tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_greedy_is_generate_s(name):
+    model, prompts = make_model(name), make_prompts()
+    found = run(model, prompts, range(10), temperature=0.0)
+    for prompt, (ids, _) in zip(prompts, found, strict=True):
+        own = model.generate(
+            torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=[*ENDS], pad_token_id=0
+        )
+        assert ids == own[0, len(prompt) :].tolist()
+
+
+def test_a_model_without_a_cache_of_transformers_is_named():
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2, attention_hidden_size=8)
+    with pytest.raises(ValueError, match=r"sampling\.engine = hf: RwkvForCausalLM takes no KV cache"):
+        cache_argument(transformers.RwkvForCausalLM(config))
+
+
+def test_the_rows_of_a_batch_go_by_their_memory():
+    model = make_model("llama")
+    assert cache_bytes(model, 10) == 2 * 4 * 2 * 8 * 10 * 4
+    assert rows_together(model, 10) == 512
+    each = 2**27 // 100
+    length = (each - 97 * 4) // cache_bytes(model, 1)
+    assert rows_together(model, length) in (100, 101)
+    assert rows_together(model, 10**6) == 64
