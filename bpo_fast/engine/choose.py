@@ -14,9 +14,9 @@ from bpo_fast.engine import SamplingParams
 
 # ids whose masses are summed first: a draw finds the block, then the id in it, and never sums a vocabulary in float64
 BLOCK = 128
-# scores looked at together, 4 MiB: temporaries of that size stay in the allocator and near the cores, while those of a
-# whole batch are mapped and given back at every step, which takes ten times as long as what is done on them
-CHUNK = 2**20
+# scores looked at together. On a CPU 4 MiB: temporaries of that size stay in the allocator and near the cores; those of
+# a whole batch are mapped and given back at every step, which takes ten times as long as what is done on them
+CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
 
 
 class Chooser:
@@ -52,7 +52,7 @@ class Chooser:
             ([B] int64 tokens; [B] float32 log-probs at the temperature and before any cut, if they are wanted)
         """
         uniforms = None if self._uniforms is None else self._uniforms[step].index_select(0, requests)
-        rows = max(1, CHUNK // logits.shape[-1])
+        rows = max(1, (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // logits.shape[-1])
         parts = [
             self._choose(logits[start : start + rows], None if uniforms is None else uniforms[start : start + rows])
             for start in range(0, len(logits), rows)
