@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from bpo_fast.varlen import Varlen, VarlenLayout, attend_varlen, lay_out_varlen, pick_varlen
 
 NAME = "bpo_shared_prompt"
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # which it does not have
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,11 @@ def _attend(
 
 AttentionInterface.register(NAME, _attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def has_attention_dropout(model: Any) -> bool:
+    """Whether the model's own attention drops weights while it is trained."""
+    return any(getattr(model.config.get_text_config(), name, 0.0) for name in DROPOUTS)
 
 
 def exchange_attention_(

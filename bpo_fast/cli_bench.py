@@ -109,7 +109,7 @@ def bench_study(
     jobs: Annotated[int, typer.Option("--jobs", help="processes, one thread each", min=1)] = 2,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs")] = False,
 ) -> None:
-    """Make the study of bench/studies/helpdesk.md, or go on with it."""
+    """Make the study of the embedded help desk, or go on with it."""
     from bpo_fast_bench.study import StudyOptions, run, table
 
     found = run(StudyOptions(out=out, results=results, jobs=jobs, dry_run=dry_run))

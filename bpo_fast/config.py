@@ -117,6 +117,7 @@ class MethodConfig:
     loss: str = knob("dpo", "sigmoid means dpo, hinge means slic", choices=("dpo", "ipo", "slic"))
     beta: float = knob(0.1, "loss temperature", gt=0)
     label_smoothing: float = knob(0.0, "dpo only", ge=0, le=0.5)
+    ipo_sum: bool = knob(False, "ipo on sums of log-probs instead of their means over a completion's tokens")
     ref: str = knob(
         "behavior",
         "whose log-probs the loss is against; behavior is the policy at the start of the phase",

@@ -48,8 +48,9 @@ def loading_options(config: PreTrainedConfig) -> dict[str, Any]:
 def dense_(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Leaves a model that was loaded with `loading_options` as its class builds it, every parameter of type `dtype`.
 
-    A quantiser may leave its scales as parameters, forwards that round what goes through them, and conversions that
-    would quantise again what is saved.
+    Buffers keep their types: the frequencies of rotary positions are float32 whatever the weights are. A quantiser may
+    leave its scales as parameters, forwards that round what goes through them, and conversions that would quantise
+    again what is saved.
 
     Raises:
         ValueError: parameters that are missing or of another shape.
@@ -65,7 +66,9 @@ def dense_(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             if parameter is not None and f"{path}.{leaf}".removeprefix(".") not in wanted:
                 delattr(module, leaf)
     model.__dict__.pop("_weight_conversions", None)
-    model.to(dtype).requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.requires_grad_(True)
     found = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
     if found != wanted:
         name = min(wanted.items() ^ found.items())[0]

@@ -352,7 +352,7 @@ def _nvcc(machine: Machine) -> Check:
 def _sampling_path(vllm: Check) -> Check:
     if vllm.status == "ok" and find_spec("bpo_fast.engine.vllm") is not None:
         return Check("sampling path", "ok", "vllm, in this process")
-    return Check("sampling path", "ok", "hf: generate of transformers with a KV cache")
+    return Check("sampling path", "ok", "hf: the transformers model with its KV cache")
 
 
 def _vllm_self_test(vllm: Check, machine: Machine) -> list[Check]:

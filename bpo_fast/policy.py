@@ -187,17 +187,18 @@ class Policy:
         Args:
             batch: P pairs.
             ref_logps: [2P] float32. reference log-probs, or None where the reference is the policy itself.
-            method: loss, beta and label smoothing.
+            method: loss, beta, label smoothing and the form of ipo.
             num_pairs: pairs of the whole step, which divide the sum.
 
         Returns:
             (scalar, differentiable; the parts of each pair, detached)
         """
         options = {"loss": method.loss, "beta": method.beta, "label_smoothing": method.label_smoothing}
+        options["lengths"] = torch.ones_like(batch.lengths) if method.ipo_sum else batch.lengths
         if not self.head.fused:
             logps = self._plain_logps(batch)
             reference = logps.detach() if ref_logps is None else ref_logps
-            parts = pair_loss(logps, reference, lengths=batch.lengths, **options)
+            parts = pair_loss(logps, reference, **options)
             return parts.loss.sum() / num_pairs, parts
         return linear_pair_loss(
             self.hidden(batch),
@@ -315,10 +316,11 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedMod
     options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"model.path = {path}: not a model folder (no config.json)")
-    with named_load_errors(f"model.path = {path}"), quietly():
+    with named_load_errors(f"model.path = {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         stored = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        quantised = quantised_by(stored)
+    quantised = quantised_by(stored)
+    with named_load_errors(f"model.path = {path}"), quietly() if quantised else nullcontext():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,

@@ -180,7 +180,7 @@ def _fit(
     chosen = model.encode([(p.prompt, p.chosen) for p in train])
     rejected = model.encode([(p.prompt, p.rejected) for p in train])
     pairs = list(zip(chosen, rejected, strict=True))
-    score_pairs = PairScores(model, pairs[:2])
+    score_pairs = PairScores(model, pairs)
     lengths = [score_pairs.num_tokens(pair) for pair in pairs]
     if config.gradient_checkpointing:
         model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from bpo_fast.attention import NAME as PACKED
-from bpo_fast.attention import exchange_attention_, lay_out
+from bpo_fast.attention import exchange_attention_, has_attention_dropout, lay_out
 from bpo_fast.config import DataConfig
 from bpo_fast.files import new_folder
 from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 SFT_FILE = "sft.json"
 # dropout of attention weights, by the names that models give it; packed attention has none
-ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 def train_sft(config: SftConfig, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -263,7 +262,7 @@ def completion_nll(model: Any, examples: Sequence[Example]) -> torch.Tensor:
 
 def pack_rows(model: Any, examples: Sequence[Example]) -> bool:
     """Switches a model to packed rows if it then gives the same log-probs of `examples`; True if it does."""
-    if any(getattr(model.config.get_text_config(), name, 0.0) for name in ATTENTION_DROPOUTS):
+    if has_attention_dropout(model):
         return False
     model.eval()
     with torch.no_grad():

@@ -38,6 +38,10 @@ def test_fp8_weights_become_dense_ones_and_are_saved_as_such(tiny_model_dir, tmp
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=model.dtype)
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, parameters[name]), name
+    buffers = dict(model.named_buffers())
+    for name, buffer in again.named_buffers():
+        assert buffer.dtype == buffers[name].dtype, name
+        assert torch.equal(buffer, buffers[name]), name
 
 
 def test_lora_trains_on_the_dequantised_base(tiny_model_dir, tiny_args, tmp_path):

@@ -156,7 +156,7 @@ def test_the_paper_s_grid_has_the_released_settings():
 
 
 def test_the_study_starts_with_the_primary_comparison():
-    specs = read_grid(Path(__file__).parents[1] / "bench" / "studies" / "helpdesk.toml")
+    specs = read_grid(Path(__file__).parents[1] / "bench" / "bpo_fast_bench" / "studies" / "helpdesk.toml")
     assert [(s.seed, s.method) for s in specs[:6]] == [
         (seed, method) for seed in (100, 101) for method in ("offline", "bpo", "on-policy")
     ]

@@ -40,6 +40,24 @@ def test_packed_pairs_have_the_scores_and_gradients_of_padded_ones(changes):
     torch.testing.assert_close(scorer.forward(texts), apart[0], rtol=1e-5, atol=1e-5)
 
 
+def test_texts_that_begin_apart_are_padded():
+    scorer = llama_scorer()
+    pairs = encoded(scorer)
+    apart = (scorer.encode([("hello", " there")])[0], scorer.encode([("friend", " there")])[0])
+    scores = PairScores(scorer, [apart, *pairs])
+    assert scores.packed
+    mixed = [pairs[0], apart]
+    expected = scorer.forward([a for a, _ in mixed] + [b for _, b in mixed]).view(2, -1)
+    torch.testing.assert_close(scores(mixed), expected, rtol=1e-5, atol=1e-5)
+    assert not PairScores(llama_scorer(), [apart]).packed
+
+
+def test_attention_dropout_keeps_its_padding(caplog):
+    scorer = llama_scorer(attention_dropout=0.1)
+    assert not PairScores(scorer, encoded(scorer)).packed
+    assert "its attention has dropout" in caplog.text
+
+
 def test_an_encoder_keeps_its_padding(caplog):
     scorer = bert_scorer()
     pairs = encoded(scorer)

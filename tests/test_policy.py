@@ -92,6 +92,19 @@ def test_logps_are_those_of_the_models_own_logits(name, fused, temperature):
     torch.testing.assert_close(loss.detach().float(), expected_loss, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "phi"])  # a fused head and one that is not
+def test_ipo_on_means_and_on_sums(name):
+    policy = Policy(make_model(name), Tokens(), FORM, seed=0)
+    batch = policy.pack(make_pairs())
+    chosen, rejected = policy.logps(batch).chunk(2)
+    num_chosen, num_rejected = batch.lengths.chunk(2)
+    zeros = torch.zeros(len(batch.lengths))
+    for ipo_sum, h in ((False, chosen / num_chosen - rejected / num_rejected), (True, chosen - rejected)):
+        method = MethodConfig(loss="ipo", beta=0.5, ipo_sum=ipo_sum)
+        loss, _ = policy.loss(batch, zeros, method, num_pairs=len(batch.pairs))
+        torch.testing.assert_close(loss.detach().float(), (h - 1.0).square().mean(), rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_of_the_model_is_off_in_training():
     model = make_model("gpt2")
     policy = Policy(model, Tokens(), FORM, seed=0)

@@ -1,9 +1,17 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from bpo_fast_bench.study import choose_rates, compare, matched_difference, primary, table, with_rates, write_results
+from bpo_fast_bench.study import (
+    STUDIES,
+    choose_rates,
+    compare,
+    matched_difference,
+    primary,
+    table,
+    with_rates,
+    write_results,
+)
 from fake_sweep import write_fake_sweep
 
 from bpo_fast.grid import read_grid
@@ -11,7 +19,6 @@ from bpo_fast.groups import find_runs, read_groups
 from bpo_fast.run_folder import read_run
 
 GRID = '[set]\n"method.pairs" = 512\n[grid]\nmethod = ["offline", "bpo", "on-policy"]\nseed = [100, 101, 102, 103]\n'
-STUDIES = Path(__file__).parents[1] / "bench" / "studies"
 
 
 @pytest.fixture(scope="module")

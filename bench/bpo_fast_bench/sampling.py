@@ -1,4 +1,4 @@
-"""`bpo-fast bench sampling`: vLLM on the trainer's weights against generate of transformers, same model and prompts.
+"""`bpo-fast bench sampling`: vLLM on the trainer's weights against engine hf, same model and prompts.
 
 Every form of training runs in a process of its own (a process has one vLLM): correctness first, then the engines take
 turns on the same requests, with the lengths that the policy gives them. Memory and refresh are measured on a random

@@ -1,4 +1,4 @@
-"""The study of bench/studies/helpdesk.md: learning rates, the runs, the comparisons that its plan names.
+"""The study of studies/helpdesk.md: learning rates, the runs, the comparisons that its plan names.
 
 Nothing here looks at the rubric before the last run has ended: learning rates are chosen by the annotator, on prompts
 and seeds of their own.
@@ -21,7 +21,7 @@ from bpo_fast.stats import Interval, bootstrap, crossed_bootstrap
 from bpo_fast.sweep import RESULTS_FILE, Row, Sweep, read_results
 from bpo_fast.sweep_report import write_sweep_report
 
-STUDIES = Path(__file__).parents[1] / "studies"
+STUDIES = Path(__file__).parent / "studies"
 RATE, JUDGE, PROXY, TASK = "optim.learning_rate", "rubric", "annotator", "helpfulness"
 PRIMARY = (("bpo", 2), (("offline", 1), ("on-policy", "T")))
 
@@ -103,12 +103,12 @@ def with_rates(specs: Sequence[RunSpec], rates: Mapping[str, float]) -> list[Run
 def write_results(study: Path, conditions: Path | None, rates: Mapping[str, float], folder: Path) -> dict[str, Any]:
     """Writes the report of the study, its figures, and study.json: the comparisons of the runs that have finished."""
     write_sweep_report([study], folder)
-    found: dict[str, Any] = {"learning_rates": dict(rates), "failed": find_runs([study])[1]}
-    found["primary"] = primary(read_groups(find_runs([study])[0]))
-    found["conditions"] = {}
+    folders, failed = find_runs([study])
+    found: dict[str, Any] = {"learning_rates": dict(rates), "failed": failed, "conditions": {}}
+    found["primary"] = primary(read_groups(folders))
     if conditions is not None:
-        folders, failed = find_runs([conditions])
-        found["failed"] += failed
+        folders, more_failed = find_runs([conditions])
+        found["failed"] = failed + more_failed
         for name in dict.fromkeys(condition_of(run) for run in folders):
             found["conditions"][name] = primary(read_groups(run for run in folders if condition_of(run) == name))
     write_atomic(folder / "study.json", json.dumps(found, indent=1) + "\n")

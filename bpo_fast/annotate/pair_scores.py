@@ -4,6 +4,7 @@ A decoder's state at a token depends on what stands before it alone, so the prom
 share need one pass. Other models (encoders, odd attention) are given padded texts, two a pair.
 """
 
+import itertools
 import logging
 from collections.abc import Sequence
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from bpo_fast.annotate.reward_model import Encoded, RewardScorer
-from bpo_fast.attention import exchange_attention_, lay_out
+from bpo_fast.attention import exchange_attention_, has_attention_dropout, lay_out
+
+NUM_TRIED = 2
 
 log = logging.getLogger(__name__)
 
@@ -21,16 +24,17 @@ class PairScores:
 
     Args:
         scorer: the reward model. Its attention is exchanged where that gives the same scores.
-        pairs: some encoded pairs to try that on, at least one.
+        pairs: encoded pairs; it is tried on the first two whose texts begin alike.
     """
 
     def __init__(self, scorer: RewardScorer, pairs: Sequence[tuple[Encoded, Encoded]]):
         self._scorer = scorer
-        self.packed = self._pack(list(pairs))
+        alike = (pair for pair in pairs if num_common(pair[0].ids, pair[1].ids))
+        self.packed = self._pack(list(itertools.islice(alike, NUM_TRIED)))
 
     def __call__(self, pairs: Sequence[tuple[Encoded, Encoded]]) -> Tensor:
         """[2, P] scores of P encoded pairs: the first texts', then the second ones'."""
-        if self.packed:
+        if self.packed and all(num_common(one.ids, other.ids) for one, other in pairs):
             return self._packed(pairs)
         return self._scorer.forward([one for one, _ in pairs] + [other for _, other in pairs]).view(2, -1)
 
@@ -43,8 +47,12 @@ class PairScores:
 
     def _pack(self, pairs: list[tuple[Encoded, Encoded]]) -> bool:
         model = self._scorer.model
-        if not hasattr(model, "score") or any(num_common(a.ids, b.ids) == 0 for a, b in pairs):
-            reason = "it is not a decoder with a score head, or its texts begin with different tokens"
+        if not hasattr(model, "score"):
+            reason = "it is not a decoder with a score head"
+        elif has_attention_dropout(model):
+            reason = "its attention has dropout"
+        elif not pairs:
+            reason = "no pair begins alike"
         else:
             was_training = model.training
             model.eval()
@@ -86,5 +94,5 @@ class PairScores:
 
 def num_common(one: Sequence[int], other: Sequence[int]) -> int:
     """Tokens that both begin with, one less than the shorter has at most: each keeps its last token to itself."""
-    limit = min(len(one), len(other)) - 1
+    limit = max(0, min(len(one), len(other)) - 1)
     return next((i for i in range(limit) if one[i] != other[i]), limit)

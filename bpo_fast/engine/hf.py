@@ -73,24 +73,26 @@ class HfEngine:
         num_rows = self._batch_size or rows_together(self._model, longest + params.max_new_tokens)
         was_training = self._model.training
         self._model.eval()
-        for member in sorted({r.member for r in requests}, key=lambda m: -1 if m is None else m):
-            mine = [i for i, r in enumerate(requests) if r.member == member]
-            with torch.inference_mode(), self._view(member):
-                for start in range(0, len(mine), num_rows):
-                    batch = mine[start : start + num_rows]
-                    sampled = self._decode([requests[i] for i in batch], params, stop)
-                    for i, (ids, logps) in zip(batch, sampled, strict=True):
-                        done[i] = requests[i].completion(
-                            ids,
-                            logps,
-                            tokenizer=self._tokenizer,
-                            eos_ids=self._eos_ids,
-                            stop=stop,
-                            policy_version=policy_version,
-                        )
-                    if on_done:
-                        on_done([done[i] for i in batch])
-        self._model.train(was_training)
+        try:
+            for member in sorted({r.member for r in requests}, key=lambda m: -1 if m is None else m):
+                mine = [i for i, r in enumerate(requests) if r.member == member]
+                with torch.inference_mode(), self._view(member):
+                    for start in range(0, len(mine), num_rows):
+                        batch = mine[start : start + num_rows]
+                        sampled = self._decode([requests[i] for i in batch], params, stop)
+                        for i, (ids, logps) in zip(batch, sampled, strict=True):
+                            done[i] = requests[i].completion(
+                                ids,
+                                logps,
+                                tokenizer=self._tokenizer,
+                                eos_ids=self._eos_ids,
+                                stop=stop,
+                                policy_version=policy_version,
+                            )
+                        if on_done:
+                            on_done([done[i] for i in batch])
+        finally:
+            self._model.train(was_training)
         return in_order(prompts, params.n, [done[i] for i in range(len(requests))])
 
     def _decode(

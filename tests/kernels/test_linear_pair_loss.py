@@ -234,6 +234,8 @@ def test_no_pairs(frozen):
     scalar.backward()
     assert float(scalar.detach()) == 0.0
     assert parts.loss.shape == (0,)
+    if not frozen:
+        assert torch.equal(weight.grad, torch.zeros(9, 4))
 
 
 @pytest.mark.parametrize("pairs", [8, 9])
