@@ -54,6 +54,7 @@ OTHER = {
     "method.loss": ("ipo", "ipo"),
     "method.beta": (0.5, "0.5"),
     "method.label_smoothing": (0.1, "0.1"),
+    "method.ipo_sum": (True, "true"),
     "method.ref": ("golden", "golden"),
     "method.sampler": ("initial", "initial"),
     "method.phases": (4, "4"),
