@@ -242,6 +242,9 @@ def exchange_attention_(
         reason = "" if same else f"results differ by {float((found - expected).abs().max()):.3g}"
         if model.config._attn_implementation != NAME:
             reason = "its attention cannot be exchanged"
+    except torch.OutOfMemoryError:
+        model.set_attn_implementation(before)
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
     if reason:

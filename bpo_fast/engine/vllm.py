@@ -93,6 +93,9 @@ def _prove_copy(config: Config, policy: Policy, engine: "VllmEngine", why: str) 
             finally:
                 torch._foreach_neg_(half)
         engine.refresh(0)
+    except torch.OutOfMemoryError:
+        engine.close()
+        raise
     except RuntimeError as error:
         engine.close()
         raise UnsupportedModelError(
