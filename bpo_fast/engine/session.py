@@ -267,9 +267,9 @@ def unsupported(model: PreTrainedModel, device: torch.device) -> str | None:
 def merges_lora(config: Config, device: torch.device) -> bool:
     """Whether the average of the members is merged into a copy of the linear layers, or read from the members.
 
-    The rule, from bench/results/sampling-cpu.json: on a CPU a merged copy samples 1.1 times (one member of rank 16) to
-    1.6 times (five) as fast, against generate of transformers in the same minute, and a merge costs milliseconds a
-    refresh, so it is merged. On a GPU, where a second copy is what memory lacks, the members are read in place.
+    The rule, from bench/results/sampling-cpu.json: on a CPU a merged copy samples 1.2 times as fast as members read in
+    place, and a merge costs milliseconds a refresh, so it is merged. On a GPU, where a second copy is what memory
+    lacks, the members are read in place.
     """
     if single_members(config):
         return False  # a merged copy is one policy, not several
