@@ -50,7 +50,7 @@ def find_views(vllm_model: nn.Module, parameters: Mapping[str, Tensor]) -> Views
 def locate_linear(vllm_model: nn.Module, name: str) -> tuple[nn.Module, slice]:
     """The vLLM layer that computes the transformers layer `name`, and which of its output rows are that layer's."""
     parent, _, leaf = name.rpartition(".")
-    packed_modules = getattr(vllm_model, "packed_modules_mapping", {})
+    packed_modules = getattr(vllm_model, "packed_modules_mapping", None) or {}
     for packed, parts in packed_modules.items():
         if leaf in parts and packed != leaf:
             layer = _submodule(vllm_model, f"{parent}.{packed}".removeprefix("."), name)
