@@ -96,7 +96,7 @@ def _prove_copy(config: Config, policy: Policy, engine: "VllmEngine", why: str) 
     except torch.OutOfMemoryError:
         engine.close()
         raise
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:  # vLLM 0.25 has loaders that run once only, and fail by the second
         engine.close()
         raise UnsupportedModelError(
             f"sampling.engine = vllm: {config.model.path}: its weights cannot be shared ({why}) and a copy does not"

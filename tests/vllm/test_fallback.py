@@ -22,8 +22,8 @@ MODELS = {
         "c_attn.weight: (64, 192) here",
     ),
     "bloom": (BloomConfig, {"hidden_size": 64, "n_layer": 2, "n_head": 2}, "vLLM holds other values there"),
-    # vLLM has no code of its own for this one and decorates that of transformers
-    "gpt_neox": (GPTNeoXConfig, SMALL | {"intermediate_size": 96}, "not in vLLM's TransformersForCausalLM"),
+    # vLLM 0.32 has no code of its own for this one and decorates that of transformers
+    "gpt_neox": (GPTNeoXConfig, SMALL | {"intermediate_size": 96}, "not in vLLM's "),
 }
 
 
