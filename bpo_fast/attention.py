@@ -214,6 +214,22 @@ AttentionInterface.register(NAME, _attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def packed_arguments(layout: SharedPrompts, position_ids: Tensor) -> dict[str, Any]:
+    """What a model with this module's attention is called with for packed rows, beside their ids.
+
+    Args:
+        layout: where the tokens belong.
+        position_ids: [M, S] int64.
+    """
+    return {
+        "position_ids": position_ids,
+        # a mask of four dimensions is taken as it is, and this attention has its own
+        "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=position_ids.device),
+        "use_cache": False,
+        "shared_prompts": layout,
+    }
+
+
 def has_attention_dropout(model: Any) -> bool:
     """Whether the model's own attention drops weights while it is trained."""
     return any(getattr(model.config.get_text_config(), name, 0.0) for name in DROPOUTS)

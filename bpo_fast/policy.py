@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from bpo_fast.attention import exchange_attention_
+from bpo_fast.attention import exchange_attention_, packed_arguments
 from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.dequantise import dense_, loading_options, quantised_by, quietly
 from bpo_fast.loading import check_vocabulary, named_load_errors
@@ -231,14 +231,7 @@ class Policy:
     def _forward(self, module: nn.Module, batch: PairBatch) -> Any:
         if batch.layout is None:
             return module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        # a mask of four dimensions is taken as it is, and the attention of shared prompts has its own
-        return module(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device),
-            use_cache=False,
-            shared_prompts=batch.layout,
-        )
+        return module(input_ids=batch.input_ids, **packed_arguments(batch.layout, batch.position_ids))
 
     def _weight(self) -> Tensor:
         return self.model.get_output_embeddings().weight

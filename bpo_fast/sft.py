@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from bpo_fast.attention import NAME as PACKED
-from bpo_fast.attention import exchange_attention_, has_attention_dropout, lay_out
+from bpo_fast.attention import exchange_attention_, has_attention_dropout, lay_out, packed_arguments
 from bpo_fast.config import DataConfig
 from bpo_fast.files import new_folder
 from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device
@@ -254,7 +254,7 @@ def completion_nll(model: Any, examples: Sequence[Example]) -> torch.Tensor:
     predicts = predicts.to(device)
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][predicts],))
     try:
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**inputs).logits
     finally:
         hook.remove()
     return torch.nn.functional.cross_entropy(logits.float(), targets.to(device), reduction="none")
@@ -279,10 +279,7 @@ def _packed(examples: Sequence[Example], device: torch.device) -> tuple[torch.Te
     ids = torch.tensor([[i for e in examples for i in e.ids]])
     first = [len(e.ids) - e.num_completion - 1 for e in examples]
     predicts = [f <= t < len(e.ids) - 1 for f, e in zip(first, examples, strict=True) for t in range(len(e.ids))]
-    # a mask of four dimensions is taken as it is, and packed attention has its own
-    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
-    inputs = {"input_ids": ids.to(device), "position_ids": positions[None], "attention_mask": mask}
-    return torch.tensor([predicts]), inputs | {"shared_prompts": layout}
+    return torch.tensor([predicts]), {"input_ids": ids.to(device), **packed_arguments(layout, positions[None])}
 
 
 def _padded(examples: Sequence[Example], device: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -294,7 +291,7 @@ def _padded(examples: Sequence[Example], device: torch.device) -> tuple[torch.Te
     for row, e in enumerate(examples):
         ids[row, : len(e.ids)] = torch.tensor(e.ids)
         predicts[row, len(e.ids) - e.num_completion - 1 : len(e.ids) - 1] = True
-    return predicts, {"input_ids": ids.to(device)}
+    return predicts, {"input_ids": ids.to(device), "use_cache": False}
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bpo_fast.annotate.reward_model import Encoded, RewardScorer
-from bpo_fast.attention import exchange_attention_, has_attention_dropout, lay_out
+from bpo_fast.attention import exchange_attention_, has_attention_dropout, lay_out, packed_arguments
 
 NUM_TRIED = 2
 
@@ -81,13 +81,8 @@ class PairScores:
             total += len(one.ids) + len(other.ids) - common
             last[1].append(total - 1)
         layout, positions = lay_out(lengths, device)
-        states = model.base_model(
-            input_ids=torch.tensor([ids]).to(device),
-            position_ids=positions[None],
-            attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),  # packed attention has its own
-            use_cache=False,
-            shared_prompts=layout,
-        ).last_hidden_state[0]
+        arguments = packed_arguments(layout, positions[None])
+        states = model.base_model(input_ids=torch.tensor([ids]).to(device), **arguments).last_hidden_state[0]
         rows = torch.tensor([*last[0], *last[1]]).to(device)
         return model.score(states.index_select(0, rows)).view(2, -1)
 

@@ -37,8 +37,12 @@ def cache_bytes(model: Any, length: int) -> int:
     """Bytes of the KV cache of one sequence."""
     form = model.config.get_text_config()
     heads = getattr(form, "num_key_value_heads", None) or form.num_attention_heads
-    size = getattr(form, "head_dim", None) or form.hidden_size // form.num_attention_heads
-    return 2 * form.num_hidden_layers * heads * size * length * model.dtype.itemsize
+    return 2 * form.num_hidden_layers * heads * head_size(form) * length * model.dtype.itemsize
+
+
+def head_size(config: Any) -> int:
+    """Of one attention head; `config` is that of the text model."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def rows_together(model: Any, length: int) -> int:

@@ -1,11 +1,10 @@
 """How much memory the KV cache of vLLM gets."""
 
-from typing import Any
-
 import torch
 from transformers import PreTrainedModel
 
 from bpo_fast.config import Config
+from bpo_fast.engine.decode import cache_bytes
 from bpo_fast.lora import find_linears
 from bpo_fast.optim import state_bytes
 
@@ -23,17 +22,15 @@ def kv_budget(config: Config, model: PreTrainedModel, device: torch.device, max_
     Raises:
         ValueError: less than one sequence needs, or more than is free; says how much would do.
     """
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     block = BLOCK_SIZE[device.type]
-    a_token = 2 * text.num_hidden_layers * heads * head_size(text) * model.dtype.itemsize
-    a_sequence = -(-max_length // block) * block * a_token
-    least = a_sequence + 2 * block * a_token  # vLLM keeps a block of its own
+    a_sequence = cache_bytes(model, -(-max_length // block) * block)
+    own = cache_bytes(model, 2 * block)  # vLLM keeps a block of its own
+    least = a_sequence + own
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
     free = max(0, free - _held_bytes(config, model, device))
     gib = config.sampling.kv_cache_gib
     if gib is None:
-        budget = min(MAX_NUM_SEQS * a_sequence + 2 * block * a_token, int(KV_SHARE * free))
+        budget = min(MAX_NUM_SEQS * a_sequence + own, int(KV_SHARE * free))
     else:
         budget = int(gib * 2**30)
     if budget < least:
@@ -57,11 +54,6 @@ def _held_bytes(config: Config, model: PreTrainedModel, device: torch.device) ->
     linears = find_linears(model, config.model.lora_targets).values()
     num_lora = config.model.members * config.model.lora_r * sum(sum(m.weight.shape) for m in linears)
     return held + 4 * num_lora + (0 if config.optim.offload else state_bytes(config.optim, num_lora, 0))
-
-
-def head_size(config: Any) -> int:
-    """Of one attention head; `config` is that of the text model."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _free_host_bytes() -> int:

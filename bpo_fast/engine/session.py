@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from bpo_fast.config import Config
 from bpo_fast.engine import versions
+from bpo_fast.engine.decode import head_size
 from bpo_fast.engine.host_state import guest_functions, preserved, preserved_class, quiet_stderr
-from bpo_fast.engine.kv_budget import BLOCK_SIZE, MAX_NUM_SEQS, head_size, kv_budget
+from bpo_fast.engine.kv_budget import BLOCK_SIZE, MAX_NUM_SEQS, kv_budget
 from bpo_fast.engine.member_rows import MemberRows
 from bpo_fast.engine.shared_weights import NotShareableError, Views, adopt_, find_views, strays
 from bpo_fast.lora import find_linears
