@@ -39,7 +39,6 @@ from bpo_fast.tokenizer import with_leading_space
 log = logging.getLogger(__name__)
 
 SFT_FILE = "sft.json"
-# dropout of attention weights, by the names that models give it; packed attention has none
 
 
 def train_sft(config: SftConfig, *, progress: Progress | None = None) -> dict[str, Any]:

@@ -206,7 +206,7 @@ class _TokenLogps(torch.autograd.Function):
                 engine.kept_dw_(sums, scored, coefs, rows, zeros=False)
             else:
                 engine.recompute_dw_(sums, scored.stats, coefs, rows)
-            dw = sums.total.to(weight.dtype)
+            dw = sums.result().to(weight.dtype)
         return dx, dw, None
 
 

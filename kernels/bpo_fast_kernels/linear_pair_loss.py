@@ -257,9 +257,7 @@ class _LinearPairLoss(torch.autograd.Function):
         for a, b in chunks:
             spans = (slice(bounds[a], bounds[b]), slice(bounds[pairs + a], bounds[pairs + b]))
             _run_chunk_(sums, hidden, call, spans, slice(a, b))
-        if sums.dw is not None and not chunks:
-            sums.dw.total.zero_()
-        ctx.grads = (sums.dx, None if sums.dw is None else sums.dw.total.to(trained.dtype))
+        ctx.grads = (sums.dx, None if sums.dw is None else sums.dw.result().to(trained.dtype))
         ctx.mark_non_differentiable(sums.loss, sums.margins, sums.logps)
         return sums.loss.sum() / call.divisor, sums.loss, sums.margins, sums.logps
 

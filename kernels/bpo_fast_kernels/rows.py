@@ -103,6 +103,10 @@ class WeightSums:
     begun: bool
     room: torch.Tensor | None = None
 
+    def result(self) -> torch.Tensor:
+        """dW; zeros where nothing was added."""
+        return self.total if self.begun else self.total.zero_()
+
 
 class Backend(Protocol):
     """The passes over a head that every backend offers. FLOP in units of THV.
