@@ -17,8 +17,9 @@ def peak_memory_gib() -> float:
 def reset_peak() -> int:
     """Begins a new high-water mark of `peak_bytes`; returns the bytes held now.
 
-    On a CPU that is resident memory, after the allocator has handed back what it keeps of freed blocks. Where the
-    system has no mark that can be reset, the peak of the whole process counts.
+    On a CPU that is resident memory without mapped files, whose pages come and go with the code that runs, after the
+    allocator has handed back what it keeps of freed blocks. Where the system has no mark that can be reset, the peak of
+    the whole process counts.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -28,12 +29,14 @@ def reset_peak() -> int:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except (OSError, AttributeError):
         pass
-    return _status_bytes("VmRSS")
+    return _status_bytes("VmRSS") - _status_bytes("RssFile")
 
 
 def peak_bytes() -> int:
     """High-water mark since `reset_peak`, of the same memory."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status_bytes("VmHWM")
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return _status_bytes("VmHWM") - _status_bytes("RssFile")
 
 
 def free_bytes() -> int:
@@ -48,9 +51,10 @@ def free_bytes() -> int:
 
 
 def _status_bytes(field: str) -> int:
+    """A field of /proc/self/status; without one the peak of the process stands for VmRSS and VmHWM, 0 for others."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    found = (int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-    return 1024 * next(found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    found = (1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return next(found, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if field.startswith("Vm") else 0)

@@ -1,63 +1,16 @@
 """The ledger against what the process really holds, and each way to hold less."""
 
-import ctypes
-from dataclasses import replace
-from types import SimpleNamespace
+import mmap
 
 import pytest
 import torch
-from tiny_policy import make_pairs, make_policy
+from memory_parts import make_parts, peaks_of_steps
+from tiny_policy import make_pairs
 
-from bpo_fast.config import Config, MethodConfig, ModelConfig, OptimConfig
-from bpo_fast.dryrun import _try_steps
+from bpo_fast import machine
+from bpo_fast.config import MethodConfig
 from bpo_fast.gradients import step_gradients
 from bpo_fast.memory import Ledger, make_ledger
-from bpo_fast.optim import Optimizer
-
-SIZES = {
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "initializer_range": 0.02,
-    "max_position_embeddings": 512,
-}
-FORMS = {
-    "full": {"full": True},
-    "full-selective": {"full": True, "activation_checkpointing": "selective"},
-    "full-checkpointed": {"full": True, "gradient_checkpointing": True},
-    "lora": {"lora_r": 8, "lora_alpha": 16.0},
-}
-
-
-M_MMAP_THRESHOLD = -3
-
-
-@pytest.fixture(autouse=True)
-def _no_holes():
-    """Every block of 64 KiB is mapped alone, so that resident memory is that of the tensors and of no holes between."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
-    yield
-    libc.mallopt(M_MMAP_THRESHOLD, 2**25)
-
-
-def make_parts(form, *, pairs=8, microbatch_tokens=8192, **optim):
-    model = ModelConfig(path="tiny", **FORMS[form])
-    policy = make_policy(model, **SIZES)
-    base = Config()
-    config = replace(
-        base,
-        model=model,
-        data=replace(base.data, max_prompt_length=128),
-        sampling=replace(base.sampling, max_new_tokens=64, batch_size=4),
-        method=MethodConfig(batch_pairs=pairs),
-        optim=OptimConfig(learning_rate=1e-4, microbatch_tokens=microbatch_tokens, **optim),
-    )
-    members = policy.num_members if policy.lora else None
-    optimizer = Optimizer(policy.parameters(), config.optim, num_steps=2, num_members=members)
-    engine = SimpleNamespace(kv_bytes=None, kv_stays=False)
-    return SimpleNamespace(config=config, policy=policy, optimizer=optimizer, engine=engine)
 
 
 @pytest.mark.parametrize(
@@ -72,11 +25,15 @@ def make_parts(form, *, pairs=8, microbatch_tokens=8192, **optim):
     ids=str,
 )
 def test_predicted_and_measured_peaks_agree(form, options):
-    parts = make_parts(form, **options)
-    ledger = make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
-    assert all(p.grad is None for p in parts.policy.parameters())
-    found = _try_steps(parts, ledger)
+    found = peaks_of_steps(form, options)
     assert found["measured_gib"] == pytest.approx(found["predicted_gib"], rel=0.1)
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_the_ledger_leaves_no_gradients_behind(form):
+    parts = make_parts(form)
+    make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
+    assert all(p.grad is None for p in parts.policy.parameters())
 
 
 def test_checkpointing_takes_less_memory_and_gives_the_same_gradients():
@@ -100,3 +57,17 @@ def test_words_name_every_part():
         "memory: weights 1.00 GiB, gradients 0.50 GiB, optimizer 0.25 GiB, activations 3.00 GiB, head chunk 1.0 MiB,"
         " kv 0.12 GiB; peak about 4.88 GiB"
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="peaks are those of the GPU")
+def test_a_peak_counts_blocks_and_not_the_pages_of_mapped_files(tmp_path):
+    size = 2**26
+    (tmp_path / "file").write_bytes(bytes(size))
+    start = machine.reset_peak()
+    with (tmp_path / "file").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        assert sum(pages[:: mmap.PAGESIZE]) == 0
+        assert machine.peak_bytes() - start < size / 4
+        block = bytearray(size)
+        assert machine.peak_bytes() - start == pytest.approx(size, rel=0.25)
+    del block
+    assert machine.peak_bytes() - start > size / 2

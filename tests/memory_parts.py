@@ -1,0 +1,76 @@
+"""A small policy with its optimizer, for tests of memory; as a script, the peaks of its steps in a process of its own.
+
+`python memory_parts.py FORM OPTIONS_JSON` prints {"predicted_gib", "measured_gib"}. A process of its own, because
+resident memory is that of the tensors only where no earlier work has left holes for them to fall into.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+from tiny_policy import make_policy
+
+from bpo_fast.config import Config, MethodConfig, ModelConfig, OptimConfig
+from bpo_fast.dryrun import _try_steps
+from bpo_fast.memory import make_ledger
+from bpo_fast.optim import Optimizer
+
+SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 512,
+}
+FORMS = {
+    "full": {"full": True},
+    "full-selective": {"full": True, "activation_checkpointing": "selective"},
+    "full-checkpointed": {"full": True, "gradient_checkpointing": True},
+    "lora": {"lora_r": 8, "lora_alpha": 16.0},
+}
+
+
+def make_parts(form, *, pairs=8, microbatch_tokens=8192, **optim):
+    model = ModelConfig(path="tiny", **FORMS[form])
+    policy = make_policy(model, **SIZES)
+    base = Config()
+    config = replace(
+        base,
+        model=model,
+        data=replace(base.data, max_prompt_length=128),
+        sampling=replace(base.sampling, max_new_tokens=64, batch_size=4),
+        method=MethodConfig(batch_pairs=pairs),
+        optim=OptimConfig(learning_rate=1e-4, microbatch_tokens=microbatch_tokens, **optim),
+    )
+    members = policy.num_members if policy.lora else None
+    optimizer = Optimizer(policy.parameters(), config.optim, num_steps=2, num_members=members)
+    engine = SimpleNamespace(kv_bytes=None, kv_stays=False)
+    return SimpleNamespace(config=config, policy=policy, optimizer=optimizer, engine=engine)
+
+
+def peaks_of_steps(form, options):
+    """What this script prints; every block of 64 KiB is mapped alone, so that it is handed back when it is freed."""
+    done = subprocess.run(
+        [sys.executable, __file__, form, json.dumps(options)],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(form, options):
+    parts = make_parts(form, **json.loads(options))
+    ledger = make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
+    found = _try_steps(parts, ledger)
+    print(json.dumps({k: found[k] for k in ("predicted_gib", "measured_gib")}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
