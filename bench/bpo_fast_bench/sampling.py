@@ -1,4 +1,4 @@
-"""`bpo-fast bench sampling`: vLLM on the trainer's weights against engine hf, same model and prompts.
+"""`bpo-fast bench sampling`: vLLM on the trainer's weights against engine hf and transformers' own `generate`.
 
 Every form of training runs in a process of its own (a process has one vLLM): correctness first, then the engines take
 turns on the same requests, with the lengths that the policy gives them. Memory and refresh are measured on a random
@@ -107,12 +107,14 @@ def run(options: SamplingBench) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The measurements as text, one line a form."""
-    lines = [f"{'tokens a second':<18} {'vllm':>7} {'hf':>7}  ratio  (CPU)  start    refresh     copied"]
+    lines = [f"{'tokens a second':<18} {'vllm':>6} {'hf':>12} {'generate':>14}   start    refresh      copied"]
     overlap = ""
     for form, r in results["forms"].items():
         lines.append(
-            f"{form:<18} {r['vllm']['tokens_per_s']:>7.0f} {r['hf']['tokens_per_s']:>7.0f} {r['ratio']:>5.2f}x"
-            f" {r['ratio_cpu']:>5.2f}x {r['start_s']:>5.1f} s {1e3 * r['refresh_s']:>7.2f} ms"
+            f"{form:<18} {r['vllm']['tokens_per_s']:>6.0f}"
+            f" {r['hf']['tokens_per_s']:>6.0f} {r['against_hf']:>4.2f}x"
+            f" {r['generate']['tokens_per_s']:>8.0f} {r['against_generate']:>4.2f}x"
+            f" {r['start_s']:>5.1f} s {1e3 * r['refresh_s']:>7.2f} ms"
             f" {r['bytes_copied'] / 2**20:>6.1f} MiB"
         )
         if "overlap" in r:
@@ -144,20 +146,24 @@ def measure(options: SamplingBench) -> dict[str, Any]:
     """One form in this process: speed of the engines in turn."""
     [form] = options.forms
     config, policy, engine, start_s = _open(options, FORMS[form])
-    by_hf = HfEngine(
-        policy.model,
-        policy.tokenizer,
-        view=policy.merged,
-        num_members=policy.num_members,
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-        batch_size=config.sampling.batch_size,
+    by_hf, by_generate = (
+        kind(
+            policy.model,
+            policy.tokenizer,
+            view=policy.merged,
+            num_members=policy.num_members,
+            eos_ids=policy.eos_ids,
+            pad_id=policy.pad_id,
+            batch_size=config.sampling.batch_size,
+        )
+        for kind in (HfEngine, GenerateEngine)
     )
     _train_a_step(policy)
     engine.refresh(1)
     prompts = _prompts(config, policy)[: options.num_prompts]
-    agreement = _check(engine, by_hf, prompts[:16])
-    timings = {"vllm": _Timings(), "hf": _Timings()}
+    agreement = min(_check(e, by_hf, prompts[:16]) for e in (engine, by_generate))
+    samplers = {"vllm": engine, "hf": by_hf, "generate": by_generate}
+    timings = {name: _Timings() for name in samplers}
     params = SamplingParams(
         max_new_tokens=options.max_new_tokens,
         n=2,
@@ -165,11 +171,14 @@ def measure(options: SamplingBench) -> dict[str, Any]:
         single_members=config.sampling.members == "single",
     )
     for turn in range(options.rounds + 1):
-        for name, sampler in (("vllm", engine), ("hf", by_hf)):
+        for name, sampler in samplers.items():
             timings[name].add(sampler, prompts, params, turn)
-    vllm, hf = (timings[name].summary() for name in ("vllm", "hf"))
-    out = {"start_s": start_s, "vllm": vllm, "hf": hf, "ratio": vllm["tokens_per_s"] / hf["tokens_per_s"]}
-    out |= {"ratio_cpu": vllm["tokens_per_cpu_s"] / hf["tokens_per_cpu_s"], "greedy_agreement": agreement}
+    speeds = {name: timing.summary() for name, timing in timings.items()}
+    vllm = speeds["vllm"]
+    out = {"start_s": start_s, **speeds, "greedy_agreement": agreement}
+    for name in ("hf", "generate"):
+        out[f"against_{name}"] = vllm["tokens_per_s"] / speeds[name]["tokens_per_s"]
+    out["against_hf_cpu"] = vllm["tokens_per_cpu_s"] / speeds["hf"]["tokens_per_cpu_s"]
     out |= _refreshes(engine)
     if form == "full":
         out["overlap"] = _overlap(engine, _prompts(config, policy)[: 4 * options.num_prompts], params)
@@ -231,6 +240,30 @@ def _open(options: SamplingBench, form: dict[str, Any]) -> tuple[Config, Policy,
     start_s = time.perf_counter() - start
     engine.refresh(0)
     return config, policy, engine, start_s
+
+
+class GenerateEngine(HfEngine):
+    """Engine hf with transformers' `generate` in place of its own loop, as other trainers sample; seeds are torch's."""
+
+    def _decode(self, requests, params, stop):
+        longest = max(len(r.prompt.ids) for r in requests)
+        padding = [longest - len(r.prompt.ids) for r in requests]
+        rows = [[self._pad_id] * n + list(r.prompt.ids) for n, r in zip(padding, requests, strict=True)]
+        mask = [[0] * n + [1] * (longest - n) for n in padding]
+        ways = {"do_sample": True, "temperature": params.temperature, "top_k": 0, "top_p": 1.0}
+        sampled = self._model.generate(
+            input_ids=torch.tensor(rows, device=self._model.device),
+            attention_mask=torch.tensor(mask, device=self._model.device),
+            max_new_tokens=params.max_new_tokens,
+            eos_token_id=list(self._eos_ids),
+            pad_token_id=self._pad_id,
+            **(ways if params.temperature else {"do_sample": False}),
+        )
+        completions = []
+        for ids in sampled[:, longest:].tolist():
+            end = next((i + 1 for i, token in enumerate(ids) if token in self._eos_ids), len(ids))
+            completions.append((tuple(ids[:end]), None))
+        return completions
 
 
 class _Timings:
