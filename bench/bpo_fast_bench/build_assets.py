@@ -1,11 +1,11 @@
 """Builds the embedded default of bpo-fast from nothing: `python -m bpo_fast_bench.build_assets --out DIR`.
 
 Everything comes out of `bpo_fast.helpdesk` and the project's own stages. The policy is trained on answers of mixed
-quality. Annotator and judge each begin as a smaller model of its kind, learn as critics whether advice fits a question,
-then become reward models on noisy preference pairs, which are seen once each, the last ones half in question forms that
-the policy never sees; the two share no row, no (topic, form) combination, no seed and no weight. A stage whose result
-is in DIR already is kept, so an interrupted build goes on. What to ship lies in DIR/assets, what was measured in
-DIR/assets.json.
+quality, twice on some and then once on twice as many. Annotator and judge each begin as a smaller model of its kind,
+learn as critics whether advice fits a question, then become reward models on noisy preference pairs, which are seen
+once each, the last ones half in question forms that the policy never sees; the two share no row, no (topic, form)
+combination, no seed and no weight. A stage whose result is in DIR already is kept, so an interrupted build goes on.
+What to ship lies in DIR/assets, what was measured in DIR/assets.json.
 """
 
 import argparse
@@ -54,6 +54,7 @@ SFT: dict[str, Any] = {
 }
 # the policy, and the smaller speakers that the reward models begin as
 POLICY: dict[str, Any] = SFT | {"hidden": 192, "heads": 6, "kv_heads": 6, "epochs": 2, "save_dtype": "float16"}
+MORE: dict[str, Any] = SFT | {"learning_rate": 1e-3, "epochs": 1, "save_dtype": "float16"}
 SPEAKER: dict[str, Any] = SFT | {"hidden": 128, "heads": 4, "kv_heads": 4, "epochs": 1}
 CRITIC: dict[str, Any] = {
     "max_prompt_length": 96,
@@ -72,6 +73,7 @@ REWARD: dict[str, Any] = {
 # peak learning rates of the two stages of pairs
 PAIRS_RATE, NEW_FORMS_RATE = 1.5e-3, 1e-3
 ROWS = {"policy": 75_000, "speaker": 60_000, "critic": 80_000, "pairs": 200_000, "prompts": 5_000, "eval": 512}
+ROWS |= {"more for the policy": 150_000}
 ROWS |= {"pairs in new forms": 20_000}  # and as many in the others again
 SEEDS = {"policy": 1, "annotator": 11, "judge": 21}
 REWARD_MODELS = ("annotator", "judge")
@@ -104,8 +106,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def build_policy(build: Build) -> None:
-    """SFT from scratch on answers of mixed quality."""
-    build_sft(build, "policy", "sft", ROWS["policy"], SEEDS["policy"], POLICY)
+    """SFT from scratch on answers of mixed quality, then on more of them."""
+    first, seed = "policy-first", SEEDS["policy"]
+    build_sft(build, first, "sft", ROWS["policy"], seed, POLICY)
+    more = MORE | {"model": str(build.root / first), "seed": seed}
+    build_sft(build, "policy", "sft", ROWS["more for the policy"], seed + 1, more)
 
 
 def build_reward(build: Build, role: str) -> None:
@@ -137,13 +142,14 @@ def fit_pairs(build: Build, name: str, pairs: str, start: str, seed: int, rate: 
 
 
 def build_sft(build: Build, name: str, role: str, num_rows: int, seed: int, settings: dict[str, Any]) -> None:
-    """A model from scratch on the answers to the questions of `role`."""
+    """A model trained on answers to the questions of `role`; `seed` draws the rows and, by default, the model."""
     torch.set_num_threads(1)  # so that equal seeds give equal weights on every machine of this kind
     out = build.root / name
     if not out.exists():
         data = build.rows(f"{name}-sft", sft_rows, num_rows, seed, role)
         held_out = build.rows(f"{name}-sft-eval", sft_rows, 1000, 2, "eval")
-        train_sft(SftConfig(data=data, eval_data=held_out, out=str(out), device="cpu", seed=seed, **settings))
+        files = {"data": data, "eval_data": held_out, "out": str(out)}
+        train_sft(SftConfig(**files, device="cpu", **{"seed": seed} | settings))
 
 
 def ship(build: Build) -> None:
@@ -185,7 +191,7 @@ def measure(build: Build) -> dict[str, Any]:
             p.name: sum(f.stat().st_size for f in ([p] if p.is_file() else p.iterdir()))
             for p in sorted(build.assets.iterdir())
         },
-        "settings": {"policy": POLICY, "speaker": SPEAKER, "critic": CRITIC, "reward": REWARD, "seeds": SEEDS}
+        "settings": {"policy": [POLICY, MORE], "speaker": SPEAKER, "critic": CRITIC, "reward": REWARD, "seeds": SEEDS}
         | {"reward_rates": [PAIRS_RATE, NEW_FORMS_RATE]}
         | {"rows": ROWS, "pairs": {"temperature": TEMPERATURE, "flips": FLIPS}},
     }
@@ -193,22 +199,25 @@ def measure(build: Build) -> dict[str, Any]:
 
 def _measure_policy(build: Build) -> dict[str, Any]:
     """Entropy of the generator beside the cross-entropy of the policy on answers the generator writes."""
-    report = json.loads((build.root / "policy" / "sft.json").read_text(encoding="utf-8"))
+    first, last = (
+        json.loads((build.root / name / "sft.json").read_text(encoding="utf-8")) for name in ("policy-first", "policy")
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(build.assets / "policy")
     rng = random.Random("entropy")
     answers = [write_answer(rng.choice(topics()), rng) for _ in range(20_000)]
     num_tokens = sum(len(ids) + 1 for ids in tokenizer([" " + a.text for a in answers])["input_ids"])
     nats = -sum(a.logp for a in answers)
-    member = report["members"][0]
+    member = last["members"][0]
+    history = [h for report in (first, last) for h in report["members"][0]["history"]]
     return {
         "num_parameters": member["num_parameters"],
-        "seconds": report["seconds"],
+        "seconds": first["seconds"] + last["seconds"],
         "generator_entropy_nats_per_answer": nats / len(answers),
         "generator_entropy_nats_per_token": nats / num_tokens,
         "tokens_per_answer": num_tokens / len(answers),
         "held_out_nats_per_answer": member["held_out_loss_per_sequence"],
         "held_out_nats_per_token": member["held_out_loss"],
-        "epochs": [{k: h[k] for k in ("train_loss", "loss", "seconds")} for h in member["history"]],
+        "epochs": [{k: h[k] for k in ("train_loss", "loss", "seconds")} for h in history],
     }
 
 
