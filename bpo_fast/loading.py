@@ -27,16 +27,24 @@ def pick_device(what: str, name: str) -> torch.device:
 @contextmanager
 def named_load_errors(what: str, kind: str = "model") -> Iterator[None]:
     """Turns the many ways in which transformers refuses a folder into one ValueError that names it."""
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        yield
+        with quiet_transformers():
+            yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ValueError(
             f"{what}: cannot be loaded as a {kind}: {lines[0] if lines else type(error).__name__}"
         ) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers logs nothing below errors."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
 
@@ -46,3 +54,28 @@ def check_vocabulary(what: str, model: Any, tokenizer: Any) -> None:
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_embeddings:
         raise ValueError(f"{what}: {num_embeddings} embeddings for a tokenizer of {len(tokenizer)} tokens")
+
+
+def position_limit(model: Any) -> tuple[int | None, str]:
+    """(tokens up to which a model can take a sequence, or None without a limit; what ends there).
+
+    The frequencies of some forms of RoPE change, for all rows of a batch, with its longest one. Beyond the length at
+    which that begins a sequence's log-probs depend on its neighbours, and the sampler's cache holds keys of both kinds.
+    """
+    config = model.config.get_text_config()
+    limit, what = getattr(config, "max_position_embeddings", None), "positions"
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(r for r in ropes.values() if isinstance(r, dict))):
+        kind = rope.get("rope_type") or ""
+        original = rope.get("original_max_position_embeddings") or limit
+        if (kind == "longrope" or "dynamic" in kind) and original and (limit is None or original <= limit):
+            limit, what = original, f"positions before the frequencies of its rope ({kind}) depend on the batch"
+    return limit, what
+
+
+def trunk_of(model: Any) -> Any:
+    """The part of a causal LM whose output is hidden rows; ValueError if it cannot be found."""
+    trunk = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    if trunk is None:
+        raise ValueError(f"{type(model).__name__}: its trunk cannot be found")
+    return trunk

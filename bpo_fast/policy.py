@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from bpo_fast.attention import exchange_attention_, packed_arguments
 from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.dequantise import dense_, loading_options, quantised_by, quietly
-from bpo_fast.loading import check_vocabulary, named_load_errors
+from bpo_fast.loading import check_vocabulary, named_load_errors, position_limit, trunk_of
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.packing import PairBatch, pack_apart, pack_shared
 from bpo_fast.types import Completion, Pair, Prompt
@@ -76,8 +76,8 @@ class Policy:
         self.chunk_bytes = config.head_chunk_mib * 2**20 if config.head_chunk_mib else None
         _checkpoint_activations(model, "full" if config.gradient_checkpointing else config.activation_checkpointing)
         self._rows: Tensor | None = None
-        self._trunk: Any = model.base_model
-        norm = getattr(model.base_model, "norm", None)
+        self._trunk: Any = trunk_of(model)
+        norm = getattr(self._trunk, "norm", None)
         self._norm_picks = isinstance(norm, nn.Module)
         if isinstance(norm, nn.Module):
             norm.register_forward_pre_hook(self._pick_rows)
@@ -100,7 +100,7 @@ class Policy:
         # the base is on disk for LoRA, so its start is the adapters alone; a full copy waits in host memory
         self.shares_prompts = not config.attn_implementation and _share_prompts(self)
         if config.compile:
-            self._trunk = torch.compile(model.base_model, dynamic=True)
+            self._trunk = torch.compile(self._trunk, dynamic=True)
         self._initial = (
             self.lora.state() if self.lora else {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
         )
@@ -289,10 +289,10 @@ def load_policy(
     assert config.path is not None, "resolve() has set it"
     model, tokenizer = load_model(config, device)
     check_vocabulary(f"model.path = {config.path}", model, tokenizer)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and max_length > positions:
+    limit, what = position_limit(model)
+    if limit and max_length > limit:
         raise ValueError(
-            f"data.max_prompt_length + sampling.max_new_tokens = {max_length}: the model has {positions} positions"
+            f"data.max_prompt_length + sampling.max_new_tokens = {max_length}: the model has {limit} {what}"
         )
     if place:
         place(model)
@@ -342,7 +342,7 @@ def _probe_head(model: PreTrainedModel) -> Head:
     model.eval()
     ids = torch.arange(1, 6, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
     own = model(input_ids=ids, use_cache=False).logits.double()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     model.train(was_training)
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     plain = (hidden @ model.get_output_embeddings().weight.T).double()

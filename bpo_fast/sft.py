@@ -18,7 +18,7 @@ from bpo_fast.attention import NAME as PACKED
 from bpo_fast.attention import exchange_attention_, has_attention_dropout, lay_out, packed_arguments
 from bpo_fast.config import DataConfig
 from bpo_fast.files import new_folder
-from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device
+from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device, position_limit
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import encode_prompts, read_rows, row_text
@@ -232,9 +232,9 @@ def _open_model(config: SftConfig, data: SftData) -> Any:
         )
     check_vocabulary(what, model, data.tokenizer)
     longest = max(len(e.ids) for e in data.train + data.held_out)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and longest > positions:
-        raise ValueError(f"{what}: {positions} positions for rows of {longest} tokens; lower sft.max_prompt_length")
+    limit, kind = position_limit(model)
+    if limit and longest > limit:
+        raise ValueError(f"{what}: {limit} {kind} for rows of {longest} tokens; lower sft.max_prompt_length")
     return model
 
 

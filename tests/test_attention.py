@@ -5,6 +5,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from bpo_fast import attention
 from bpo_fast.attention import lay_out, shared_prompt_attention
 from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.packing import pack_shared
@@ -25,6 +26,14 @@ SMALL = {
     "bos_token_id": None,
 }
 HEAD = {"head_dim": 8}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 32,
+}
+SHORT_LLAMA4 = {"intermediate_size_mlp": 64, "use_qk_norm": False}
 CONFIGS = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
@@ -35,7 +44,17 @@ CONFIGS = {
     "mistral": ("MistralConfig", {"sliding_window": 6}),
     "phi3": ("Phi3Config", {"sliding_window": 6}),
     "smollm3": ("SmolLM3Config", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),  # SmolLM, SmolLM2
+    "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True}),  # Qwen2.5-0.5B
+    "phi3-longrope": ("Phi3Config", {"max_position_embeddings": 128, "rope_scaling": LONGROPE}),
+    "mistral-32": ("MistralConfig", {"sliding_window": 32}),
+    "gemma2-32": ("Gemma2Config", {**HEAD, "sliding_window": 32}),
+    "gemma3-32": ("Gemma3TextConfig", {**HEAD, "sliding_window": 32}),
+    "cohere2-32": ("Cohere2Config", {**HEAD, "sliding_window": 32}),
+    "doge-32": ("DogeConfig", {"sliding_window": 32}),
+    "llama4-32": ("Llama4TextConfig", {**HEAD, "attention_chunk_size": 32, "num_local_experts": 2, **SHORT_LLAMA4}),
 }
+EXACT = [name for name in CONFIGS if not name.endswith("-32")]
 LENGTHS = ((9, 5, 11), (3, 1, 7), (14, 8, 2), (1, 1, 1))
 
 
@@ -43,17 +62,17 @@ class Tokens:
     pad_token_id, eos_token_id = 0, 1
 
 
-def make_model(name):
+def make_model(name, dtype=torch.float32, **changes):
     torch.manual_seed(0)
     config_class, extra = CONFIGS[name]
-    config = getattr(transformers, config_class)(**SMALL, **extra)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    config = getattr(transformers, config_class)(**SMALL | extra | changes)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def make_pairs():
+def make_pairs(lengths=LENGTHS):
     generator = torch.Generator().manual_seed(3)
     pairs = []
-    for i, (n, c, r) in enumerate(LENGTHS):
+    for i, (n, c, r) in enumerate(lengths):
         ids = torch.randint(2, 97, (n + c + r,), generator=generator).tolist()
         sides = [Completion(i, k, tuple(x), "", False, 0, 0) for k, x in enumerate((ids[n : n + c], ids[n + c :]))]
         pairs.append(Pair(Prompt(i, "", tuple(ids[:n])), *sides, 1.0, 0.0))
@@ -71,7 +90,7 @@ def alone(model, pairs):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EXACT)
 def test_log_probs_and_gradients_are_those_of_sequences_alone(name):
     plain = make_model(name)
     pairs = make_pairs()
@@ -89,6 +108,41 @@ def test_log_probs_and_gradients_are_those_of_sequences_alone(name):
     loss.backward()
     for (key, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert float((p.grad - q.grad).norm()) <= 1e-5 * float(q.grad.norm()) + 1e-9, key
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [
+        ("mistral-32", True),
+        ("gemma2-32", True),
+        ("gemma3-32", True),
+        ("cohere2-32", True),
+        ("doge-32", False),  # its windows are in masks that its layers make
+        ("llama4-32", False),  # its chunks are in masks
+    ],
+)
+def test_windows_longer_than_what_is_tried_are_kept(name, shares, caplog):
+    pairs = make_pairs(((60, 20, 31), (5, 3, 4)))
+    model = make_model(name)
+    policy = Policy(model, Tokens(), ModelConfig(path=name, full=True), seed=0)
+    assert policy.shares_prompts == shares
+    assert caplog.text.count("prompts are not shared within pairs") == len(caplog.records) == (not shares)
+    with torch.no_grad():
+        expected = alone(make_model(name), pairs)
+    torch.testing.assert_close(policy.logps(policy.pack(pairs)), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_window_that_is_not_handed_over_is_noticed_in_16_bits(monkeypatch, caplog):
+    """Where the weights are small a window changes less than rounding may."""
+    form = {"path": "mistral-32", "full": True}
+    assert Policy(make_model(form["path"], torch.bfloat16), Tokens(), ModelConfig(**form), seed=0).shares_prompts
+    attend = attention.shared_prompt_attention
+    monkeypatch.setattr(
+        attention, "shared_prompt_attention", lambda *parts, **options: attend(*parts, **options | {"window": None})
+    )
+    model = make_model(form["path"], torch.bfloat16, initializer_range=0.02)
+    assert not Policy(model, Tokens(), ModelConfig(**form), seed=0).shares_prompts
+    assert "results differ by 0." in caplog.text
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -199,6 +253,7 @@ def test_a_model_that_cannot_share_prompts_says_so_and_takes_sequences_apart(cap
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     policy = Policy(model, Tokens(), ModelConfig(path="bloom", full=True), seed=0)
     assert not policy.shares_prompts
-    assert "prompts are not shared within pairs" in caplog.text
+    (line,) = caplog.records
+    assert line.getMessage().startswith("BloomForCausalLM: prompts are not shared within pairs (")
     pairs = make_pairs()
     torch.testing.assert_close(policy.logps(policy.pack(pairs)), alone(model, pairs).detach(), rtol=1e-5, atol=1e-5)

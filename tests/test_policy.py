@@ -12,6 +12,7 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
     PhiConfig,
     PhiForCausalLM,
 )
@@ -131,6 +132,23 @@ def test_initial_is_where_the_run_began(tiny_model_dir, full):
         moved = policy.logps(batch)
     with policy.dense(policy.dense_state()):
         torch.testing.assert_close(policy.logps(batch), moved, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_rope_that_follows_the_batch_ends_where_that_begins(kind, tiny_model_dir, tmp_path):
+    """Beyond it the log-probs of a sequence depend on the longest one beside it."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {}
+    sizes = {**SMALL, "vocab_size": 320, "num_key_value_heads": 2, "intermediate_size": 64, "eos_token_id": 1}
+    config = LlamaConfig(**sizes, max_position_embeddings=128, rope_parameters=rope | factors)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for file in tiny_model_dir.glob("token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    form = ModelConfig(path=str(tmp_path), full=True)
+    where = {"device": torch.device("cpu"), "seed": 0, "temperature": 1.0}
+    assert load_policy(form, **where, max_length=32).shares_prompts
+    with pytest.raises(ValueError, match=rf"= 33: the model has 32 positions before .* rope \({kind}\) depend on the"):
+        load_policy(form, **where, max_length=33)
 
 
 def test_load_errors_name_the_model(tiny_model_dir, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device
+from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device, position_limit
 from bpo_fast.stages import length_batches
 from bpo_fast.tokenizer import with_leading_space
 from bpo_fast.types import Completion, Prompt
@@ -64,7 +64,7 @@ class RewardScorer:
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
         text_config = model.config.get_text_config()
-        own_limit = min(getattr(text_config, "max_position_embeddings", None) or MAX_LENGTH, tokenizer.model_max_length)
+        own_limit = min(position_limit(model)[0] or MAX_LENGTH, tokenizer.model_max_length)
         self.max_length = min(own_limit, max_length or MAX_LENGTH)
         # The head finds the last real token as the last one that is not padding.
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
