@@ -65,6 +65,7 @@ class DataConfig:
     chat_template: bool | None = knob(None, "apply the tokenizer's; none: to conversational rows, if it has one")
     max_prompt_length: int | None = knob(None, "prompt tokens", ge=1)
     long_prompts: str = knob("drop", "prompts over the limit", choices=("drop", "truncate"))
+    long_completions: str = knob("drop", "completions of --from-pairs over the limit", choices=("drop", "truncate"))
 
 
 @dataclass(frozen=True)

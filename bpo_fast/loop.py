@@ -244,7 +244,11 @@ class Loop:
         owned = slice(phase.first_prompt, phase.last_prompt)
         if self._parts.replayed is not None:
             pairs = self._parts.replayed[owned]
-            return PhasePairs(phase.index, self.num_steps, pairs, PairCounts(kept=len(pairs)), {})
+            num_cut = sum(p.chosen.truncated or p.rejected.truncated for p in pairs)
+            counts = PairCounts(kept=len(pairs), truncated=num_cut)
+            if phase.index == 0:  # of the whole source
+                counts += self._parts.not_replayed
+            return PhasePairs(phase.index, self.num_steps, pairs, counts, {})
         num_used = sum(read_pairs(self._run.pairs_path(f)).num_spare for f in range(phase.index))
         spare = self._parts.spare[num_used:]
         return self._collector.collect(phase, self._parts.prompts[owned], spare, self.num_steps)

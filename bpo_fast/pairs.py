@@ -5,12 +5,15 @@ Ties and identical completions teach nothing about order: they are dropped and c
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from bpo_fast.config import DataConfig
 from bpo_fast.files import write_atomic
+from bpo_fast.prompts import cut_prompt, split_answer
 from bpo_fast.tokenizer import with_leading_space
 from bpo_fast.types import Completion, Pair, Prompt
 
@@ -23,7 +26,8 @@ class PairCounts:
     """What became of the prompts of a phase: kept + tied + identical + unscored + aborted + empty of them were sampled.
 
     `aborted`: the engine gave up a completion, twice. `empty`: a completion began with a stop string. `truncated`
-    counts kept pairs in which a completion ended at the length limit.
+    counts kept pairs in which a completion ended at the length limit. Recorded pairs, in the counts of the first phase:
+    `too_long` were over a limit and dropped, `cut` were over one, cut and kept.
     """
 
     kept: int = 0
@@ -33,6 +37,8 @@ class PairCounts:
     truncated: int = 0
     aborted: int = 0
     empty: int = 0
+    too_long: int = 0
+    cut: int = 0
 
     def __add__(self, other: "PairCounts") -> "PairCounts":
         return PairCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -130,15 +136,21 @@ def read_pairs(path: Path) -> PhasePairs:
         raise ValueError(f"{path}: not a file of recorded pairs") from None
 
 
-def replay_pairs(source: str, tokenizer: Any, eos_id: int, *, max_new_tokens: int, to_prompts: RowReader) -> list[Pair]:
+def replay_pairs(
+    source: str, tokenizer: Any, eos_id: int, *, data: DataConfig, max_new_tokens: int, to_prompts: RowReader
+) -> tuple[list[Pair], PairCounts]:
     """Reads pairs to train on without sampling: a run folder, its pairs, or preference rows.
 
     Args:
         source: a run folder, a `pairs` folder, one recorded file, or rows of {"prompt", "chosen", "rejected"}.
         tokenizer: of the policy, for rows of text.
         eos_id: id that closes a completion of text.
-        max_new_tokens: completions of text are cut here and stay truncated.
-        to_prompts: reads rows of text and makes their prompts, `Prompt.id` being the row.
+        data: the limit of prompts, and what becomes of prompts and completions that are longer.
+        max_new_tokens: the limit of completions.
+        to_prompts: reads rows of text and makes their prompts, of any length, `Prompt.id` being the row.
+
+    Returns:
+        (pairs within the limits, what became of all)
 
     Raises:
         ValueError: no pairs there.
@@ -147,12 +159,43 @@ def replay_pairs(source: str, tokenizer: Any, eos_id: int, *, max_new_tokens: in
     folder = path / "pairs" if (path / "pairs").is_dir() else path
     files = sorted(folder.glob("phase-*.jsonl"), key=lambda p: (len(p.name), p.name)) if folder.is_dir() else [path]
     if (files and files[0].is_file() and _is_recorded(files[0])) or folder != path:
-        pairs = [replace(p, ref_logps=None) for f in files for p in read_pairs(f).pairs]
+        found = [replace(p, ref_logps=None) for f in files for p in read_pairs(f).pairs]
     else:
-        pairs = _pairs_of_text(source, tokenizer, eos_id, max_new_tokens, to_prompts)
+        found = _pairs_of_text(source, tokenizer, eos_id, to_prompts)
+    fates = [_within_limits(pair, data, max_new_tokens, tokenizer.bos_token_id) for pair in found]
+    pairs = [pair for pair in fates if isinstance(pair, Pair)]
+    dropped = Counter(fate for fate in fates if isinstance(fate, str))
     if not pairs:
-        raise ValueError(f"--from-pairs {source}: no pairs")
-    return pairs
+        reasons = ", ".join(f"{num} {reason.replace('_', ' ')}" for reason, num in dropped.items())
+        raise ValueError(f"--from-pairs {source}: no pairs{f' ({reasons})' if reasons else ''}")
+    num_cut = sum(pair is not before for pair, before in zip(fates, found, strict=True)) - dropped.total()
+    num_truncated = sum(p.chosen.truncated or p.rejected.truncated for p in pairs)
+    return pairs, PairCounts(kept=len(pairs), truncated=num_truncated, cut=num_cut, **dropped)
+
+
+def _within_limits(pair: Pair, data: DataConfig, max_new_tokens: int, bos_id: int | None) -> Pair | str:
+    """The pair, cut where `data` says so, or what it is counted as."""
+    assert data.max_prompt_length, "resolve() has set it"
+    ids, sides = pair.prompt.ids, (pair.chosen, pair.rejected)
+    if not all((ids, *(side.ids for side in sides))):
+        return "empty"
+    if len(ids) > data.max_prompt_length:
+        if data.long_prompts == "drop":
+            return "too_long"
+        pair = replace(pair, prompt=replace(pair.prompt, ids=cut_prompt(ids, data.max_prompt_length, bos_id)))
+    if max(len(side.ids) for side in sides) > max_new_tokens:
+        if data.long_completions == "drop":
+            return "too_long"
+        chosen, rejected = (_cut(side, max_new_tokens) for side in sides)
+        pair = replace(pair, chosen=chosen, rejected=rejected)
+    return "identical" if pair.chosen.ids == pair.rejected.ids else pair
+
+
+def _cut(side: Completion, limit: int) -> Completion:
+    if len(side.ids) <= limit:
+        return side
+    logps = None if side.logps is None else side.logps[:limit]
+    return replace(side, ids=side.ids[:limit], logps=logps, truncated=True, stopped=False)
 
 
 def _is_recorded(path: Path) -> bool:
@@ -162,7 +205,7 @@ def _is_recorded(path: Path) -> bool:
         return FORMAT in lines.readline()
 
 
-def _pairs_of_text(source: str, tokenizer: Any, eos_id: int, max_new_tokens: int, to_prompts: RowReader) -> list[Pair]:
+def _pairs_of_text(source: str, tokenizer: Any, eos_id: int, to_prompts: RowReader) -> list[Pair]:
     rows, prompts = to_prompts(source)
     pairs = []
     for prompt in prompts:
@@ -175,18 +218,13 @@ def _pairs_of_text(source: str, tokenizer: Any, eos_id: int, max_new_tokens: int
         for i, text in enumerate(texts):
             text = with_leading_space(lead, text) if lead else text
             ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], eos_id)
-            truncated = len(ids) > max_new_tokens
-            sides.append(Completion(prompt.id, i, ids[:max_new_tokens], text, truncated, policy_version=-1, seed=0))
-        chosen, rejected = sides
-        if chosen.ids != rejected.ids:
-            pairs.append(Pair(prompt, chosen, rejected, 1.0, 0.0))
+            sides.append(Completion(prompt.id, i, ids, text, truncated=False, policy_version=-1, seed=0))
+        pairs.append(Pair(prompt, *sides, 1.0, 0.0))
     return pairs
 
 
 def _answer(value: Any) -> str | None:
     """The last answer of a text, an HH-RLHF string or a list of messages."""
-    from bpo_fast.prompts import split_answer
-
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
     if not isinstance(value, str):

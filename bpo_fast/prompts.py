@@ -129,8 +129,7 @@ def load_prompts(
             continue
         if len(ids) > limit:
             num_truncated += 1
-            num_bos = int(ids[0] == tokenizer.bos_token_id)
-            ids = ids[:num_bos] + ids[len(ids) - limit + num_bos :]
+            ids = cut_prompt(ids, limit, tokenizer.bos_token_id)
         columns = {k: v for k, v in rows[i].items() if k not in RESERVED_COLUMNS}
         prompts.append(Prompt(id=i, text=text, ids=tuple(ids), label=label, columns=columns))
     if not prompts:
@@ -141,6 +140,12 @@ def load_prompts(
     if seed is not None:
         random.Random(seed).shuffle(prompts)
     return PromptSet(tuple(prompts), len(rows), num_duplicates, num_too_long, num_truncated, num_excluded)
+
+
+def cut_prompt(ids: Sequence[int], limit: int, bos_id: int | None) -> tuple[int, ...]:
+    """The last `limit` tokens of a longer prompt, of which a BOS in front stays the first."""
+    num_bos = int(ids[0] == bos_id)
+    return (*ids[:num_bos], *ids[len(ids) - limit + num_bos :])
 
 
 def split_answer(text: str) -> tuple[list[dict[str, str]], str | None]:

@@ -258,7 +258,8 @@ def _change_text(change: float | None, kind: str) -> str:
 
 def pairs_words(pairs: Mapping[str, Any]) -> str:
     """Counts of pairs in words; the truncated ones are among the kept."""
-    words = [f"{count} {name}" for name, count in pairs.items() if name != "truncated" and (count or name != "empty")]
+    shown = {k: n for k, n in pairs.items() if k != "truncated" and (n or k not in ("empty", "too_long", "cut"))}
+    words = [f"{count} {name.replace('_', ' ')}" for name, count in shown.items()]
     if words and pairs.get("truncated"):
         words[0] += f" ({pairs['truncated']} with a truncated completion)"
     return ", ".join(words)

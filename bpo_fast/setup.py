@@ -1,5 +1,6 @@
 """Builds what the loop works with from a resolved configuration."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,12 +14,12 @@ from bpo_fast.engine import Engine, versions
 from bpo_fast.engine.hf import HfEngine
 from bpo_fast.loading import pick_device
 from bpo_fast.optim import Optimizer
-from bpo_fast.packing import split
-from bpo_fast.pairs import replay_pairs
+from bpo_fast.pairs import PairCounts, replay_pairs
 from bpo_fast.plan import Plan, make_plan
 from bpo_fast.policy import Policy, load_policy
 from bpo_fast.progress import Progress
 from bpo_fast.reference import Reference
+from bpo_fast.run_folder import pairs_words
 from bpo_fast.sampler_reference import check_settings as check_sampler_reference
 from bpo_fast.tasks import get_task
 from bpo_fast.types import Pair, Prompt
@@ -36,6 +37,7 @@ class Parts:
         judges: of the evaluation.
         prompts: the budget, in order; spare: what is left over; held_out: for evaluation.
         replayed: pairs to train on instead of sampling, or None.
+        not_replayed: counts of recorded pairs that were left out or cut.
     """
 
     config: Config
@@ -50,6 +52,7 @@ class Parts:
     spare: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
     replayed: tuple[Pair, ...] | None
+    not_replayed: PairCounts
 
 
 def build(config: Config, progress: Progress, *, from_pairs: str | None = None) -> Parts:
@@ -76,12 +79,13 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     assert budget, "resolve() has set it"
     if from_pairs is None:
         usable = train_prompts(config, policy.tokenizer, progress)
-        replayed = None
+        replayed, not_replayed = None, PairCounts()
         num_pairs = min(budget, len(usable))
         if num_pairs < budget:
             progress.print(f"data has {len(usable)} usable prompts: method.pairs is {num_pairs}, not {budget}")
     else:
-        replayed = tuple(_replayed(config, policy, from_pairs, progress)[:budget])
+        recorded, not_replayed = _replayed(config, policy, from_pairs, progress)
+        replayed = tuple(recorded[:budget])
         usable = tuple(p.prompt for p in replayed)
         num_pairs = len(replayed)
     plan = make_plan(config.method, num_pairs)
@@ -107,6 +111,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
         spare=usable[num_pairs:] if replayed is None else (),
         held_out=held_out,
         replayed=replayed,
+        not_replayed=not_replayed,
     )
 
 
@@ -236,35 +241,31 @@ def _say_left_out(progress: Progress, name: str, found: data.PromptSet, config: 
     )
 
 
-def _replayed(config: Config, policy: Policy, source: str, progress: Progress) -> list[Pair]:
+def _replayed(config: Config, policy: Policy, source: str, progress: Progress) -> tuple[list[Pair], PairCounts]:
+    """(pairs within the limits, counts of those that were not)"""
+
     def to_prompts(name: str):
-        rows = data.read_rows(name, config.data.split)
+        rows, unlimited = data.read_rows(name, config.data.split), replace(config.data, max_prompt_length=sys.maxsize)
         found = data.load_prompts(
-            rows, config.data, get_task(config.task), policy.tokenizer, source=name, seed=config.run.seed, dedupe=False
+            rows, unlimited, get_task(config.task), policy.tokenizer, source=name, seed=config.run.seed, dedupe=False
         )
         return rows, found.prompts
 
     assert config.sampling.max_new_tokens, "resolve() has set it"
-    pairs = replay_pairs(
+    pairs, counts = replay_pairs(
         source,
         policy.tokenizer,
         policy.eos_ids[0],
+        data=config.data,
         max_new_tokens=config.sampling.max_new_tokens,
         to_prompts=to_prompts,
     )
-    whole = [p for p in pairs if p.prompt.ids and p.chosen.ids and p.rejected.ids]
-    if len(whole) < len(pairs):
-        num_empty = len(pairs) - len(whole)
-        progress.print(f"recorded pairs: {len(whole)}; left out: {num_empty} with an empty prompt or completion")
-    if not whole:
-        raise ValueError(f"--from-pairs {source}: no pairs")
-    # a pair that fits no micro-batch is named now and not at its step
-    split(whole, config.optim.microbatch_tokens // policy.num_members, shared=policy.shares_prompts)
+    progress.print(f"recorded pairs: {pairs_words({k: n for k, n in vars(counts).items() if n})}")
     num_rows = policy.model.get_input_embeddings().weight.shape[0]
-    for pair in whole:
+    for pair in pairs:
         last = max(*pair.prompt.ids, *pair.chosen.ids, *pair.rejected.ids)
         if last >= num_rows:
             raise ValueError(
                 f"--from-pairs {source}: token id {last} of prompt {pair.prompt.id}: the model has {num_rows} rows"
             )
-    return whole
+    return pairs, replace(counts, kept=0, truncated=0)

@@ -34,6 +34,7 @@ OTHER = {
     "data.chat_template": (False, "no"),
     "data.max_prompt_length": (32, "32"),
     "data.long_prompts": ("truncate", "truncate"),
+    "data.long_completions": ("truncate", "truncate"),
     "sampling.engine": ("hf", "hf"),
     "sampling.max_new_tokens": (16, "16"),
     "sampling.temperature": (0.7, "0.7"),

@@ -98,7 +98,7 @@ def test_every_prompt_has_one_fate():
     fates = dataclasses.asdict(counts)
     del fates["truncated"]
     assert sum(fates.values()) == 500
-    assert all(fates.values())
+    assert all(num for fate, num in fates.items() if fate not in ("too_long", "cut"))  # those are of recorded pairs
 
 
 def test_counts_add_up():
@@ -159,16 +159,20 @@ def test_a_damaged_pair_is_not_skipped(tmp_path):
         read_pairs(tmp_path / "p.jsonl")
 
 
-def replay(source, tokenizer, max_new_tokens=32, **data):
+def replay_counted(source, tokenizer, max_new_tokens=32, **data):
+    config = DataConfig(**{"max_prompt_length": 100} | data)
+
     def to_prompts(name):
-        rows = read_rows(name)
-        config = DataConfig(max_prompt_length=100, **data)
-        found = load_prompts(rows, config, get_task("helpfulness"), tokenizer, source=name, seed=None, dedupe=False)
+        rows, unlimited = read_rows(name), dataclasses.replace(config, max_prompt_length=10**9)
+        found = load_prompts(rows, unlimited, get_task("helpfulness"), tokenizer, source=name, seed=None, dedupe=False)
         return rows, found.prompts
 
-    return replay_pairs(
-        str(source), tokenizer, tokenizer.eos_token_id, max_new_tokens=max_new_tokens, to_prompts=to_prompts
-    )
+    limits = {"data": config, "max_new_tokens": max_new_tokens}
+    return replay_pairs(str(source), tokenizer, tokenizer.eos_token_id, **limits, to_prompts=to_prompts)
+
+
+def replay(source, tokenizer, max_new_tokens=32, **data):
+    return replay_counted(source, tokenizer, max_new_tokens, **data)[0]
 
 
 def test_replay_of_a_run_its_pairs_or_one_file(tmp_path, tiny_tokenizer):
@@ -221,16 +225,47 @@ def test_replayed_text_follows_a_chat_template_without_a_blank(tmp_path, tiny_mo
         assert pair.chosen.ids == (*tokenizer("So.")["input_ids"], tokenizer.eos_token_id)
 
 
-def test_long_replayed_text_is_cut_and_marked(tmp_path, tiny_tokenizer):
-    rows = [
-        {"prompt": "How?", "chosen": "a b c", "rejected": "a b d"},
-        {"prompt": "Why?", "chosen": "x", "rejected": "a b"},
-    ]
-    num = len(tiny_tokenizer(" a b")["input_ids"])
-    (pair,) = replay(write_rows(tmp_path / "prefs.jsonl", rows), tiny_tokenizer, max_new_tokens=num)
-    assert pair.prompt.id == 1, "cut alike, the first pair is identical"
-    assert pair.rejected.truncated
-    assert pair.rejected.ids == tuple(tiny_tokenizer(" a b")["input_ids"])
+LONG_ROWS = [
+    {"prompt": "How?", "chosen": "a b c", "rejected": "a b d"},
+    {"prompt": "Why?", "chosen": "x", "rejected": "a b"},
+    {"prompt": "Where?", "chosen": "x", "rejected": "x"},
+    {"prompt": "So long a question? So long a question? So long a question?", "chosen": "x", "rejected": "a"},
+    {"prompt": "When?", "chosen": "a", "rejected": "b"},
+]
+
+
+@pytest.mark.parametrize("form", ["text", "recorded"])
+def test_pairs_over_the_limits_are_dropped_and_counted_and_cut_only_where_the_config_says_so(
+    form, tmp_path, tiny_tokenizer
+):
+    source = write_rows(tmp_path / "prefs.jsonl", LONG_ROWS)
+    limits = {
+        "max_new_tokens": len(tiny_tokenizer(" a b")["input_ids"]),  # without its EOS
+        "max_prompt_length": len(tiny_tokenizer("Where? Assistant:")["input_ids"]),
+    }
+    if form == "recorded":
+        pairs = replay(write_rows(tmp_path / "all.jsonl", LONG_ROWS[:2] + LONG_ROWS[3:]), tiny_tokenizer)
+        pairs.append(dataclasses.replace(pairs[0], rejected=pairs[0].chosen))
+        source = tmp_path / "phase-00.jsonl"
+        write_pairs(source, a_phase(*pairs))
+    pairs, counts = replay_counted(source, tiny_tokenizer, **limits)
+    assert [p.prompt.text.split()[0] for p in pairs] == ["When?"]
+    too_long = 4 if form == "recorded" else 3  # its identical pair is long as well
+    assert counts == PairCounts(kept=1, too_long=too_long, identical=5 - 1 - too_long)
+
+    pairs, counts = replay_counted(source, tiny_tokenizer, **limits, long_completions="truncate")
+    assert [p.prompt.text.split()[0] for p in pairs] == ["Why?", "When?"]
+    assert pairs[0].rejected.ids == tuple(tiny_tokenizer(" a b")["input_ids"])
+    assert (pairs[0].chosen.truncated, pairs[0].rejected.truncated) == (False, True)
+    identical = 2  # one of them since it was cut
+    assert counts == PairCounts(kept=2, too_long=1, identical=identical, truncated=1, cut=1)
+
+    pairs, counts = replay_counted(source, tiny_tokenizer, **limits, long_prompts="truncate")
+    whole = tuple(tiny_tokenizer(LONG_ROWS[3]["prompt"] + " Assistant:")["input_ids"])
+    num_bos = int(whole[0] == tiny_tokenizer.bos_token_id)
+    wanted = whole[:num_bos] + whole[len(whole) - limits["max_prompt_length"] + num_bos :]
+    assert pairs[0].prompt.ids == wanted
+    assert (counts.kept, counts.cut, counts.truncated) == (2, 1, 0)
 
 
 def test_bad_sources_of_pairs_are_named(tmp_path, tiny_tokenizer):
@@ -244,7 +279,7 @@ def test_bad_sources_of_pairs_are_named(tmp_path, tiny_tokenizer):
         with pytest.raises(ValueError, match="row 1 has no chosen and rejected text"):
             replay(path, tiny_tokenizer)
     write_rows(path, [{"prompt": "How?", "chosen": "So.", "rejected": "So."}])
-    with pytest.raises(ValueError, match=r"--from-pairs .*: no pairs"):
+    with pytest.raises(ValueError, match=r"--from-pairs .*: no pairs \(1 identical\)"):
         replay(path, tiny_tokenizer)
     (tmp_path / "run" / "pairs").mkdir(parents=True)
     (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"prompt": "not a prompt"}))
