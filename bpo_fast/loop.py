@@ -254,11 +254,12 @@ class Loop:
         return self._collector.collect(phase, self._parts.prompts[owned], spare, self.num_steps)
 
     def _score_reference(self, phase: Phase, found: PhasePairs) -> PhasePairs:
+        if self._parts.reference.is_policy(phase.num_steps):
+            # the reference of one step is the policy itself: no pass at all, the KL is left to the evaluations
+            return replace(found, scored=True)
         title = f"phase {phase.index + 1}: reference"
         with self._run.timed("ref"), self._progress.task(title, len(found.pairs)) as task:
-            if self._parts.reference.is_policy(phase.num_steps):
-                pass  # the reference of one step is the policy itself
-            elif self._config.method.ref_logps == "sampler":
+            if self._config.method.ref_logps == "sampler":
                 tolerance = self._config.method.ref_logps_tolerance
                 found = with_sampler_reference(found, self._policy, self._budget, tolerance=tolerance)
             else:

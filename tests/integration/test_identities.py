@@ -10,7 +10,7 @@ from bpo_fast import config as configs
 from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.gradients import microbatches
 from bpo_fast.metrics import read_metrics
-from bpo_fast.policy import load_policy
+from bpo_fast.policy import Policy, load_policy
 from bpo_fast.train import train
 from bpo_fast.types import Completion, Pair, Prompt
 
@@ -60,6 +60,18 @@ def test_on_policy_bpo_has_margin_zero_at_every_step(run, loss):
     assert all(s["rewards/margins"] == 0.0 for s in steps)
     assert [s["loss"] for s in steps] == pytest.approx([AT_ZERO[loss]] * 4, rel=1e-6)
     assert all(s["grad_norm"] > 0 for s in steps)
+
+
+@pytest.mark.parametrize(("phases", "passes"), [("on-policy", False), (2, True)])
+def test_on_policy_bpo_takes_no_reference_pass(run, monkeypatch, phases, passes):
+    num_calls, logps = [], Policy.logps
+    monkeypatch.setattr(
+        Policy, "logps", lambda policy, batch: num_calls.append(len(batch.pairs)) or logps(policy, batch)
+    )
+    steps = run("counted", method__phases=phases)
+    probes = 2 + 1  # of shared prompts: twice apart, once packed
+    assert len(steps) == 4
+    assert len(num_calls) > probes if passes else len(num_calls) == probes
 
 
 @pytest.mark.parametrize("full", [False, True])
