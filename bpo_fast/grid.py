@@ -25,6 +25,7 @@ from typing import Any
 
 from bpo_fast import config as configs
 from bpo_fast.config import KNOBS, ON_POLICY, Config, did_you_mean
+from bpo_fast.plan import make_plan
 from bpo_fast.tasks import ASSETS, resolve
 
 METHODS = {
@@ -123,6 +124,11 @@ def read_grid(path: Path, overrides: Mapping[str, Any] | None = None) -> list[Ru
     blocks = blocks if isinstance(blocks, list) else [blocks]
     if not blocks:
         raise ValueError(f"{path}: no [grid] in it")
+    tables = [("set", tree.get("set", {})), *(("grid", block) for block in blocks)]
+    tables += [("set", block.get("set", {})) for block in blocks if isinstance(block, dict)]
+    for key, value in tables:
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: {key} = {value!r}: not a table")
     common = configs.flatten(tree.get("set", {}))
     specs: dict[str, RunSpec] = {}
     for block in blocks:
@@ -174,7 +180,7 @@ def _axis(name: str, value: Any) -> list[Any]:
         raise ValueError(f"grid.{name} = []: no value")
     if name == "method":
         for method in values:
-            if method not in METHODS:
+            if not isinstance(method, str) or method not in METHODS:
                 hint = did_you_mean(str(method), METHODS) or f"; there are {', '.join(METHODS)}"
                 raise ValueError(f"grid.method = {method!r}: no such method{hint}")
     if name == "F":
@@ -205,8 +211,8 @@ def _spec(label: str, place: dict[str, Any], settings: Mapping[str, Any]) -> Run
     )
     name = "-".join([*filter(None, [label]), name, *(f"{k.rpartition('.')[2]}={_short(v)}" for k, v in extra.items())])
     golden = str(values.get("method.golden", ""))
-    config = configs.replace(Config(), values)
-    resolve(config)
+    config = resolve(configs.replace(Config(), values))
+    make_plan(config.method, config.method.pairs)  # or there are more phases than steps
     return RunSpec(
         name=name,
         task=config.task,

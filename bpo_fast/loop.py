@@ -83,7 +83,8 @@ class Loop:
             ahead = self._config.method.sampler == "initial" and self._parts.replayed is None
             for p in self._parts.plan.phases if ahead else (phase,):
                 new = self._collect_new(p)
-                if not new.pairs and p.num_steps > 1:
+                nothing_scored = new.counts.unscored == p.last_prompt - p.first_prompt
+                if not new.pairs and (p.num_steps > 1 or nothing_scored):
                     raise ValueError(f"phase {p.index + 1}: no pair left to train on ({pairs_words(vars(new.counts))})")
                 write_pairs(self._run.pairs_path(p.index), new)
         found = read_pairs(path)

@@ -23,8 +23,10 @@ def sample(config: Config, out: Path, *, n: int, temperature: float) -> None:
         temperature: 0 is greedy.
 
     Raises:
-        ValueError: bad model or data, by name.
+        ValueError: bad model or data, by name, or an `out` that is there already.
     """
+    if out.exists():
+        raise ValueError(f"--out {out}: already there")
     config = resolve(config)
     assert config.data.max_prompt_length, "resolve() has set it"
     assert config.sampling.max_new_tokens, "resolve() has set it"

@@ -21,13 +21,15 @@ from bpo_fast.grid import RunSpec
 from bpo_fast.interrupts import interrupts_call
 from bpo_fast.progress import Progress
 from bpo_fast.run_folder import number_text
+from bpo_fast.tasks import resolve
 
 RESULTS_FILE = "results.jsonl"
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 # of summary.json; the rest is in the run folder
 KEPT = ("before", "after", "pairs", "steps", "seconds", "num_tokens", "tokens_per_s", "peak_memory_gib", "judges")
-# may differ between a grid and the run it names: what the data allow, where it is, which engine auto is
-MAY_DIFFER = ("run.output_dir", "method.pairs", "sampling.engine", "method.golden")
+# may differ between a grid and the run it names: where it is, which engine auto is, the name of its golden run
+MAY_DIFFER = ("run.output_dir", "sampling.engine", "method.golden")
+PAIRS, ASKED = "method.pairs", "asked_pairs"
 WAIT_S = 30.0
 Row = dict[str, Any]
 
@@ -49,8 +51,10 @@ class Sweep:
         self._lock = threading.Condition()
         self._running: set[str] = set()
         self._stopped = False
+        results = folder / RESULTS_FILE
+        before = {row["run"]: row for row in read_results(results)} if results.exists() else {}
         for spec in self.specs:
-            _check_same(spec, self.run_dir(spec.name))
+            _check_same(spec, self.run_dir(spec.name), before.get(spec.name, {}).get(ASKED))
             if (summary := _summary(self.run_dir(spec.name))) is not None:
                 self.rows[spec.name] = _row(spec, FINISHED, summary=summary)
 
@@ -117,6 +121,7 @@ class Sweep:
                 self._running.discard(spec.name)
                 if answer["status"] in (FINISHED, FAILED) and not self._stopped:
                     self._done(_row(spec, **answer), tell)
+                    self._fail_what_needs(spec, answer["status"], tell)
                 self._lock.notify_all()
 
     def _next(self) -> RunSpec | None:
@@ -125,14 +130,20 @@ class Sweep:
             while not self._stopped:
                 ready = [s for s in self.waiting if s.name not in self._running]
                 for spec in ready:
-                    need = self.rows.get(spec.needs or "", {}).get("status")
-                    if spec.needs is None or need in (FINISHED, FAILED):
+                    if spec.needs is None or self.rows.get(spec.needs, {}).get("status") == FINISHED:
                         self._running.add(spec.name)
                         return spec
                 if not ready:
                     return None
                 self._lock.wait(1.0)
             return None
+
+    def _fail_what_needs(self, spec: RunSpec, status: str, tell: Callable[[Row], None]) -> None:
+        """A run whose golden reference has failed is not made against half of it."""
+        for other in self.waiting if status == FAILED else ():
+            if other.needs == spec.name:
+                self._done(_row(other, FAILED, error=f"it needs {spec.name}, which failed"), tell)
+                self._fail_what_needs(other, FAILED, tell)
 
     def _done(self, row: Row, tell: Callable[[Row], None]) -> None:
         self.rows[row["run"]] = row
@@ -234,7 +245,7 @@ def row_words(row: Row) -> str:
 
 
 def _row(spec: RunSpec, status: str, *, error: str | None = None, summary: Mapping[str, Any] | None = None) -> Row:
-    row = spec.place() | {"status": status, "error": error}
+    row = spec.place() | {"status": status, "error": error, ASKED: _wanted(spec)[PAIRS]}
     return row | {key: (summary or {}).get(key) for key in KEPT}
 
 
@@ -243,13 +254,19 @@ def _summary(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _check_same(spec: RunSpec, run_dir: Path) -> None:
+def _wanted(spec: RunSpec) -> dict[str, Any]:
+    return configs.to_flat(resolve(configs.replace(Config(), spec.values)))
+
+
+def _check_same(spec: RunSpec, run_dir: Path, asked_pairs: int | None) -> None:
+    """Raises ValueError if the run has other settings; it may have fewer pairs than it was asked for, as data allow."""
     if not (run_dir / "config.toml").is_file():
         return
-    there = configs.to_flat(configs.load(run_dir / "config.toml"))
-    wanted = configs.to_flat(configs.replace(Config(), spec.values))
-    for name in spec.values:
-        if name not in MAY_DIFFER and wanted[name] != there[name]:
+    there, wanted = configs.to_flat(configs.load(run_dir / "config.toml")), _wanted(spec)
+    if there[PAIRS] < wanted[PAIRS] and asked_pairs in (None, wanted[PAIRS]):
+        there[PAIRS] = wanted[PAIRS]
+    for name, value in wanted.items():
+        if name not in MAY_DIFFER and value != there[name]:
             raise ValueError(
-                f"{name} = {wanted[name]}: the run in {run_dir} has {there[name]}; choose another --out or remove it"
+                f"{name} = {value}: the run in {run_dir} has {there[name]}; choose another --out or remove it"
             )

@@ -34,8 +34,10 @@ def write_sweep_report(paths: Sequence[Path], out: Path) -> Path:
         The path of the page.
 
     Raises:
-        ValueError: a path that is none of them, or no finished run at all.
+        ValueError: a path that is none of them, no finished run at all, or an `out` that is a run folder.
     """
+    if (out / "config.toml").is_file():
+        raise ValueError(f"--out {out}: holds a run, whose summary and report would be lost; choose another folder")
     folders, failed = find_runs(paths)
     groups = [g for g in read_groups(folders) if any(run.summary for run in g.runs.values())]
     if not groups:

@@ -4,6 +4,7 @@ One process makes many runs, because starting Python and torch takes longer than
 user can cause is an answer; any other ends the process, and its traceback is in the log of the worker.
 """
 
+import fcntl
 import json
 import os
 import signal
@@ -50,10 +51,12 @@ def run_one(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _golden(run: Path) -> Path:
-    """A finished run as a plain model folder, beside it."""
+    """A finished run as a plain model folder, beside it; workers that want it at the same time make it once."""
     folder = run.with_name(f"{run.name}.merged")
-    if not folder.exists():
-        export(run, folder)
+    with run.with_name(f".{run.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            export(run, folder)
     return folder
 
 

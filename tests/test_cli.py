@@ -21,7 +21,7 @@ from bpo_fast.cli import app
 from bpo_fast.config import KNOBS, load
 from bpo_fast.pairs import read_pairs
 
-COMMANDS = ("train", "knobs", "doctor", "sweep", "report", "export", "sample", "sft", "reward")
+COMMANDS = ("train", "knobs", "doctor", "sweep", "report", "export", "sample", "sft", "reward", "eval", "bench")
 
 
 def call(*args):
@@ -387,6 +387,12 @@ def test_sample_writes_a_row_a_completion(tiny_model_dir, tiny_data, tmp_path):
     rows = lines_of(tmp_path / "s.jsonl")
     assert [r["prompt"] for r in rows] == [question(i) + " Assistant:" for i in range(64, 68) for _ in range(3)]
     assert len({r["completion"] for r in rows}) > 4
+    code, _, err = call("sample", *args, "--out", tmp_path / "s.jsonl")
+    assert (code, err, lines_of(tmp_path / "s.jsonl")) == (
+        2,
+        f"error: --out {tmp_path / 's.jsonl'}: already there\n",
+        rows,
+    )
     call("sample", *args, "--temperature", "0", "--out", tmp_path / "greedy.jsonl")
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)

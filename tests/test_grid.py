@@ -97,6 +97,15 @@ def test_settings_of_file_block_and_command_line(tmp_path):
         ("[sets]\n[grid]", "sets: no such key; did you mean set?"),
         ("[set]\n", "no [grid] in it"),
         ("[grid", "not TOML"),
+        ("grid = 3", "grid = 3: not a table"),
+        ("grid = [1, 2]", "grid = 1: not a table"),
+        ("set = 3\n[grid]", "set = 3: not a table"),
+        ("[grid]\nset = 3", "set = 3: not a table"),
+        ("[grid]\nmethod = [['bpo']]", "grid.method = ['bpo']: no such method"),
+        (
+            "[set]\nmethod.pairs = 64\n[grid]\nF = [999]",
+            "method.phases = 999: 64 pairs in batches of 16 make only 4 steps",
+        ),
         (
             "[[grid]]\n[[grid]]\nset.method.beta = 0.5",
             "two runs are helpfulness-dpo-bpo-F2-M1-s42, with method.beta = None and 0.5; give one block a name",
@@ -125,7 +134,9 @@ def test_grids_are_found_by_name_and_by_path(tmp_path):
         find_grid(str(tmp_path / "there.toml"))
 
 
-@pytest.mark.parametrize(("name", "num"), [("frequency", 135), ("reference", 21), ("stability", 32), ("paper", 189)])
+@pytest.mark.parametrize(
+    ("name", "num"), [("frequency", 135), ("reference", 21), ("stability", 32), ("paper", 189), ("cpu", 148)]
+)
 def test_shipped_grids_are_valid(name, num):
     specs = read_grid(find_grid(name))
     assert len(specs) == num

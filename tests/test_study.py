@@ -91,6 +91,9 @@ def test_win_rates_at_matched_kl(tmp_path):
     b = run_with(tmp_path / "b", (0.0, 0.3), (2.0, 0.5))
     assert matched_difference(a, b) == pytest.approx(0.6 - 0.5)
     assert matched_difference(b, a) == pytest.approx(0.5 - 0.6)
+    fell = run_with(tmp_path / "fell", (0.0, 0.3), (9.0, 0.2), (4.0, 0.7))
+    assert matched_difference(fell, a) == pytest.approx(0.7 - 0.8)
+    assert matched_difference(fell, b) == pytest.approx(0.5 - 0.5)
 
 
 def test_what_is_committed(sweep, tmp_path):

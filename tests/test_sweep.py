@@ -99,6 +99,49 @@ def test_other_settings_in_the_same_folder_are_refused(swept):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "change", [("method.pairs = 24", "method.pairs = 16"), ("method.pairs = 24", "method.pairs = 32")]
+)
+def test_another_budget_is_another_run(swept, change):
+    folder, _ = swept
+    (folder / "changed.toml").write_text((folder / "g.toml").read_text().replace(*change), encoding="utf-8")
+    done = run_cli(["sweep", "changed.toml", "--out", "sweeps/g"], folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {change[1]}: the run in sweeps/g/runs/helpfulness-dpo-offline")
+
+
+def test_a_setting_that_is_gone_is_a_difference(swept):
+    folder, _ = swept
+    text = "".join(line for line in (folder / "g.toml").open() if not line.startswith("optim.learning_rate"))
+    (folder / "shorter.toml").write_text(text, encoding="utf-8")
+    done = run_cli(["sweep", "shorter.toml", "--out", "sweeps/g"], folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: optim.learning_rate = 5e-05: the run in sweeps/g/runs/helpfulness-dpo-offl")
+
+
+def test_a_budget_that_the_data_cut_is_the_same_budget(settings, tmp_path):
+    (tmp_path / "g.toml").write_text(settings.replace("method.pairs = 24", "method.pairs = 9999") + "[grid]\n")
+    for status in ("1 runs, 1 to do", "1 runs, 0 to do"):
+        assert run_cli(["sweep", "g.toml", "--dry-run"], tmp_path).stdout.endswith(status + "\n")
+        done = run_cli(["sweep", "g.toml"], tmp_path)
+        assert done.returncode == 0, done.stderr
+    [row] = read_results(tmp_path / "sweeps" / "g" / "results.jsonl")
+    assert (row["asked_pairs"], row["pairs"]["kept"] <= 64) == (9999, True)
+
+
+def test_no_run_is_made_against_a_golden_run_that_failed(settings, tmp_path):
+    grid = (
+        settings.replace(":letters", ":raising")
+        + "[[grid]]\n[[grid]]\nmethod = 'golden'\nset.method.golden = 'run:helpfulness-dpo-bpo-F2-M1-s42'\n"
+    )
+    (tmp_path / "g.toml").write_text(grid)
+    done = run_cli(["sweep", "g.toml", "--jobs", "2"], tmp_path)
+    assert done.returncode == 1
+    rows = {r["method"]: r["error"] for r in read_results(tmp_path / "sweeps" / "g" / "results.jsonl")}
+    assert rows["golden"] == "it needs helpfulness-dpo-bpo-F2-M1-s42, which failed"
+    assert [p.name for p in (tmp_path / "sweeps" / "g" / "runs").iterdir()] == ["helpfulness-dpo-bpo-F2-M1-s42"]
+
+
 def test_an_interrupted_sweep_goes_on(settings, tmp_path):
     (tmp_path / "g.toml").write_text(
         settings.replace(":letters", ":slow") + "[grid]\nF = ['T']\nseed = [1, 2]\nmethod.pairs = 24\n"

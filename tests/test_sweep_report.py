@@ -168,6 +168,14 @@ def test_the_command(sweep, tmp_path):
     assert "not a run folder (no config.toml) and not a sweep (no results.jsonl)" in err
 
 
+def test_a_run_is_not_written_over(sweep):
+    run = min((sweep / "runs").iterdir())
+    before = (run / "summary.json").read_bytes()
+    code, _, err = call("report", sweep, "--out", run)
+    assert (code, (run / "summary.json").read_bytes()) == (2, before)
+    assert err.startswith(f"error: --out {run}: holds a run")
+
+
 def test_a_sweep_without_a_finished_run(tmp_path):
     folder = write_fake_sweep(tmp_path / "s", "[grid]\nseed = [1]\n", failed=1)
     with pytest.raises(ValueError, match="no finished run there"):

@@ -223,6 +223,7 @@ def _measure_policy(build: Build) -> dict[str, Any]:
 
 def _sample(build: Build, name: str, *, n: int, temperature: float) -> list[dict[str, Any]]:
     out = build.root / f"{name}.jsonl"
+    out.unlink(missing_ok=True)
     settings = {
         "model.path": str(build.assets / "policy"),
         "data.path": str(build.assets / "eval.jsonl"),

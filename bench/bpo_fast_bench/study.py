@@ -163,10 +163,11 @@ def matched_difference(a: RunFolder, b: RunFolder) -> float:
 
 
 def kl_curve(run: RunFolder) -> tuple[np.ndarray, np.ndarray]:
-    """(KL to the start, win rate under the rubric) of the evaluations of a run; KL is kept from falling."""
+    """(KL to the start, win rate under the rubric) of the evaluations of a run, by rising KL up to that of its end."""
     lines = [line for line in run.evals if f"eval/win_rate/{JUDGE}" in line]
-    kl = np.maximum.accumulate([max(0.0, line.get("eval/kl") or 0.0) for line in lines])
-    return kl, np.array([line[f"eval/win_rate/{JUDGE}"] for line in lines])
+    points = [(max(0.0, line.get("eval/kl") or 0.0), line[f"eval/win_rate/{JUDGE}"]) for line in lines]
+    kl, rates = zip(*sorted(p for p in points if p[0] <= points[-1][0]), strict=True)
+    return np.array(kl), np.array(rates)
 
 
 def table(found: Mapping[str, Any]) -> str:

@@ -272,6 +272,14 @@ def test_an_annotator_without_a_preference(annotator, fate, tiny_args, tmp_path)
     assert {p.name for p in (tmp_path / "new").iterdir()} == {"config.toml", "env.json", "metrics.jsonl"}
 
 
+def test_an_annotator_that_scores_nothing_ends_an_on_policy_run(tiny_args):
+    args = [*with_option(tiny_args, "--annotator", "toy_annotator:none"), "--phases", "on-policy"]
+    line = refused(
+        [*args, "--set", "eval.prompts=0", "--out", "new"], "error: phase 1: no pair left to train on (0 kept"
+    )
+    assert " 0 tied, 0 identical" in line
+
+
 def test_a_run_goes_on_when_its_annotator_works_again(tiny_args, tmp_path, monkeypatch):
     module = tmp_path / "later_annotator.py"
     module.write_text("from toy_annotator import raising as score\n")
