@@ -319,7 +319,7 @@ def test_preference_rows_are_trained_on_without_an_annotator(tiny_model_dir, tmp
         "--out",
         "run",
     ]
-    code, _, err = call(*args, "--batch-pairs", "4", "--lora-r", "2", "--phases", "1", "--max-new-tokens", "8")
+    code, _, err = call(*args, "--batch-pairs", "4", "--lora-r", "2", "--phases", "1", "--max-new-tokens", "24")
     assert code == 0, err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["steps"], summary["pairs"]["kept"], summary["before"]) == (3, 12, {})
