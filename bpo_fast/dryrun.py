@@ -6,7 +6,7 @@ from typing import Any
 from bpo_fast import machine
 from bpo_fast.config import Config
 from bpo_fast.gradients import TokenBudget, step_gradients
-from bpo_fast.memory import GIB, Ledger, longest_pairs, make_ledger
+from bpo_fast.memory import GIB, Ledger, longest_pair_tokens, longest_pairs, make_ledger
 from bpo_fast.progress import Progress
 from bpo_fast.setup import Parts, build
 from bpo_fast.tasks import resolve
@@ -41,7 +41,8 @@ def dry_run(config: Config, *, from_pairs: str | None = None, quiet: bool = Fals
 def _try_steps(parts: Parts, ledger: Ledger) -> dict[str, Any]:
     config = parts.config
     pairs = longest_pairs(config, parts.policy, config.method.batch_pairs or 1)
-    budget = TokenBudget(config.optim.microbatch_tokens)
+    longest = longest_pair_tokens(config, parts.policy)
+    budget = TokenBudget(config.optim.microbatch_tokens, longest=longest)
     start_bytes, start = machine.reset_peak(), 0.0
     for step in range(2):
         start = time.perf_counter()
@@ -54,21 +55,43 @@ def _try_steps(parts: Parts, ledger: Ledger) -> dict[str, Any]:
         "step_s": seconds,
         "predicted_gib": (ledger.weights + ledger.training) / GIB,
         "measured_gib": measured / GIB,
-        "suggestion": _suggest(config, ledger, free),
+        "suggestion": _suggest(config, ledger, free, longest=longest, on_gpu=parts.policy.device.type == "cuda"),
     }
 
 
-def _suggest(config: Config, ledger: Ledger, free: int) -> str:
-    """What to change if memory is short, or could be put to use."""
+def _suggest(config: Config, ledger: Ledger, free: int, *, longest: int, on_gpu: bool) -> str:
+    """What to change if memory is short, or could be put to use.
+
+    Args:
+        config: as tried.
+        ledger: of it.
+        free: bytes.
+        longest: tokens of the longest pair, which a micro-batch holds at least.
+        on_gpu: there is a host to offload to.
+    """
     spare = free - max(0, ledger.peak - ledger.weights)
     room = f"{free / GIB:.1f} GiB free, {ledger.peak / GIB:.2f} GiB needed at the peak"
     if spare < 0.1 * free:
-        if config.model.activation_checkpointing == "none" and ledger.activations > ledger.optimizer:
-            return f"suggestion: model.activation_checkpointing = selective ({room})"
-        if ledger.activations + ledger.head_chunk > ledger.optimizer:
-            half = config.optim.microbatch_tokens // 2
-            return f"suggestion: optim.microbatch_tokens = {half} ({room})"
-        return f"suggestion: optim.states = 8bit ({room})"
+        remedies = [*_smaller_activations(config, longest), *_smaller_moments(config, on_gpu)]
+        if ledger.activations + ledger.head_chunk <= ledger.optimizer:
+            remedies = [*_smaller_moments(config, on_gpu), *_smaller_activations(config, longest)]
+        last = "lower data.max_prompt_length or sampling.max_new_tokens"
+        if config.model.full:
+            last = "model.full = false (LoRA)"
+        return f"suggestion: {[*remedies, last][0]} ({room})"
     if ledger.num_microbatches > 1 and spare > ledger.activations + ledger.head_chunk:
         return f"suggestion: optim.microbatch_tokens = {2 * config.optim.microbatch_tokens} would fit too ({room})"
     return f"suggestion: nothing to change ({room})"
+
+
+def _smaller_activations(config: Config, longest: int) -> list[str]:
+    recomputed = "full" if config.model.gradient_checkpointing else config.model.activation_checkpointing
+    tokens = config.optim.microbatch_tokens
+    remedies = ["model.activation_checkpointing = selective"] if recomputed == "none" else []
+    remedies += [f"optim.microbatch_tokens = {max(tokens // 2, longest)}"] if tokens > longest else []
+    return remedies + (["model.activation_checkpointing = full"] if recomputed == "selective" else [])
+
+
+def _smaller_moments(config: Config, on_gpu: bool) -> list[str]:
+    remedies = ["optim.states = 8bit"] if config.optim.states != "8bit" else []
+    return remedies + (["optim.offload = true"] if on_gpu and not config.optim.offload else [])

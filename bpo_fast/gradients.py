@@ -28,24 +28,25 @@ class TokenBudget:
 
     Args:
         tokens: the limit, all members counted.
+        longest: of the longest pair, below which the limit never falls.
     """
 
-    def __init__(self, tokens: int):
-        self.tokens = tokens
-        self._halved = False
+    def __init__(self, tokens: int, *, longest: int = 1):
+        self.tokens, self._longest = tokens, longest
+        self._halved = tokens <= longest
 
     def run(self, work: Callable[[int], Result]) -> Result:
         """`work(tokens)`, and once more with half of them if memory runs out.
 
         Raises:
-            RuntimeError: out of memory with half the budget too.
+            RuntimeError: out of memory with half the budget too, or where the longest pair takes all of it.
         """
         try:
             return work(self.tokens)
         except torch.OutOfMemoryError as error:
             if self._halved:
                 raise RuntimeError(self._advice(error)) from error
-            self._halved, self.tokens = True, self.tokens // 2
+            self._halved, self.tokens = True, max(self.tokens // 2, self._longest)
             reason = str(error).split("\n")[0]
         # outside of the handler, whose traceback keeps the activations alive
         gc.collect()
@@ -59,7 +60,8 @@ class TokenBudget:
 
     def _advice(self, error: Exception) -> str:
         reason = str(error).split("\n")[0]
-        return f"out of memory with optim.microbatch_tokens = {self.tokens} ({reason}); try --dry-run"
+        all_of_it = ", which one pair at the limits of length takes," if self.tokens <= self._longest else ""
+        return f"out of memory with optim.microbatch_tokens = {self.tokens}{all_of_it} ({reason}); try --dry-run"
 
 
 def microbatches(pairs: Sequence[Pair], policy: Policy, max_tokens: int) -> list[PairBatch]:

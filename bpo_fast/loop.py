@@ -11,8 +11,8 @@ from bpo_fast.engine import SamplingParams
 from bpo_fast.evaluate import EvalRow, as_metrics, judge_greedy, summarise
 from bpo_fast.gradients import TokenBudget, step_gradients
 from bpo_fast.machine import peak_memory_gib
-from bpo_fast.memory import make_ledger
-from bpo_fast.metrics import Metrics
+from bpo_fast.memory import longest_pair_tokens, make_ledger
+from bpo_fast.metrics import Metrics, read_metrics
 from bpo_fast.optim import learning_rate
 from bpo_fast.pairs import PairCounts, PhasePairs, read_pairs, write_pairs
 from bpo_fast.plan import Phase, deal
@@ -36,7 +36,8 @@ class Loop:
     def __init__(self, parts: Parts, run: Run, progress: Progress):
         self._parts, self._run, self._progress = parts, run, progress
         self._config, self._policy = parts.config, parts.policy
-        self._budget = TokenBudget(parts.config.optim.microbatch_tokens)
+        longest = longest_pair_tokens(parts.config, parts.policy)
+        self._budget = TokenBudget(parts.config.optim.microbatch_tokens, longest=longest)
         self.num_steps = 0
         self._phase = self._evaluated_step = -1
         self._num_ended_phases = 0
@@ -223,6 +224,7 @@ class Loop:
             "after": self._summarise(last) | {"kl": self._kl} if last else {},
             "pairs": vars(counts),
             "steps": self.num_steps,
+            "bad_steps": sum(line.get("bad_step", 0) for line in read_metrics(self._run.path)),
             "policy_version": self._policy.version,
             "seconds": seconds,
             "num_tokens": self._num_tokens,

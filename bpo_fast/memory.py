@@ -22,6 +22,7 @@ from bpo_fast.engine import Engine
 from bpo_fast.engine.decode import cache_bytes, rows_together
 from bpo_fast.gradients import microbatches
 from bpo_fast.optim import Optimizer
+from bpo_fast.packing import pair_tokens
 from bpo_fast.policy import Policy
 from bpo_fast.types import Completion, Pair, Prompt
 
@@ -89,6 +90,12 @@ def longest_pairs(config: Config, policy: Policy, num_pairs: int) -> list[Pair]:
     prompt = Prompt(0, "", (token,) * config.data.max_prompt_length)
     answer = Completion(0, 0, (token,) * config.sampling.max_new_tokens, "", True, 0, 0)
     return [Pair(prompt, answer, answer, 1.0, 0.0)] * num_pairs
+
+
+def longest_pair_tokens(config: Config, policy: Policy) -> int:
+    """Tokens that a pair at the limits takes of a micro-batch, for all members."""
+    (pair,) = longest_pairs(config, policy, 1)
+    return pair_tokens(pair, policy.shares_prompts) * policy.num_members
 
 
 def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, engine: Engine) -> Ledger:

@@ -150,12 +150,12 @@ def split(pairs: Sequence[Pair], max_tokens: int, *, shared: bool) -> list[list[
     Raises:
         ValueError: one pair alone is over the budget (`optim.microbatch_tokens`).
     """
-    ordered = sorted(pairs, key=lambda p: _size(p, shared), reverse=True)
+    ordered = sorted(pairs, key=lambda p: pair_tokens(p, shared), reverse=True)
     for pair in ordered[:1]:
-        if _size(pair, shared) > max_tokens:
+        if pair_tokens(pair, shared) > max_tokens:
             raise ValueError(
                 f"optim.microbatch_tokens = {max_tokens}: one pair (prompt {pair.prompt.id}) needs"
-                f" {_size(pair, shared)}"
+                f" {pair_tokens(pair, shared)}"
             )
     parts = _fill(ordered, max_tokens, shared)
     if len(parts) > 1:  # the same number of parts, the tokens shared out
@@ -166,7 +166,7 @@ def split(pairs: Sequence[Pair], max_tokens: int, *, shared: bool) -> list[list[
                 high = middle
             else:
                 low = middle + 1
-        parts = _fill(ordered, max(high, _size(ordered[0], shared)), shared)
+        parts = _fill(ordered, max(high, pair_tokens(ordered[0], shared)), shared)
     return parts
 
 
@@ -175,16 +175,17 @@ def _fill(ordered: Sequence[Pair], max_tokens: int, shared: bool) -> list[list[P
     parts: list[list[Pair]] = []
     filled = 0
     for pair in ordered:
-        size = _size(pair, shared) if shared or not parts else _size(parts[-1][0], shared)
+        size = pair_tokens(pair, shared) if shared or not parts else pair_tokens(parts[-1][0], shared)
         if parts and filled + size <= max_tokens:
             parts[-1].append(pair)
             filled += size
         else:
             parts.append([pair])
-            filled = _size(pair, shared)
+            filled = pair_tokens(pair, shared)
     return parts
 
 
-def _size(pair: Pair, shared: bool) -> int:
+def pair_tokens(pair: Pair, shared: bool) -> int:
+    """What a pair takes of a micro-batch; apart, without the padding that a longer one causes."""
     prompt, chosen, rejected = len(pair.prompt.ids), len(pair.chosen.ids), len(pair.rejected.ids)
     return prompt + chosen + rejected if shared else 2 * (prompt + max(chosen, rejected))

@@ -118,6 +118,10 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
         _say(console, "No win rate: the evaluation data has no reference texts, or nobody judged them.")
     if pairs := summary.get("pairs"):
         _say(console, f"pairs: {pairs_words(pairs)}")
+    if num_bad := summary.get("bad_steps"):
+        _say(
+            console, f"{num_bad} of {summary.get('steps')} steps changed nothing: their loss or gradient was not finite"
+        )
     if seconds := summary.get("seconds"):
         _say(
             console, "seconds: " + ", ".join(f"{name} {number_text(value, 'tenth')}" for name, value in seconds.items())

@@ -13,6 +13,7 @@ from bpo_fast.config import Config
 from bpo_fast.engine import Engine, versions
 from bpo_fast.engine.hf import HfEngine
 from bpo_fast.loading import pick_device
+from bpo_fast.memory import longest_pair_tokens
 from bpo_fast.optim import Optimizer
 from bpo_fast.pairs import PairCounts, replay_pairs
 from bpo_fast.plan import Plan, make_plan
@@ -117,14 +118,11 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
 
 def _check_microbatch(config: Config, policy: Policy) -> None:
     """One pair of the longest lengths, for all members at once, fits a micro-batch."""
-    assert config.sampling.max_new_tokens, "resolve() has set it"
-    assert config.data.max_prompt_length, "resolve() has set it"
-    num_prompts = 1 if policy.shares_prompts else 2
-    longest = num_prompts * config.data.max_prompt_length + 2 * config.sampling.max_new_tokens
-    if longest * policy.num_members > config.optim.microbatch_tokens:
+    longest = longest_pair_tokens(config, policy)
+    if longest > config.optim.microbatch_tokens:
         raise ValueError(
             f"optim.microbatch_tokens = {config.optim.microbatch_tokens}: one pair at the limits of length needs"
-            f" {longest * policy.num_members}"
+            f" {longest}"
         )
 
 
