@@ -133,7 +133,9 @@ class MethodConfig:
         "who computes the behavior's log-probs: the trainer, or the sampler itself if the two agree",
         choices=("trainer", "sampler"),
     )
-    ref_logps_tolerance: float = knob(0.1, "mean difference in nats a token up to which the sampler is believed", gt=0)
+    ref_logps_tolerance: float = knob(
+        0.1, "mean difference in nats a token up to which the sampler is believed; 20 times that for one token", gt=0
+    )
     ema_rate: float = knob(5e-3, "share of the policy taken into the EMA reference at a refresh", gt=0, le=1)
     golden: str | None = knob(None, "folder of the golden reference")
 

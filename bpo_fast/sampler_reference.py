@@ -16,6 +16,7 @@ from bpo_fast.policy import Policy
 from bpo_fast.types import Completion
 
 NUM_CHECKED = 16  # pairs of a phase
+MAX_OVER_MEAN = 20  # rounding puts the worst of thousands of tokens there; a mean does not show one wrong token
 
 
 def check_settings(config: Config, from_pairs: str | None) -> None:
@@ -40,13 +41,13 @@ def with_sampler_reference(found: PhasePairs, policy: Policy, budget: TokenBudge
         found: pairs whose completions carry `logps`.
         policy: the behavior, which scores `NUM_CHECKED` of them too.
         budget: of a micro-batch.
-        tolerance: largest mean difference, in nats a token.
+        tolerance: largest mean difference, in nats a token; a single token may be off by `MAX_OVER_MEAN` times that.
 
     Returns:
         The pairs, and "sampling/sampling_logp_difference/mean" and "/max" among their metrics.
 
     Raises:
-        ValueError: a mean difference above the tolerance.
+        ValueError: a mean difference above the tolerance, or a token's above its own.
     """
 
     def differences(tokens: int) -> torch.Tensor:
@@ -60,10 +61,11 @@ def with_sampler_reference(found: PhasePairs, policy: Policy, budget: TokenBudge
 
     difference = budget.run(differences)
     mean, largest = (float(difference.mean()), float(difference.max())) if len(difference) else (0.0, 0.0)
-    if not mean <= tolerance:
+    if not (mean <= tolerance and largest <= MAX_OVER_MEAN * tolerance):
         raise ValueError(
             f"method.ref_logps = sampler: its log-probs differ from the trainer's by {mean:.3g} nats a token in the"
-            f" mean and {largest:.3g} at most (method.ref_logps_tolerance = {tolerance}); take trainer"
+            f" mean and {largest:.3g} at most (method.ref_logps_tolerance = {tolerance}, {MAX_OVER_MEAN} times that at"
+            " most); take trainer"
         )
     pairs = tuple(
         replace(p, ref_logps=(math.fsum(_logps(p.chosen)), math.fsum(_logps(p.rejected)))) for p in found.pairs

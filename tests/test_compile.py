@@ -11,12 +11,13 @@ from bpo_fast.gradients import step_gradients
 FORMS = {"full": {"full": True}, "lora": {"lora_r": 4, "lora_alpha": 8.0}}
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("form", FORMS)
-def test_varying_lengths_compile_once_and_give_the_same_gradients(form):
+def test_varying_lengths_compile_once_and_give_the_same_gradients(form, window):
     torch._dynamo.reset()
     counters.clear()
-    eager = make_policy(ModelConfig(path="tiny", **FORMS[form]), num_hidden_layers=1)
-    compiled = make_policy(ModelConfig(path="tiny", compile=True, **FORMS[form]), num_hidden_layers=1)
+    eager = make_policy(ModelConfig(path="tiny", **FORMS[form]), window=window, num_hidden_layers=1)
+    compiled = make_policy(ModelConfig(path="tiny", compile=True, **FORMS[form]), window=window, num_hidden_layers=1)
     num_graphs = []
     for shift in range(3):
         pairs = make_pairs([(4 + shift, 3, 5), (3, 2 + 3 * shift, 6), (6, 4, 2 + shift)][: 2 + shift % 2])

@@ -1,17 +1,74 @@
-"""Running out of memory: the budget is halved once and no pair is lost."""
+"""Gradients of a step: those of any split and of single members; out of memory, where no pair is lost."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_policy import make_pairs, make_policy
 
-from bpo_fast.config import MethodConfig
-from bpo_fast.gradients import TokenBudget, step_gradients
+from bpo_fast.config import MethodConfig, ModelConfig, OptimConfig
+from bpo_fast.gradients import TokenBudget, microbatches, step_gradients
+from bpo_fast.optim import Optimizer
+
+LORA = {"path": "tiny", "lora_r": 4, "lora_alpha": 8.0}
+FORMS = {"full": ModelConfig(path="tiny", full=True), "lora": ModelConfig(**LORA, members=3)}
+LOSSES = ("dpo", "ipo", "slic")
 
 
 def gradients(policy):
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+
+def with_other_reference(pairs):
+    """Pairs with margins of either sign, so that every loss has a gradient."""
+    return [replace(p, ref_logps=(-20.0 - i, -25.0 + i)) for i, p in enumerate(pairs)]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "apart"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gradient_does_not_depend_on_the_split(form, loss, shared):
+    pairs, found, num_batches = with_other_reference(make_pairs()), [], []
+    for tokens in (10_000, 78, 36):  # of all members
+        policy = make_policy(FORMS[form])
+        policy.shares_prompts = shared
+        with torch.no_grad():
+            for b in policy.lora.b if policy.lora else ():
+                b.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        max_tokens = max(tokens, 22 * policy.num_members)  # apart, the longest pair takes 22
+        num_batches.append(len(microbatches(pairs, policy, max_tokens)))
+        step_gradients(pairs, policy, MethodConfig(loss=loss), max_tokens=max_tokens)
+        found.append(gradients(policy))
+    assert num_batches[0] == 1 < num_batches[-1]
+    for other in found[1:]:
+        assert float((other - found[0]).norm() / found[0].norm()) < 1e-5
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_members_trained_together_end_where_separate_runs_end(loss):
+    num_members, num_steps = 3, 10
+    together = make_policy(FORMS["lora"])
+    start = together.lora.state()
+    with together.behavior():
+        ref = together.logps(together.pack(make_pairs())).view(2, -1).T.tolist()
+    pairs = [replace(p, ref_logps=tuple(both)) for p, both in zip(make_pairs(), ref, strict=True)]
+
+    def train(policy):
+        config = OptimConfig(learning_rate=3e-3)
+        optimizer = Optimizer(policy.parameters(), config, num_steps=num_steps, num_members=policy.num_members)
+        for step in range(num_steps):
+            sums = step_gradients(pairs, policy, MethodConfig(loss=loss), max_tokens=1000)
+            optimizer.step(step, sums["loss"])
+        return policy.lora.state()
+
+    end = train(together)
+    for m in range(num_members):
+        alone = make_policy(ModelConfig(**LORA))
+        alone.lora.load_state({name: tensor[m : m + 1] for name, tensor in start.items()})
+        for name, tensor in train(alone).items():
+            assert float((tensor[0] - start[name][m]).norm()) > 1e-3, "it has moved"
+            assert float((tensor[0] - end[name][m]).norm() / tensor[0].norm()) < 1e-5, name
 
 
 @pytest.mark.parametrize("when", [1, 2])
@@ -37,6 +94,33 @@ def test_out_of_memory_halves_the_budget_once_and_loses_no_pair(when, monkeypatc
     torch.testing.assert_close(gradients(policy), wanted, rtol=1e-5, atol=1e-6)
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found["loss"], expected["loss"])
+
+
+def test_the_budget_is_not_halved_below_the_longest_pair(caplog):
+    policy, pairs = make_policy(), make_pairs()
+    tried = []
+
+    def work(tokens):
+        tried.append(tokens)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step_gradients(pairs, policy, MethodConfig(), max_tokens=tokens)
+
+    TokenBudget(20, longest=12).run(work)
+    assert tried == [20, 12]
+    assert "optim.microbatch_tokens is 12 from here on" in caplog.text
+
+
+def test_out_of_memory_with_the_longest_pair_alone_is_no_matter_of_the_budget():
+    calls = []
+
+    def work(tokens):
+        calls.append(tokens)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(RuntimeError, match=r"= 12, which one pair at the limits of length takes, \(CUDA .*--dry-run"):
+        TokenBudget(12, longest=12).run(work)
+    assert calls == [12]
 
 
 def test_out_of_memory_for_the_second_time_is_one_clear_error():

@@ -41,6 +41,21 @@ def test_a_stale_sampler_is_refused_with_both_numbers():
         with_sampler_reference(phase_by(stale), policy, BUDGET, tolerance=0.1)
 
 
+def test_one_wrong_token_that_the_mean_hides_is_refused():
+    policy = make_policy()
+    phase = phase_by(policy)
+    first, *others = phase.pairs
+    for off, refused in ((1.9, False), (2.1, True)):
+        logps = (first.chosen.logps[0] - off, *first.chosen.logps[1:])
+        changed = replace(phase, pairs=(replace(first, chosen=replace(first.chosen, logps=logps)), *others))
+        if refused:
+            with pytest.raises(ValueError, match=r"by 0\.0\d* nats a token in the mean and 2\.1 at most"):
+                with_sampler_reference(changed, policy, BUDGET, tolerance=0.1)
+        else:
+            found = with_sampler_reference(changed, policy, BUDGET, tolerance=0.1)
+            assert found.metrics["sampling/sampling_logp_difference/max"] == pytest.approx(off, abs=1e-4)
+
+
 def test_completions_without_log_probs_are_named():
     found = PhasePairs(0, 0, tuple(make_pairs()), PairCounts(), {})
     with pytest.raises(ValueError, match="a completion of prompt 0 was recorded without log-probs"):

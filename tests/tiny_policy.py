@@ -1,7 +1,7 @@
 """A tiny random policy and pairs for it, for tests of the step."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from bpo_fast.config import ModelConfig
 from bpo_fast.policy import Policy
@@ -16,8 +16,9 @@ class Tokens:
     pad_token_id, eos_token_id = 0, 1
 
 
-def make_policy(form: ModelConfig | None = None, **changes) -> Policy:
-    """A Llama of 32 hidden units and 2 layers, all of it trained unless `form` says otherwise."""
+def make_policy(form: ModelConfig | None = None, window: int | None = None, **changes) -> Policy:
+    """A Llama of 32 hidden units and 2 layers, or a Mistral with a window, all of it trained unless `form` says
+    otherwise."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 97,
@@ -29,8 +30,11 @@ def make_policy(form: ModelConfig | None = None, **changes) -> Policy:
         "initializer_range": 0.2,
         "eos_token_id": 1,
     }
-    model = LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
-    return Policy(model, Tokens(), form or ModelConfig(path="tiny", full=True), seed=0)
+    if window:
+        model = MistralForCausalLM(MistralConfig(**sizes | {"sliding_window": window} | changes))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**sizes | changes))
+    return Policy(model.eval(), Tokens(), form or ModelConfig(path="tiny", full=True), seed=0)
 
 
 def make_pairs(lengths=LENGTHS, vocab: int = 97) -> list[Pair]:
