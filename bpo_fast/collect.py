@@ -14,7 +14,7 @@ from bpo_fast.config import Config
 from bpo_fast.engine import Engine, SamplingParams
 from bpo_fast.evaluate import shape
 from bpo_fast.gradients import TokenBudget, microbatches
-from bpo_fast.pairs import PhasePairs, make_pairs
+from bpo_fast.pairs import PairCounts, PhasePairs, make_pairs
 from bpo_fast.plan import Phase, deal
 from bpo_fast.policy import Policy
 from bpo_fast.progress import Progress
@@ -53,15 +53,16 @@ class Collector:
             version: optimizer steps of the weights that sample.
         """
         self.overlapped_s = 0.0
-        pairs, completions, counts = self._sample(phase, prompts, version)
+        pairs, dropped, completions = self._sample(phase, prompts, version)
         num_spare = 0
         while self._config.annotator.refill and len(pairs) < len(prompts) and num_spare < len(spare):
             more = spare[num_spare : num_spare + len(prompts) - len(pairs)]
             num_spare += len(more)
-            new_pairs, new_completions, new_counts = self._sample(phase, more, version)
-            pairs, completions, counts = pairs + new_pairs, completions + new_completions, counts + new_counts
+            new_pairs, new_dropped, new_completions = self._sample(phase, more, version)
+            pairs, dropped, completions = pairs + new_pairs, dropped + new_dropped, completions + new_completions
         metrics = _completion_metrics(completions, pairs)
-        return PhasePairs(phase.index, version, tuple(pairs), counts, metrics, num_spare)
+        counts = PairCounts.of(pairs, (d.reason for d in dropped))
+        return PhasePairs(phase.index, version, tuple(pairs), counts, metrics, num_spare, dropped=tuple(dropped))
 
     def _sample(self, phase: Phase, prompts: Sequence[Prompt], version: int):
         config = self._config
@@ -81,8 +82,8 @@ class Collector:
                 scores = scorer.scores()
                 task.advance(num)
             self.overlapped_s += max(0.0, scorer.busy_s - (time.perf_counter() - start))
-        pairs, counts = make_pairs(prompts, completions, [scores[p.id] for p in prompts])
-        return pairs, [c for both in completions for c in both], counts
+        pairs, dropped = make_pairs(prompts, completions, [scores[p.id] for p in prompts])
+        return pairs, dropped, [c for both in completions for c in both]
 
     def _params(self) -> SamplingParams:
         sampling = self._config.sampling

@@ -86,7 +86,7 @@ class Loop:
                 new = self._collect_new(p)
                 nothing_scored = new.counts.unscored == p.last_prompt - p.first_prompt
                 if not new.pairs and (p.num_steps > 1 or nothing_scored):
-                    raise ValueError(f"phase {p.index + 1}: no pair left to train on ({pairs_words(vars(new.counts))})")
+                    self._stop_without_pairs(new)
                 write_pairs(self._run.pairs_path(p.index), new)
         found = read_pairs(path)
         if not found.scored:
@@ -247,8 +247,7 @@ class Loop:
         owned = slice(phase.first_prompt, phase.last_prompt)
         if self._parts.replayed is not None:
             pairs = self._parts.replayed[owned]
-            num_cut = sum(p.chosen.truncated or p.rejected.truncated for p in pairs)
-            counts = PairCounts(kept=len(pairs), truncated=num_cut)
+            counts = PairCounts.of(pairs)
             if phase.index == 0:  # of the whole source
                 counts += self._parts.not_replayed
             return PhasePairs(phase.index, self.num_steps, pairs, counts, {})
@@ -305,6 +304,12 @@ class Loop:
             return None
         self._kl = divergence(pairs, self._policy, self._budget, ref="none")["kl"]
         return self._kl
+
+    def _stop_without_pairs(self, found: PhasePairs) -> None:
+        path = self._run.path / "no-pairs.jsonl"
+        write_pairs(path, found)
+        counts = pairs_words(vars(found.counts))
+        raise ValueError(f"phase {found.phase + 1}: no pair left to train on ({counts}); see {path}")
 
     def _stop_on_bad_steps(self, pairs: Sequence[Pair]) -> None:
         path = self._run.path / "bad-batch.jsonl"

@@ -1,12 +1,13 @@
 """Completions and scores become pairs; pairs are kept on disk.
 
-Ties and identical completions teach nothing about order: they are dropped and counted. A phase's pairs are one file,
-`pairs/phase-NN.jsonl`: a header line, then a pair a line with everything needed to replay it.
+Ties and identical completions teach nothing about order: they are dropped, counted and kept on record. A phase is one
+file, `pairs/phase-NN.jsonl`: a header line, then a pair a line with everything needed to replay it, then what was
+dropped, a line each that says why in "dropped".
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from bpo_fast.config import DataConfig
 from bpo_fast.files import write_atomic
 from bpo_fast.prompts import cut_prompt, split_answer
 from bpo_fast.tokenizer import with_leading_space
-from bpo_fast.types import Completion, Pair, Prompt
+from bpo_fast.types import Completion, Dropped, Pair, Prompt
 
 FORMAT = "bpo-fast/pairs/1"
 RowReader = Callable[[str], tuple[list[Any], Sequence[Prompt]]]
@@ -40,6 +41,12 @@ class PairCounts:
     too_long: int = 0
     cut: int = 0
 
+    @classmethod
+    def of(cls, pairs: Sequence[Pair], reasons: Iterable[str] = ()) -> "PairCounts":
+        """Counts of the kept pairs, and of the reasons for which others were dropped."""
+        truncated = sum(p.chosen.truncated or p.rejected.truncated for p in pairs)
+        return cls(kept=len(pairs), truncated=truncated, **Counter(reasons))
+
     def __add__(self, other: "PairCounts") -> "PairCounts":
         return PairCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
@@ -56,6 +63,7 @@ class PhasePairs:
         metrics: what was measured while collecting them.
         num_spare: spare prompts used to refill dropped pairs.
         scored: True once the reference has seen them.
+        dropped: what was sampled and scored beside them; empty in files of before it was kept.
     """
 
     phase: int
@@ -65,11 +73,12 @@ class PhasePairs:
     metrics: dict[str, float]
     num_spare: int = 0
     scored: bool = False
+    dropped: tuple[Dropped, ...] = ()
 
 
 def make_pairs(
     prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], scores: Sequence[Sequence[float | None]]
-) -> tuple[list[Pair], PairCounts]:
+) -> tuple[list[Pair], list[Dropped]]:
     """Orders the two completions of every prompt by score.
 
     Args:
@@ -78,30 +87,31 @@ def make_pairs(
         scores: the annotator's score of each.
 
     Returns:
-        (kept pairs in the order of the prompts, counts)
+        (kept pairs, what was dropped), each in the order of the prompts
     """
-    pairs, tied, identical, unscored, aborted, empty = [], 0, 0, 0, 0, 0
+    pairs: list[Pair] = []
+    dropped: list[Dropped] = []
     for prompt, (first, second), (a, b) in zip(prompts, completions, scores, strict=True):
         if any(not c.ids and not c.stopped for c in (first, second)):
-            aborted += 1
+            reason = "aborted"
         elif not first.ids or not second.ids:
-            empty += 1
+            reason = "empty"
         elif first.ids == second.ids:
-            identical += 1
+            reason = "identical"
         elif a is None or b is None:
-            unscored += 1
+            reason = "unscored"
         elif a == b:
-            tied += 1
-        elif a > b:
-            pairs.append(Pair(prompt, first, second, a, b))
+            reason = "tied"
         else:
-            pairs.append(Pair(prompt, second, first, b, a))
-    truncated = sum(p.chosen.truncated or p.rejected.truncated for p in pairs)
-    return pairs, PairCounts(len(pairs), tied, identical, unscored, truncated, aborted, empty)
+            sides = (first, second, a, b) if a > b else (second, first, b, a)
+            pairs.append(Pair(prompt, *sides))
+            continue
+        dropped.append(Dropped(prompt, (first, second), (a, b), reason))
+    return pairs, dropped
 
 
 def write_pairs(path: Path, phase: PhasePairs) -> None:
-    """Writes a phase's pairs, all or nothing."""
+    """Writes a phase's pairs and what it dropped, all or nothing."""
     header = {
         "format": FORMAT,
         "phase": phase.phase,
@@ -111,8 +121,9 @@ def write_pairs(path: Path, phase: PhasePairs) -> None:
         "num_spare": phase.num_spare,
         "scored": phase.scored,
     }
+    rows = [*map(_to_row, phase.pairs), *map(_to_dropped_row, phase.dropped)]
     # columns of a Parquet file can hold dates and the like, which only annotators look at
-    lines = [json.dumps(header), *(json.dumps(_to_row(p), ensure_ascii=False, default=str) for p in phase.pairs)]
+    lines = [json.dumps(header), *(json.dumps(row, ensure_ascii=False, default=str) for row in rows)]
     write_atomic(path, "\n".join(lines) + "\n")
 
 
@@ -123,14 +134,16 @@ def read_pairs(path: Path) -> PhasePairs:
         header = json.loads(lines[0])
         if header.get("format") != FORMAT:
             raise ValueError
+        rows = [json.loads(line) for line in lines[1:]]
         return PhasePairs(
             phase=header["phase"],
             policy_version=header["policy_version"],
-            pairs=tuple(_from_row(json.loads(line)) for line in lines[1:]),
+            pairs=tuple(_from_row(row) for row in rows if "dropped" not in row),
             counts=PairCounts(**header["counts"]),
             metrics=header["metrics"],
             num_spare=header["num_spare"],
             scored=header["scored"],
+            dropped=tuple(_from_dropped_row(row) for row in rows if "dropped" in row),
         )
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise ValueError(f"{path}: not a file of recorded pairs") from None
@@ -169,8 +182,7 @@ def replay_pairs(
         reasons = ", ".join(f"{num} {reason.replace('_', ' ')}" for reason, num in dropped.items())
         raise ValueError(f"--from-pairs {source}: no pairs{f' ({reasons})' if reasons else ''}")
     num_cut = sum(pair is not before for pair, before in zip(fates, found, strict=True)) - dropped.total()
-    num_truncated = sum(p.chosen.truncated or p.rejected.truncated for p in pairs)
-    return pairs, PairCounts(kept=len(pairs), truncated=num_truncated, cut=num_cut, **dropped)
+    return pairs, replace(PairCounts.of(pairs, dropped.elements()), cut=num_cut)
 
 
 def _within_limits(pair: Pair, data: DataConfig, max_new_tokens: int, bos_id: int | None) -> Pair | str:
@@ -233,16 +245,33 @@ def _answer(value: Any) -> str | None:
 
 
 def _to_row(pair: Pair) -> dict[str, Any]:
-    row = {"prompt": vars(pair.prompt) | {"columns": dict(pair.prompt.columns)}}
-    row |= {"chosen": vars(pair.chosen), "rejected": vars(pair.rejected)}
+    row = {"prompt": _to_prompt_row(pair.prompt), "chosen": vars(pair.chosen), "rejected": vars(pair.rejected)}
     return row | {k: getattr(pair, k) for k in ("chosen_score", "rejected_score", "ref_logps")}
 
 
+def _to_dropped_row(dropped: Dropped) -> dict[str, Any]:
+    row = {"dropped": dropped.reason, "prompt": _to_prompt_row(dropped.prompt)}
+    return row | {"completions": [vars(c) for c in dropped.completions], "scores": dropped.scores}
+
+
+def _to_prompt_row(prompt: Prompt) -> dict[str, Any]:
+    return vars(prompt) | {"columns": dict(prompt.columns)}
+
+
 def _from_row(row: dict[str, Any]) -> Pair:
-    prompt = Prompt(**row["prompt"] | {"ids": tuple(row["prompt"]["ids"])})
     ref_logps = None if row["ref_logps"] is None else tuple(row["ref_logps"])
     sides = _from_side(row["chosen"]), _from_side(row["rejected"])
-    return Pair(prompt, *sides, row["chosen_score"], row["rejected_score"], ref_logps)
+    return Pair(_from_prompt_row(row["prompt"]), *sides, row["chosen_score"], row["rejected_score"], ref_logps)
+
+
+def _from_dropped_row(row: dict[str, Any]) -> Dropped:
+    (first, second), (a, b) = row["completions"], row["scores"]
+    prompt = _from_prompt_row(row["prompt"])
+    return Dropped(prompt, (_from_side(first), _from_side(second)), (a, b), row["dropped"])
+
+
+def _from_prompt_row(row: dict[str, Any]) -> Prompt:
+    return Prompt(**row | {"ids": tuple(row["ids"])})
 
 
 def _from_side(side: dict[str, Any]) -> Completion:

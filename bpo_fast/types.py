@@ -74,3 +74,20 @@ class Pair:
     chosen_score: float
     rejected_score: float
     ref_logps: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Two completions of one prompt that make no pair: sampled, scored and kept on record, never trained on.
+
+    Attributes:
+        prompt: the prompt of both.
+        completions: in the order of their `sample_id`.
+        scores: the annotator's of each; None where it had no opinion.
+        reason: what `PairCounts` counts it as: "tied", "identical", "unscored", "aborted" or "empty".
+    """
+
+    prompt: Prompt
+    completions: tuple[Completion, Completion]
+    scores: tuple[float | None, float | None]
+    reason: str

@@ -12,7 +12,7 @@ from bpo_fast.config import DataConfig
 from bpo_fast.pairs import PairCounts, PhasePairs, make_pairs, read_pairs, replay_pairs, write_pairs
 from bpo_fast.prompts import load_prompts, read_rows
 from bpo_fast.tasks import get_task
-from bpo_fast.types import Completion, Pair, Prompt
+from bpo_fast.types import Completion, Dropped, Pair, Prompt
 
 
 def completion(prompt_id, sample_id, ids, *, truncated=False, **fields):
@@ -33,6 +33,20 @@ def a_phase(*pairs, phase=0, **fields):
     )
 
 
+def some_dropped():
+    prompt = Prompt(8, "Question 8 Assistant:", (5, 6, 8), label="label 8", columns={"topic": "\u2028"})
+    sides = completion(8, 0, [1, 2], logps=(-0.5, -1e-30)), completion(8, 1, [1, 3], truncated=True)
+    same = completion(9, 0, [4], member=1), completion(9, 1, [4])
+    return Dropped(prompt, sides, (math.pi, math.pi), "tied"), Dropped(
+        Prompt(9, "", (1,)), same, (0.5, None), "identical"
+    )
+
+
+def counts_of(sides, scores):
+    pairs, dropped = make_pairs([Prompt(0, "", (1,))], [sides], [scores])
+    return PairCounts.of(pairs, (d.reason for d in dropped))
+
+
 CASES = [  # ids, ids, score, score -> which side is chosen, or why there is no pair
     ([1, 2], [1, 3], 0.5, 0.25, 0),
     ([1, 2], [1, 3], 0.25, 0.5, 1),
@@ -50,37 +64,44 @@ CASES = [  # ids, ids, score, score -> which side is chosen, or why there is no 
 def test_the_higher_score_is_chosen_and_the_rest_is_counted():
     prompts = [Prompt(i, str(i), (1,)) for i in range(len(CASES))]
     completions = [(completion(i, 0, a), completion(i, 1, b)) for i, (a, b, *_) in enumerate(CASES)]
-    pairs, counts = make_pairs(prompts, completions, [(a, b) for _, _, a, b, _ in CASES])
+    pairs, dropped = make_pairs(prompts, completions, [(a, b) for _, _, a, b, _ in CASES])
     kept = [i for i, case in enumerate(CASES) if isinstance(case[-1], int)]
     assert [p.prompt.id for p in pairs] == kept
     for pair in pairs:
         case = CASES[pair.prompt.id]
         assert (pair.chosen.sample_id, pair.rejected.sample_id) == (case[-1], 1 - case[-1])
         assert (pair.chosen_score, pair.rejected_score) == (case[2 + case[-1]], case[3 - case[-1]])
-    assert counts == PairCounts(kept=4, tied=2, identical=2, unscored=2, truncated=0)
+    assert dropped == [
+        Dropped(prompts[i], completions[i], (a, b), fate)
+        for i, (_, _, a, b, fate) in enumerate(CASES)
+        if isinstance(fate, str)
+    ]
+    assert PairCounts.of(pairs, (d.reason for d in dropped)) == PairCounts(
+        kept=4, tied=2, identical=2, unscored=2, truncated=0
+    )
 
 
 @pytest.mark.parametrize(("first", "second", "expected"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)])
 def test_a_kept_pair_with_a_truncated_side_counts_once(first, second, expected):
     sides = completion(0, 0, [1], truncated=bool(first)), completion(0, 1, [2], truncated=bool(second))
-    assert make_pairs([Prompt(0, "", (1,))], [sides], [(1.0, 0.0)])[1].truncated == expected
-    assert make_pairs([Prompt(0, "", (1,))], [sides], [(1.0, 1.0)])[1] == PairCounts(tied=1)
+    assert counts_of(sides, (1.0, 0.0)) == PairCounts(kept=1, truncated=expected)
+    assert counts_of(sides, (1.0, 1.0)) == PairCounts(tied=1)
 
 
 def test_a_completion_that_the_engine_gave_up_drops_its_pair():
     given_up = [Completion(0, s, (), "", True, 0, s) for s in range(2)]
     whole = Completion(0, 1, (5, 1), "a", False, 0, 1)
     for sides in (given_up, [given_up[0], whole]):
-        assert make_pairs([Prompt(0, "", (1,))], [sides], [(1.0, 2.0)]) == ([], PairCounts(aborted=1))
+        assert counts_of(sides, (1.0, 2.0)) == PairCounts(aborted=1)
 
 
 def test_a_completion_that_began_with_a_stop_string_drops_its_pair():
     empty = Completion(0, 0, (), "", False, 0, 0, stopped=True)
     whole = Completion(0, 1, (5, 1), "a", False, 0, 1)
     given_up = Completion(0, 1, (), "", True, 0, 1)
-    assert make_pairs([Prompt(0, "", (1,))], [(empty, whole)], [(1.0, 2.0)]) == ([], PairCounts(empty=1))
-    assert make_pairs([Prompt(0, "", (1,))], [(empty, empty)], [(1.0, 2.0)]) == ([], PairCounts(empty=1))
-    assert make_pairs([Prompt(0, "", (1,))], [(empty, given_up)], [(1.0, 2.0)]) == ([], PairCounts(aborted=1))
+    assert counts_of((empty, whole), (1.0, 2.0)) == PairCounts(empty=1)
+    assert counts_of((empty, empty), (1.0, 2.0)) == PairCounts(empty=1)
+    assert counts_of((empty, given_up), (1.0, 2.0)) == PairCounts(aborted=1)
 
 
 def test_every_prompt_has_one_fate():
@@ -94,8 +115,8 @@ def test_every_prompt_has_one_fate():
         for i, stopped in enumerate(draw.choices([False, True], k=500))
     ]
     scores = [[draw.choice([None, 0.0, 1.0]) for _ in range(2)] for _ in range(500)]
-    _, counts = make_pairs(prompts, sides, scores)
-    fates = dataclasses.asdict(counts)
+    pairs, dropped = make_pairs(prompts, sides, scores)
+    fates = dataclasses.asdict(PairCounts.of(pairs, (d.reason for d in dropped)))
     del fates["truncated"]
     assert sum(fates.values()) == 500
     assert all(num for fate, num in fates.items() if fate not in ("too_long", "cut"))  # those are of recorded pairs
@@ -117,7 +138,7 @@ def test_write_and_read_is_exact(tmp_path):
         chosen_score=math.pi,
     )
     pairs[1] = dataclasses.replace(pairs[1], ref_logps=None)
-    phase = a_phase(*pairs, phase=4, num_spare=3, scored=True)
+    phase = a_phase(*pairs, phase=4, num_spare=3, scored=True, dropped=some_dropped())
     path = tmp_path / "pairs" / "phase-04.jsonl"
     write_pairs(path, phase)
     assert read_pairs(path) == phase
@@ -128,6 +149,32 @@ def test_write_and_read_is_exact(tmp_path):
 def test_a_phase_without_pairs_is_read_back(tmp_path):
     write_pairs(tmp_path / "p.jsonl", a_phase())
     assert read_pairs(tmp_path / "p.jsonl") == a_phase()
+
+
+def test_what_was_dropped_is_a_line_of_its_own_with_the_reason(tmp_path):
+    path = tmp_path / "p.jsonl"
+    write_pairs(path, a_phase(a_pair(0), dropped=some_dropped()))
+    header, pair, *rows = (json.loads(line) for line in path.read_text().split("\n")[:-1])
+    assert "dropped" not in header.keys() | pair.keys()
+    assert [row["dropped"] for row in rows] == ["tied", "identical"]
+    assert [row["scores"] for row in rows] == [[math.pi, math.pi], [0.5, None]]
+    first, second = rows[0]["completions"]
+    assert (first["ids"], second["ids"], first["text"], first["policy_version"], first["seed"]) == (
+        [1, 2],
+        [1, 3],
+        "1 2",
+        3,
+        17,
+    )
+    assert rows[0]["prompt"]["ids"] == [5, 6, 8]
+
+
+def test_a_file_of_before_what_was_dropped_was_kept_is_read(tmp_path):
+    path = tmp_path / "p.jsonl"
+    write_pairs(path, a_phase(a_pair(0), dropped=some_dropped()))
+    lines = path.read_text().split("\n")[:-1]
+    path.write_text("".join(line + "\n" for line in lines if not line.startswith('{"dropped"')))
+    assert read_pairs(path) == a_phase(a_pair(0))
 
 
 def test_columns_that_json_does_not_know_are_kept_as_text(tmp_path):
@@ -180,7 +227,7 @@ def test_replay_of_a_run_its_pairs_or_one_file(tmp_path, tiny_tokenizer):
     for number in numbers:
         write_pairs(
             tmp_path / "pairs" / f"phase-{number:02d}.jsonl",
-            a_phase(a_pair(number, ref_logps=(-1.0, -2.0)), scored=True),
+            a_phase(a_pair(number, ref_logps=(-1.0, -2.0)), scored=True, dropped=some_dropped()),
         )
     wanted = [a_pair(number) for number in numbers]
     assert replay(tmp_path, tiny_tokenizer) == wanted, "in the order of the phases, without their reference"

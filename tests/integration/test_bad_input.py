@@ -269,7 +269,10 @@ def test_an_annotator_without_a_preference(annotator, fate, tiny_args, tmp_path)
     ]
     line = refused(args, "error: phase 1: no pair left to train on (0 kept")
     assert f"12 {fate}" in line
-    assert {p.name for p in (tmp_path / "new").iterdir()} == {"config.toml", "env.json", "metrics.jsonl"}
+    assert line.strip().endswith("see new/no-pairs.jsonl")
+    names = {"config.toml", "env.json", "metrics.jsonl", "no-pairs.jsonl"}
+    assert {p.name for p in (tmp_path / "new").iterdir()} == names
+    assert [d.reason for d in read_pairs(tmp_path / "new" / "no-pairs.jsonl").dropped] == [fate] * 12
 
 
 def test_an_annotator_that_scores_nothing_ends_an_on_policy_run(tiny_args):

@@ -2,14 +2,17 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
+from scorers import tie_every_third
 
 from bpo_fast import config as configs
 from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.gradients import microbatches
 from bpo_fast.metrics import read_metrics
+from bpo_fast.pairs import PairCounts, PhasePairs, read_pairs
 from bpo_fast.policy import Policy, load_policy
 from bpo_fast.train import train
 from bpo_fast.types import Completion, Pair, Prompt
@@ -120,6 +123,10 @@ def test_on_policy_gradient_is_the_scaled_gradient_of_the_log_prob_difference(ti
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5 * abs(factor))
 
 
+def pairs_of(folder) -> list[PhasePairs]:
+    return [read_pairs(path) for path in sorted((folder / "pairs").glob("*.jsonl"))]
+
+
 def test_equal_budget_whatever_the_phases(run):
     for phases in (1, 2, 4):
         run(f"f{phases}", method__phases=phases, annotator__path="scorers:tie_every_third")
@@ -129,20 +136,28 @@ def test_equal_budget_whatever_the_phases(run):
         assert counts["kept"] + counts["tied"] + counts["identical"] + counts["unscored"] == 32
         assert counts["tied"] > 0
         assert summary["steps"] == 4
-        used = [
-            json.loads(line)["prompt"]["id"]
-            for file in sorted((folder / "pairs").glob("*.jsonl"))
-            for line in file.read_text().split("\n")[1:]
-            if line
-        ]
-        assert len(used) == len(set(used)) == counts["kept"]
+        used = Counter(p.prompt.id for found in pairs_of(folder) for p in (*found.pairs, *found.dropped))
+        assert set(used.values()) == {1}
+        assert used.total() == 32
 
 
-def test_refill_keeps_the_number_of_pairs(run):
+def test_everything_annotated_is_stored_with_its_scores(run):
     run("refill", method__phases=2, annotator__path="scorers:tie_every_third", annotator__refill=True)
-    counts = json.loads((run.folder / "refill" / "summary.json").read_text())["pairs"]
+    folder = run.folder / "refill"
+    counts = json.loads((folder / "summary.json").read_text())["pairs"]
     assert counts["kept"] == 32
     assert counts["tied"] > 0
+    num_dropped = Counter()
+    for found in pairs_of(folder):
+        assert found.counts == PairCounts.of(found.pairs, (d.reason for d in found.dropped))
+        num_dropped += Counter(d.reason for d in found.dropped)
+        for pair in (p for p in found.dropped if p.reason == "tied"):
+            ids = [c.ids for c in pair.completions]
+            expected = tie_every_third([pair.prompt.text] * 2, None, ids)
+            assert list(pair.scores) == expected
+            assert [c.sample_id for c in pair.completions] == [0, 1]
+            assert all(c.policy_version == found.policy_version and c.seed and c.text for c in pair.completions)
+    assert num_dropped == {name: n for name, n in counts.items() if n and name not in ("kept", "truncated")}
 
 
 def test_ensemble_of_one_seed_behaves_as_its_member(run):
