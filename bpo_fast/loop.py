@@ -211,7 +211,11 @@ class Loop:
         for phase in self._parts.plan.phases:
             counts += read_pairs(self._run.pairs_path(phase.index)).counts
         seconds = {**self._run.seconds, "total": sum(self._run.seconds.values())}
-        last = [r for r in rows if r["when"] == "after"]
+        judges = [j.name for j in self._parts.judges]
+        judge = judges[0] if judges else None
+        first, last = ([r for r in rows if r["when"] == when] for when in ("before", "after"))
+        before = self._summarise(first) | {"kl": 0.0} if first else {}
+        after = self._summarise(last) | {"kl": self._kl} if last else {}
         summary = {
             "task": config.task,
             "method": {k: getattr(config.method, k) for k in ("ref", "loss", "phases", "sampler", "beta")}
@@ -219,9 +223,12 @@ class Loop:
             "model": config.model.path,
             "data": config.data.path,
             "annotator": config.annotator.path,
-            "judges": [j.name for j in self._parts.judges],
-            "before": self._summarise([r for r in rows if r["when"] == "before"]) | {"kl": 0.0} if rows else {},
-            "after": self._summarise(last) | {"kl": self._kl} if last else {},
+            "judge": judge,
+            "win_rate_before": before.get("win_rate", {}).get(judge),
+            "win_rate_after": after.get("win_rate", {}).get(judge),
+            "judges": judges,
+            "before": before,
+            "after": after,
             "pairs": vars(counts),
             "steps": self.num_steps,
             "bad_steps": sum(line.get("bad_step", 0) for line in read_metrics(self._run.path)),

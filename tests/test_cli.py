@@ -203,8 +203,17 @@ def test_the_metrics_and_the_summary_agree(trained):
         wins = sum(r["scores"]["letters"] > r["label_scores"]["letters"] for r in mine) / 6
         assert summary[when]["win_rate"]["letters"] == line["eval/win_rate/letters"] == wins
         assert summary[when]["score"]["letters"] == pytest.approx(sum(r["scores"]["letters"] for r in mine) / 6)
+        assert summary[f"win_rate_{when}"] == wins
+    assert summary["judge"] == "letters"
     assert summary["pairs"]["kept"] == 24
     assert summary["steps"] == 6
+
+
+def test_the_summary_says_what_a_run_was_and_what_it_gave(trained):
+    summary = json.loads((trained[1] / "summary.json").read_text())
+    names = {"task", "method", "pairs", "steps", "win_rate_before", "win_rate_after", "judge", "seconds"}
+    assert names | {"tokens_per_s", "peak_memory_gib"} <= summary.keys()
+    assert {"ref", "loss", "phases"} <= summary["method"].keys()
 
 
 def test_report_is_written_anew(trained):
@@ -323,6 +332,7 @@ def test_preference_rows_are_trained_on_without_an_annotator(tiny_model_dir, tmp
     assert code == 0, err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["steps"], summary["pairs"]["kept"], summary["before"]) == (3, 12, {})
+    assert [summary[key] for key in ("judge", "win_rate_before", "win_rate_after")] == [None] * 3
 
 
 def test_pairs_of_a_larger_vocabulary_are_named(trained, tiny_args, tmp_path, monkeypatch):
