@@ -9,6 +9,7 @@ from bpo_fast.checkpoint import TrainerState, load_checkpoint, read_state, save_
 from bpo_fast.collect import Collector, divergence, with_reference
 from bpo_fast.engine import SamplingParams
 from bpo_fast.evaluate import EvalRow, as_metrics, judge_greedy, summarise
+from bpo_fast.flops import StepFlop
 from bpo_fast.gradients import TokenBudget, step_gradients
 from bpo_fast.machine import peak_memory_gib
 from bpo_fast.memory import longest_pair_tokens, make_ledger
@@ -38,6 +39,7 @@ class Loop:
         self._config, self._policy = parts.config, parts.policy
         longest = longest_pair_tokens(parts.config, parts.policy)
         self._budget = TokenBudget(parts.config.optim.microbatch_tokens, longest=longest)
+        self._flop = StepFlop.of(parts.policy)
         self.num_steps = 0
         self._phase = self._evaluated_step = -1
         self._num_ended_phases = 0
@@ -108,6 +110,7 @@ class Loop:
         every = self._config.eval.eval_steps
         if every and step and step % every == 0 and self._evaluated_step != step:
             self.evaluate("step")
+        seconds_before = self._run.seconds.get("train", 0.0)
         with self._run.critical():
             with self._run.timed("train"):
                 sums = self._gradients(step, pairs)
@@ -122,6 +125,7 @@ class Loop:
             values |= {"learning_rate": learning_rate(self._config.optim, step, self._parts.plan.num_steps)}
             values |= {"grad_norm": norm, "num_tokens": self._num_tokens, "pairs/step": len(pairs)}
             values |= {"phase": self._phase, "policy_version": self.num_steps, "bad_step": int(not finite)}
+            values |= self._flop.rates(pairs, self._run.seconds["train"] - seconds_before)
             self._metrics.log("step", self.num_steps, values)
             self._note = f"loss {values['loss']:.4f}" if "loss" in values else "no pairs"
             if self._num_bad_steps >= self._config.optim.max_bad_steps:

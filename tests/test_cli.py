@@ -216,6 +216,12 @@ def test_the_summary_says_what_a_run_was_and_what_it_gave(trained):
     assert {"ref", "loss", "phases"} <= summary["method"].keys()
 
 
+def test_every_step_says_how_much_it_computed(trained):
+    steps = [line for line in lines_of(trained[1] / "metrics.jsonl") if line["kind"] == "step"]
+    assert all(line["perf/tflops"] > 0 for line in steps)
+    assert not any("perf/mfu" in line for line in steps) or torch.cuda.is_available()
+
+
 def test_report_is_written_anew(trained):
     _, run = trained
     before = (run / "report.html").read_bytes()
