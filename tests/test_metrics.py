@@ -2,9 +2,11 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
-from importlib.util import find_spec
+import time
+from pathlib import Path
 
 import pytest
 
@@ -144,7 +146,6 @@ def test_wandb_that_refuses_is_one_clear_line(tmp_path, fake_wandb):
         Metrics(run_dir, ("wandb",))
 
 
-@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_forgets_what_was_logged_past_the_checkpoint(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -162,12 +163,43 @@ def test_tensorboard_forgets_what_was_logged_past_the_checkpoint(tmp_path):
     assert shown == pytest.approx({0: 1.0, 1: 0.5, 2: 1 / 3, 3: 9.0})
 
 
-@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
-def test_real_wandb_runs_offline(tmp_path):
+def processes_with(word: str) -> list[str]:
+    """Command lines of the processes that have a word in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if word.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # it has ended, or is not ours
+            pass
+    return found
+
+
+def test_the_real_trackers_together_offline(tmp_path):
+    """They call nobody, keep to the run folder and leave nothing running."""
+    run_dir, home = tmp_path / "run", tmp_path / "home"
+    run_dir.mkdir()
+    home.mkdir()
     script = (
         "import sys; from pathlib import Path; from bpo_fast.metrics import Metrics\n"
-        "metrics = Metrics(Path(sys.argv[1]), ('wandb',)); metrics.log('step', 1, {'loss': 0.5}); metrics.close()\n"
+        "metrics = Metrics(Path(sys.argv[1]), ('tensorboard', 'wandb'))\n"
+        "metrics.log('step', 1, {'loss': 0.5}); metrics.close()\n"
     )
-    env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, env=env, timeout=60)
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        env = kept | {"HOME": str(home), "TMPDIR": str(home), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        env |= {"WANDB_BASE_URL": url, "http_proxy": url, "https_proxy": url, "no_proxy": ""}
+        env |= {"WANDB_X_SERVICE_WAIT": "200"}  # seconds, on a busy machine
+        subprocess.run([sys.executable, "-c", script, str(run_dir)], check=True, env=env, timeout=240)
+        nobody.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            nobody.accept()
+    (record,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    assert b"loss" in record.read_bytes()
+    assert list(run_dir.glob("tensorboard/events.*"))
+    assert not [p for p in home.rglob("*") if p.name in (".netrc", "settings")], "no login and no key is written"
+    deadline = time.monotonic() + 30
+    while (running := processes_with(str(home))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running
