@@ -361,12 +361,15 @@ def _vllm_self_test(vllm: Check, machine: Machine) -> list[Check]:
         return []
     import torch
 
-    from bpo_fast.engine.self_test import self_test
+    advice = f"sample with sampling.engine = hf, or pip install {_requirement('vllm')}"
+    try:
+        from bpo_fast.engine.self_test import self_test
+    except (ImportError, OSError) as error:
+        return [Check("vllm self-test", "warn", f"does not import: {_first_line(str(error))}", advice)]
 
     verdicts = self_test(torch.device("cuda" if machine.cuda_works else "cpu"))
     failed = [v for v in verdicts if not v.ok]
     if failed:
-        advice = f"sample with sampling.engine = hf, or pip install {_requirement('vllm')}"
         return [Check("vllm self-test", "warn", f"{failed[0].name}: {failed[0].detail}", advice)]
     return [Check("vllm self-test", "ok", "; ".join(v.detail for v in verdicts))]
 

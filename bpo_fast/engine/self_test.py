@@ -1,6 +1,7 @@
 """Whether vLLM does here what the engine needs of it: one line of verdict for each thing, on a tiny random model."""
 
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,35 +51,38 @@ def self_test(device: torch.device) -> list[Verdict]:
             from bpo_fast.engine.vllm import load_learner
 
             policy, engine = load_learner(configs.load(None, knobs), device, MAX_LENGTH, lambda line: None)
-        except (ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
-            return [*found, Verdict("start", False, f"{type(error).__name__}: {str(error).splitlines()[0]}")]
+        except Exception as error:
+            return [*found, _failed("start", error)]
     found.append(Verdict("start", True, "opened in this process"))
     try:
-        engine.refresh(0)
-        assert engine.last_refresh, "refresh() has set it"
-        copied = engine.last_refresh.bytes_copied
-        found.append(Verdict("one copy of the weights", copied == 0, f"{copied} bytes copied at a refresh"))
-        before = _greedy(engine)
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                parameter.mul_(torch.linspace(0.5, 1.5, parameter.shape[-1], device=parameter.device))
-        engine.refresh(1)
-        probe = engine.last_refresh.probe
-        found.append(Verdict("policy = sampler", True, f"log-probs differ by {probe.mean:.1e} nats a token"))
-        found.append(
-            Verdict("in-place updates", _greedy(engine) != before, "the next sample comes from the new weights")
-        )
-    except RuntimeError as error:
-        found.append(Verdict("policy = sampler", False, str(error)))
-    finally:
-        engine.close()
+        with closing(engine):
+            engine.refresh(0)
+            assert engine.last_refresh, "refresh() has set it"
+            copied = engine.last_refresh.bytes_copied
+            found.append(Verdict("one copy of the weights", copied == 0, f"{copied} bytes copied at a refresh"))
+            before = _greedy(engine, 0)
+            with torch.no_grad():
+                for parameter in policy.parameters():
+                    parameter.mul_(torch.linspace(0.5, 1.5, parameter.shape[-1], device=parameter.device))
+            engine.refresh(1)
+            probe = engine.last_refresh.probe
+            found.append(Verdict("policy = sampler", True, f"log-probs differ by {probe.mean:.1e} nats a token"))
+            found.append(
+                Verdict("in-place updates", _greedy(engine, 1) != before, "the next sample comes from the new weights")
+            )
+    except Exception as error:
+        found.append(_failed("policy = sampler", error))
     return found
 
 
-def _greedy(engine) -> list[tuple[int, ...]]:
+def _failed(name: str, error: Exception) -> Verdict:
+    return Verdict(name, False, " ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _greedy(engine, policy_version: int) -> list[tuple[int, ...]]:
     prompts = [Prompt(i, "", tuple(range(5 + i, 45 + i))) for i in range(4)]
     params = SamplingParams(max_new_tokens=8, temperature=0.0)
-    return [c[0].ids for c in engine.generate(prompts, params, run_seed=0, policy_version=0)]
+    return [c[0].ids for c in engine.generate(prompts, params, run_seed=0, policy_version=policy_version)]
 
 
 def write_model(folder: Path) -> None:

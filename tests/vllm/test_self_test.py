@@ -1,5 +1,6 @@
 import io
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -26,13 +27,33 @@ def test_a_vllm_that_does_not_start_or_does_not_follow_is_told(monkeypatch):
         patch.setattr(versions, "trouble", lambda: "vLLM is not installed")
         assert [(v.name, v.ok) for v in self_test(CPU)] == [("version", False)]
     with monkeypatch.context() as patch:
-        patch.setattr("bpo_fast.engine.session.find_views", lambda *args: (_ for _ in ()).throw(AttributeError("gone")))
-        assert self_test(CPU)[-1].detail == "AttributeError: gone"
-    with monkeypatch.context() as patch:
         patch.setattr(Session, "copy_weights", lambda self: 7)
         patch.setattr(Probe, "_trainer_logps", lambda self, drawn: torch.zeros(len(drawn), len(drawn[0])))
         failed = [v for v in self_test(CPU) if not v.ok]
         assert [v.name for v in failed] == ["policy = sampler"]
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "verdict"),
+    [
+        ("bpo_fast.engine.session.find_views", AttributeError("gone"), ("start", "AttributeError: gone")),
+        ("bpo_fast.engine.vllm.open_session", KeyError("q_proj"), ("start", "KeyError: 'q_proj'")),
+        ("bpo_fast.engine.vllm.open_session", OSError(), ("start", "OSError:")),
+        ("bpo_fast.engine.probe.Probe.run", IndexError("no\nrow"), ("policy = sampler", "IndexError: no row")),
+        (
+            "bpo_fast.engine.vllm.VllmEngine.generate",
+            AssertionError("key"),
+            ("policy = sampler", "AssertionError: key"),
+        ),
+    ],
+)
+def test_whatever_is_raised_is_a_verdict(monkeypatch, place, error, verdict):
+    def refuse(*args, **options):
+        raise error
+
+    monkeypatch.setattr(place, refuse)
+    last = self_test(CPU)[-1]
+    assert (last.name, last.detail, last.ok) == (*verdict, False)
 
 
 def test_doctor_runs_it(monkeypatch):
@@ -45,3 +66,6 @@ def test_doctor_runs_it(monkeypatch):
     check = {check.name: check for check in doctor.diagnose()}["vllm self-test"]
     assert (check.status, check.detail) == ("warn", "start: AttributeError: gone")
     assert "sampling.engine = hf" in check.advice
+    monkeypatch.delattr(module, "self_test")
+    check = {check.name: check for check in doctor.diagnose()}["vllm self-test"]
+    assert (check.status, check.detail[:16]) == ("warn", "does not import:")
