@@ -243,6 +243,7 @@ def _contestant(source: str, config: Config, progress: Progress) -> Contestant:
         raise ValueError("data.eval_path: no held-out data; name some with --data")
     sampling = config.sampling
     params = SamplingParams(max_new_tokens=sampling.max_new_tokens, temperature=0.0, stop=sampling.stop or ())
+    engine.refresh(0)
     with progress.task(f"decoding {name}", len(prompts)) as task:
         sampled = engine.generate(
             prompts, params, run_seed=0, policy_version=0, on_done=lambda done: task.advance(len(done))

@@ -75,9 +75,10 @@ class Loop:
     def collect(self, phase: Phase) -> PhasePairs:
         """The pairs of a phase with reference log-probs: from disk if they are there, else sampled now."""
         self._seconds_before_phase = dict(self._run.seconds)
-        if phase.index > self._phase:
-            with self._run.critical():
-                self._parts.engine.refresh(self.num_steps)
+        with self._run.critical():
+            # also where a resumed run goes on with a phase: its sampler has the weights that it was opened on
+            self._parts.engine.refresh(self.num_steps)
+            if phase.index > self._phase:
                 self._parts.reference.refresh(phase.index)
                 self._phase = phase.index
         path = self._run.pairs_path(phase.index)

@@ -105,7 +105,7 @@ class Engine(Protocol):
         ...
 
     def refresh(self, policy_version: int) -> None:
-        """Makes the next call sample from the weights as they are now (the average of the members)."""
+        """Makes the next call, which must be for that version, sample from the weights as they are now."""
         ...
 
     def close(self) -> None:

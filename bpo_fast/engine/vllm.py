@@ -126,6 +126,7 @@ class VllmEngine:
         # at exit, too, and then before vLLM's own shutdown, which would miss the functions it put into torch
         self._close = weakref.finalize(self, session.close)
         self.num_retried = 0
+        self._version: int | None = None  # of the weights that the next call samples from
         self.last_refresh: Refresh | None = None
 
     def refresh(self, policy_version: int) -> None:
@@ -135,6 +136,7 @@ class VllmEngine:
             RuntimeError: the sampler is not the policy; names the first module that differs.
         """
         session = self._session
+        self._version = None
         start = time.perf_counter()
         bytes_copied = session.copy_weights()
         session.reset_prefix_cache()
@@ -150,6 +152,7 @@ class VllmEngine:
                 f"step {policy_version}: vLLM does not sample from the policy: log-probs of the probe differ by"
                 f" {result.mean:.2g} nats a token (limit {result.limit:.2g}); first difference: {where}"
             )
+        self._version = policy_version
 
     def generate(
         self,
@@ -166,7 +169,10 @@ class VllmEngine:
 
         Raises:
             ValueError: a prompt that leaves no room for the completion.
+            RuntimeError: the weights of `policy_version` are not those of the last refresh.
         """
+        if policy_version != self._version:
+            raise RuntimeError(f"vLLM was last refreshed at step {self._version}: not the policy of {policy_version}")
         self._check(prompts, params)
         requests = make_requests(
             prompts, params, run_seed=run_seed, policy_version=policy_version, num_members=self._policy.num_members

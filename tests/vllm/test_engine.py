@@ -18,7 +18,7 @@ from bpo_fast.types import Prompt
 def full(llama_dir):
     config = settings(llama_dir, model__full=True)
     policy, engine = load_learner(config, torch.device("cpu"), MAX_LENGTH, lambda line: None)
-    engine.refresh(0)
+    engine.refresh(3)
     yield policy, engine
     engine.close()
 
@@ -36,15 +36,15 @@ def test_completions_come_in_order_with_what_names_them(full):
     done = []
     questions = prompts(7)
     groups = engine.generate(
-        questions, SamplingParams(16, n=2, logps=True), run_seed=5, policy_version=9, on_done=done.append
+        questions, SamplingParams(16, n=2, logps=True), run_seed=5, policy_version=3, on_done=done.append
     )
     finished = [c for part in done for c in part]
     assert len(finished) == 14
     assert {(c.prompt_id, c.sample_id): c for c in finished} == {(c.prompt_id, c.sample_id): c for c in flat(groups)}
     for prompt, group in zip(questions, groups, strict=True):
         for sample_id, c in enumerate(group):
-            assert (c.prompt_id, c.sample_id, c.policy_version) == (prompt.id, sample_id, 9)
-            assert c.seed == request_seed(5, 9, prompt.id, sample_id)
+            assert (c.prompt_id, c.sample_id, c.policy_version) == (prompt.id, sample_id, 3)
+            assert c.seed == request_seed(5, 3, prompt.id, sample_id)
             assert c.text == policy.tokenizer.decode(c.ids, skip_special_tokens=True)
             assert c.truncated == (c.ids[-1] not in policy.eos_ids)
             assert all(t not in policy.eos_ids for t in c.ids[:-1])
@@ -224,6 +224,12 @@ def test_generators_are_left_alone(full):
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]
+
+
+def test_weights_that_it_was_not_refreshed_for_are_refused(full):
+    _, engine = full
+    with pytest.raises(RuntimeError, match="last refreshed at step 3: not the policy of 4"):
+        engine.generate(prompts(1), SamplingParams(4), run_seed=0, policy_version=4)
 
 
 def test_a_second_engine_is_refused(full, llama_dir):

@@ -32,8 +32,8 @@ def folder_of(name, tmp_path, tokenizer):
     return save_model(tmp_path / name, config_class(**options, vocab_size=len(tokenizer) + 3), tokenizer)
 
 
-def greedy(engine, questions):
-    sampled = engine.generate(questions, SamplingParams(NUM_NEW, temperature=0.0), run_seed=0, policy_version=0)
+def greedy(engine, questions, version=4):
+    sampled = engine.generate(questions, SamplingParams(NUM_NEW, temperature=0.0), run_seed=0, policy_version=version)
     return [c[0].ids for c in sampled]
 
 
@@ -59,7 +59,7 @@ def test_another_layout_is_copied_and_the_copy_proven(name, form, tmp_path, tiny
         stored = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
         assert all(torch.equal(p, stored[n]) for n, p in start.items())
         engine.refresh(0)
-        before = greedy(engine, questions)
+        before = greedy(engine, questions, 0)
         assert before == greedy_by_transformers(policy, questions, NUM_NEW)
         train_a_little(policy)
         engine.refresh(4)

@@ -16,7 +16,7 @@ def test_the_behavior_is_the_exact_average(llama_dir, learner, members, merge):
     policy, engine = learner(llama_dir, model__members=members, sampling__merge_lora=merge)
     questions = prompts(6)
     engine.refresh(0)
-    base = [c[0].ids for c in sample(engine, questions, temperature=0.0)]
+    base = [c[0].ids for c in sample(engine, questions, 0, temperature=0.0)]
     assert base == greedy_by_transformers(policy, questions, NUM_NEW)
     train_a_little(policy)
     addresses = {p.data_ptr() for p in policy.parameters()}
@@ -51,8 +51,8 @@ def storage(layer):
     return [t for _, a, b in getattr(layer, "lora_parts", ()) for t in (a, b)]
 
 
-def sample(engine, questions, **params):
-    return engine.generate(questions, SamplingParams(NUM_NEW, **params), run_seed=1, policy_version=0)
+def sample(engine, questions, version=4, **params):
+    return engine.generate(questions, SamplingParams(NUM_NEW, **params), run_seed=1, policy_version=version)
 
 
 def test_training_is_bit_for_bit_that_of_engine_hf(llama_dir, learner):

@@ -49,8 +49,8 @@ def save_int4(source, out):
 SAVE = {"compressed-tensors": save_int4, "fp8": save_fp8}
 
 
-def greedy(engine, questions):
-    sampled = engine.generate(questions, SamplingParams(NUM_NEW, temperature=0.0), run_seed=0, policy_version=0)
+def greedy(engine, questions, version=4):
+    sampled = engine.generate(questions, SamplingParams(NUM_NEW, temperature=0.0), run_seed=0, policy_version=version)
     return [c[0].ids for c in sampled]
 
 
@@ -76,7 +76,7 @@ def test_dequantised_weights_are_shared(method, form, llama_dir, tmp_path, learn
         assert (parameter.data_ptr() == session.views[name].data_ptr()) == (name not in merged)
     questions = prompts(4)
     engine.refresh(0)
-    before = greedy(engine, questions)
+    before = greedy(engine, questions, 0)
     assert before == greedy_by_transformers(policy, questions, NUM_NEW)
     train_a_little(policy)
     engine.refresh(4)

@@ -30,10 +30,10 @@ MODELS = {
 }
 
 
-def greedy(engine, questions):
+def greedy(engine, questions, version=4):
     """(ids, log-probs) of every answer."""
     params = SamplingParams(max_new_tokens=NUM_NEW, temperature=0.0, logps=True)
-    sampled = engine.generate(questions, params, run_seed=0, policy_version=0)
+    sampled = engine.generate(questions, params, run_seed=0, policy_version=version)
     return [c[0].ids for c in sampled], [c[0].logps for c in sampled]
 
 
@@ -51,7 +51,7 @@ def test_full_fine_tuning_moves_the_sampler_without_a_copy(name, tmp_path, tiny_
     assert all(p.untyped_storage().data_ptr() in storages for p in policy.model.parameters())
     assert session.module.model.embed_tokens.weight.shape[0] > vocabulary
     engine.refresh(0)
-    before, logps_before = greedy(engine, questions)
+    before, logps_before = greedy(engine, questions, 0)
     assert before == greedy_by_transformers(policy, questions, NUM_NEW)
     train_a_little(policy)
     engine.refresh(4)

@@ -56,7 +56,11 @@ def assert_same(first: Path, second: Path) -> None:
             assert tensor.equal(other_weights[file][name]), (file, name)
 
 
-@pytest.mark.parametrize("form", [{"model__full": True}, {"model__members": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "form",
+    [{"model__full": True}, {"model__members": 2}, {"model__members": 2, "run__save_steps": 100}],
+    ids=["full", "lora", "saved amid a phase"],
+)
 def test_a_killed_and_resumed_run_ends_as_one_that_was_not(llama_dir, tiny_data, tmp_path, monkeypatch, form):
     probes = []
     refresh = VllmEngine.refresh
