@@ -82,15 +82,18 @@ class Loop:
                 self._parts.reference.refresh(phase.index)
                 self._phase = phase.index
         path = self._run.pairs_path(phase.index)
-        if not path.exists():
-            # the initial policy is the current one at the very start only: it samples for all phases then
-            ahead = self._config.method.sampler == "initial" and self._parts.replayed is None
-            for p in self._parts.plan.phases if ahead else (phase,):
-                new = self._collect_new(p)
-                nothing_scored = new.counts.unscored == p.last_prompt - p.first_prompt
-                if not new.pairs and (p.num_steps > 1 or nothing_scored):
-                    self._stop_without_pairs(new)
-                write_pairs(self._run.pairs_path(p.index), new)
+        # the initial policy is the current one before the first step only: it samples for all phases then
+        ahead = self._config.method.sampler == "initial" and self._parts.replayed is None
+        if ahead and self.num_steps and not path.exists():
+            raise ValueError(f"{path}: missing; the initial policy, which samples it, has been trained since")
+        for p in self._parts.plan.phases if ahead and not self.num_steps else (phase,):
+            if self._run.pairs_path(p.index).exists():
+                continue
+            new = self._collect_new(p)
+            nothing_scored = new.counts.unscored == p.last_prompt - p.first_prompt
+            if not new.pairs and (p.num_steps > 1 or nothing_scored):
+                self._stop_without_pairs(new)
+            write_pairs(self._run.pairs_path(p.index), new)
         found = read_pairs(path)
         if not found.scored:
             found = self._score_reference(phase, found)
