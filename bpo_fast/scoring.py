@@ -42,9 +42,10 @@ class PairScorer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self._worker:
-            self._worker.shutdown(wait=True, cancel_futures=True)
+            # what has failed or was interrupted does not wait for an annotator, which may hang
+            self._worker.shutdown(wait=kind is None, cancel_futures=True)
 
     def add(self, completions: Sequence[Completion]) -> None:
         """Takes finished completions, in any order.
