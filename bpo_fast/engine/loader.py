@@ -152,6 +152,14 @@ def reads_live_lora(model: nn.Module, names: Iterable[str]) -> bool:
         return False
 
 
+def graph_key(lora: LiveLora | None) -> list[object]:
+    """What vLLM must know a compiled graph by, beside the model: the layers that read members, how many, at what scale.
+
+    Without it a second run on the same folder would load the graph of the first from vLLM's cache.
+    """
+    return [] if lora is None else [lora.names, lora.num_members, lora.r, lora.scale, lora.rows is not None]
+
+
 def register() -> None:
     """Makes the loader known to vLLM."""
     register_model_loader(LOAD_FORMAT)(PolicyLoader)

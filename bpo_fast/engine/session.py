@@ -34,7 +34,9 @@ _open: "Session | None" = None
 
 with preserved(ENVIRON):
     import vllm
+    from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
     from vllm.model_executor.models import ModelRegistry
+    from vllm.platforms import current_platform
 
     from bpo_fast.engine import loader
 
@@ -121,19 +123,21 @@ class Session:
     @contextmanager
     def awake(self) -> Iterator[None]:
         """The KV cache has memory inside; outside, on a GPU, training has it."""
-        if not self.releases_kv:
-            # vLLM compiles a helper of its log-probs: five seconds and a C++ compiler for a comparison and a sum
-            with guest_functions(), torch.compiler.set_stance("force_eager"):
+        # on a GPU too: vLLM learns of the current stream from its own torch.cuda.set_stream
+        with guest_functions():
+            if not self.releases_kv:
+                # vLLM compiles a helper of its log-probs: five seconds and a C++ compiler for a comparison and a sum
+                with torch.compiler.set_stance("force_eager"):
+                    yield
+                return
+            if self.llm.llm_engine.is_sleeping():
+                torch.cuda.empty_cache()
+                self.llm.wake_up()
+            try:
                 yield
-            return
-        if self.llm.llm_engine.is_sleeping():
-            torch.cuda.empty_cache()
-            self.llm.wake_up()
-        try:
-            yield
-        finally:
-            torch.cuda.synchronize()
-            self.llm.sleep(level=1)
+            finally:
+                torch.cuda.synchronize()
+                self.llm.sleep(level=1)
 
     def in_words(self) -> str:
         """One line for the log."""
@@ -168,7 +172,7 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
 
     Raises:
         ValueError: vLLM does not run this model here, or its KV cache does not fit.
-        RuntimeError: this process has an engine already.
+        RuntimeError: this process has an engine already, or vLLM does not start.
     """
     global _open
     versions.require()
@@ -187,9 +191,14 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
     loader.register()
     loader.PolicyLoader.policy, loader.PolicyLoader.live_lora = model, live
     try:
-        llm = _start(config, model, device, max_length, kv_bytes)
+        llm = _start(config, model, device, max_length, kv_bytes, live)
+    except BaseException:
+        with preserved(ENVIRON), _group_spared(own_group):  # what a start that failed half-way has left
+            destroy_model_parallel()
+            destroy_distributed_environment()
+        raise
     finally:
-        loader.PolicyLoader.policy = None
+        loader.PolicyLoader.policy = loader.PolicyLoader.live_lora = None
     try:
         module = llm.apply_model(lambda m: m)[0]
         if live and not loader.reads_live_lora(module, lora_names):
@@ -252,6 +261,8 @@ def _share(
 
 def unsupported(model: PreTrainedModel, device: torch.device) -> str | None:
     """Why vLLM cannot sample from this model here, in words, or None."""
+    if current_platform.device_type != device.type:
+        return f"this vLLM {versions.installed()} runs on {current_platform.device_type}, the policy on {device.type}"
     config = model.config.get_text_config()
     architecture = _architecture(model)
     if architecture not in ModelRegistry.get_supported_archs():
@@ -284,7 +295,14 @@ def single_members(config: Config) -> bool:
     return config.sampling.members == "single" and config.model.members > 1
 
 
-def _start(config: Config, model: PreTrainedModel, device: torch.device, max_length: int, kv_bytes: int) -> Any:
+def _start(
+    config: Config,
+    model: PreTrainedModel,
+    device: torch.device,
+    max_length: int,
+    kv_bytes: int,
+    live: loader.LiveLora | None,
+) -> Any:
     on_gpu = device.type == "cuda"
     options: dict[str, Any] = {"worker_cls": "bpo_fast.engine.worker.KvPoolWorker"} if on_gpu else {}
     plain = config.sampling.temperature == 1.0
@@ -318,21 +336,30 @@ def _start(config: Config, model: PreTrainedModel, device: torch.device, max_len
                 enable_sleep_mode=on_gpu,
                 enforce_eager=not on_gpu,
                 logprobs_mode="raw_logprobs" if plain else "processed_logprobs",
+                additional_config={"bpo_fast": loader.graph_key(live)},
                 seed=0,
                 **options,
             )
-        except ValueError as error:
-            raise ValueError(f"sampling.engine = vllm: {' '.join(str(error).split())}") from None
+        except (ValueError, RuntimeError) as error:
+            kind = ValueError if isinstance(error, ValueError) else RuntimeError
+            said = " ".join(str(error).split())
+            raise kind(f"sampling.engine = vllm: {said}; choose sampling.engine = hf") from None
 
 
 def _shut_down(llm: Any, own_group: bool) -> None:
-    """Ends vLLM; it destroys whatever process group it finds, also one that was there before it."""
+    """Ends vLLM."""
+    with preserved(ENVIRON), _group_spared(own_group):
+        llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def _group_spared(own_group: bool) -> Iterator[None]:
+    """vLLM destroys whatever process group it finds; inside, not one that was there before it."""
     destroy = torch.distributed.destroy_process_group
     try:
         if not own_group:
             torch.distributed.destroy_process_group = lambda group=None: group and destroy(group)
-        with preserved(ENVIRON):
-            llm.llm_engine.engine_core.shutdown()
+        yield
     finally:
         torch.distributed.destroy_process_group = destroy
 

@@ -52,6 +52,17 @@ def test_training_gets_the_kv_cache_back_and_refresh_copies_nothing(tmp_path):
         engine.close()
 
 
+def test_a_compiled_graph_is_not_taken_for_that_of_another_form(tmp_path):
+    for form in ({"model.full": True}, {"model.members": 1}, {"model.members": 5}):
+        policy, engine = open_engine(tmp_path, **form)
+        try:
+            engine.refresh(0)
+            move(policy)
+            engine.refresh(1)
+        finally:
+            engine.close()
+
+
 @pytest.mark.parametrize("members", ["average", "single"])
 def test_graphs_follow_the_members_in_place(tmp_path, members):
     policy, engine = open_engine(tmp_path, **{"model.members": 3, "sampling.members": members})

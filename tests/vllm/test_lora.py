@@ -70,6 +70,23 @@ def test_training_is_bit_for_bit_that_of_engine_hf(llama_dir, learner):
         )
 
 
+def test_vllm_knows_the_compiled_graphs_of_the_forms_apart(llama_dir, learner):
+    form = {"sampling__merge_lora": False}
+    forms = [
+        {"model__full": True},
+        *({"model__members": members} | form for members in (1, 5)),
+        {"model__members": 5, "model__lora_alpha": 16.0} | form,
+        {"model__members": 5, "sampling__members": "single"} | form,
+    ]
+    keys = []
+    for knobs in (*forms, forms[2]):
+        _, engine = learner(llama_dir, **knobs)
+        keys.append(engine._session.llm.llm_engine.vllm_config.compute_hash())
+        engine.close()
+    assert len(set(keys)) == len(forms)
+    assert keys[-1] == keys[2]
+
+
 def test_some_targets_only(llama_dir, learner):
     policy, engine = learner(llama_dir, model__lora_targets=["v_proj", "up_proj"], sampling__merge_lora=False)
     train_a_little(policy)

@@ -42,12 +42,15 @@ def state():
     }
 
 
-def test_nothing_of_the_process_changes(llama_dir, learner, capfd):
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_nothing_of_the_process_changes(llama_dir, learner, capfd, num_threads):
+    torch.set_num_threads(num_threads)
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
     import bpo_fast.engine.vllm  # noqa: F401
 
     before = state()
+    assert before["threads"] == num_threads
     try:
         policy, engine = learner(llama_dir, model__full=True)
         after_start = state()
@@ -98,6 +101,35 @@ def test_a_policy_that_cannot_be_built_leaves_no_engine(llama_dir, monkeypatch):
         with pytest.raises(ValueError, match="no such policy"):
             load_learner(*arguments)
     load_learner(*arguments)[1].close()
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_a_start_that_fails_half_way_leaves_nothing_behind(llama_dir, learner, monkeypatch, tmp_path, is_grouped):
+    import bpo_fast.engine.vllm  # noqa: F401
+
+    if is_grouped:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        before = state()
+        with monkeypatch.context() as patch:
+            patch.setattr("bpo_fast.engine.session.kv_budget", lambda *args: 1000)
+            with pytest.raises(
+                ValueError, match=r"^sampling\.engine = vllm: .*cache blocks.*; choose sampling\.engine = hf"
+            ):
+                learner(llama_dir, model__full=True)
+        after = state()
+        for name, value in before.items():
+            assert after[name] == value, name
+        assert torch.distributed.is_initialized() == is_grouped
+        policy, engine = learner(llama_dir, model__full=True)
+        engine.refresh(0)
+        [[c]] = engine.generate(prompts(1), SamplingParams(8, temperature=0.0), run_seed=0, policy_version=0)
+        assert [c.ids] == greedy_by_transformers(policy, prompts(1), 8)
+        engine.close()
+        assert torch.distributed.is_initialized() == is_grouped
+    finally:
+        if is_grouped:
+            torch.distributed.destroy_process_group()
 
 
 def test_a_process_group_that_was_there_stays(llama_dir, learner, tmp_path):
