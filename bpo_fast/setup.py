@@ -141,12 +141,9 @@ def load_learner(
     reason = versions.trouble() if wanted == "auto" else None
     if wanted != "hf" and reason is None:
         versions.require()
-        # importing vLLM takes seconds and changes the process: only where it is used
-        from bpo_fast.engine.vllm import load_learner as load_on_vllm
-
         try:
-            return load_on_vllm(config, device, max_length, say)
-        except versions.UnsupportedModelError as error:
+            return _load_on_vllm(config, device, max_length, say)
+        except versions.UnusableError as error:
             if wanted == "vllm":
                 raise
             reason = str(error)
@@ -168,6 +165,18 @@ def load_learner(
         batch_size=config.sampling.batch_size,
     )
     return policy, engine
+
+
+def _load_on_vllm(config: Config, device: torch.device, max_length: int, say: Callable[[str], None]):
+    try:
+        # importing vLLM takes seconds and changes the process: only where it is used
+        from bpo_fast.engine.vllm import load_learner as load_on_vllm
+    except (ImportError, OSError) as error:
+        said = " ".join(str(error).split())
+        raise versions.UnusableError(
+            f"sampling.engine = vllm: vLLM {versions.installed()} does not import ({said}); choose sampling.engine = hf"
+        ) from error
+    return load_on_vllm(config, device, max_length, say)
 
 
 def _annotator(config: Config, device: torch.device) -> Checked:

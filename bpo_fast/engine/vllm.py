@@ -20,13 +20,18 @@ from bpo_fast.engine.host_state import Interrupts, preserved, preserved_random
 from bpo_fast.engine.probe import Probe, ProbeResult
 from bpo_fast.engine.session import Session, open_session
 from bpo_fast.engine.stopping import StopStrings
-from bpo_fast.engine.versions import UnsupportedModelError
+from bpo_fast.engine.versions import UnsupportedModelError, UnusableError
 from bpo_fast.policy import Policy, load_policy
 from bpo_fast.types import Completion, Prompt
 
 with preserved():
     from vllm import SamplingParams as VllmParams
     from vllm.sampling_params import RequestOutputKind
+
+
+CUT_LOGPS = "at a temperature other than 1 its log-probs are those after the cut of sampling.top_p and sampling.top_k"
+# ends of a request that are none of a completion
+GIVEN_UP = ("abort", "error")
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,13 @@ def load_learner(
         say: told in one line how the weights are held.
 
     Raises:
-        ValueError: vLLM is missing or untested, does not run the model, or has no room for its KV cache.
-        RuntimeError: this process has an engine already.
+        UnusableError: log-probs are asked for that vLLM does not have, or it does not run the model.
+        ValueError: vLLM is missing or untested, or has no room for its KV cache.
+        RuntimeError: this process has an engine already, or vLLM does not start.
     """
+    sampling = config.sampling
+    if config.method.ref_logps == "sampler" and _cuts_logps(sampling.temperature, sampling.top_p, sampling.top_k):
+        raise UnusableError(f"sampling.engine = vllm: {CUT_LOGPS}; choose method.ref_logps = trainer")
     sessions: list[Session] = []
     try:
         policy = load_policy(
@@ -202,6 +211,8 @@ class VllmEngine:
                 )
         if params.logps and params.temperature not in (0.0, self._session.logps_temperature):
             raise ValueError(f"temperature = {params.temperature}: log-probs are of {self._session.logps_temperature}")
+        if params.logps and _cuts_logps(params.temperature, params.top_p, params.top_k):
+            raise ValueError(f"temperature = {params.temperature}: {CUT_LOGPS}")
         if params.single_members and not self._session.member_rows:
             raise ValueError("sampling.members: vLLM was not opened for single members")
 
@@ -272,6 +283,11 @@ class VllmEngine:
         }
         done = self._run(requests, call)
         return [done[i].ids for i in requests], [done[i].logps for i in requests]
+
+
+def _cuts_logps(temperature: float, top_p: float, top_k: int) -> bool:
+    """Whether vLLM's log-probs are of what the tail's cut has left: those at 1 are taken before it, others after."""
+    return temperature not in (0.0, 1.0) and (top_p < 1 or top_k > 0)
 
 
 @dataclass(frozen=True)

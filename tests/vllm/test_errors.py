@@ -1,7 +1,10 @@
 """What a user can cause is said in one line that names the way out."""
 
 import dataclasses
+import re
+import sys
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from tiny_vllm import MAX_LENGTH, save_model, settings
 from transformers import LlamaConfig
 
 from bpo_fast.engine import SamplingParams, kv_budget, session, versions
-from bpo_fast.engine.versions import UnsupportedModelError
+from bpo_fast.engine.versions import UnsupportedModelError, UnusableError
 from bpo_fast.policy import load_model
 from bpo_fast.setup import load_learner
 from bpo_fast.types import Prompt
@@ -114,10 +117,57 @@ def test_the_least_kv_budget_is_enough_and_gives_the_same_completions(llama_dir,
     assert least == few == roomy  # with little room vLLM stops sequences half-way and begins them anew
 
 
-def test_an_error_of_vllm_is_one_line(llama_dir, monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [(ValueError, ValueError), (RuntimeError, RuntimeError), (torch.OutOfMemoryError, RuntimeError)],
+)
+def test_an_error_of_vllm_is_one_line(llama_dir, monkeypatch, raised, kind):
     def refuse(**options):
-        raise ValueError("no\n  such thing")
+        raise raised("no\n  such thing")
 
     monkeypatch.setattr(session.vllm, "LLM", refuse)
-    with pytest.raises(ValueError, match=r"^sampling\.engine = vllm: no such thing$"):
+    wanted = r"^sampling\.engine = vllm: no such thing; choose sampling\.engine = hf$"
+    with pytest.raises(kind, match=wanted) as found:
         load_learner(settings(llama_dir), CPU, MAX_LENGTH, lambda line: None)
+    assert found.type is kind  # what the command line turns into one line
+
+
+@pytest.mark.parametrize("error", [ImportError("libcudart.so.13: cannot open\n shared object file"), OSError("libc")])
+def test_a_vllm_that_does_not_import_leaves_the_run_to_hf(llama_dir, monkeypatch, error):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "bpo_fast.engine.vllm":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "bpo_fast.engine.vllm", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    said = " ".join(str(error).split())
+    words = f"sampling.engine = vllm: vLLM {versions.installed()} does not import ({said}); choose sampling.engine = hf"
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        load_learner(settings(llama_dir), CPU, MAX_LENGTH, lambda line: None)
+    assert falls_back(llama_dir) == [f"sampling: transformers ({words})"]
+
+
+def test_a_vllm_for_another_device_leaves_the_run_to_hf(llama_dir, monkeypatch):
+    monkeypatch.setattr(session, "current_platform", SimpleNamespace(device_type="cuda"))
+    words = f"this vLLM {versions.installed()} runs on cuda, the policy on cpu"
+    with pytest.raises(UnsupportedModelError, match=f"{re.escape(words)}; choose sampling.engine = hf"):
+        load_learner(settings(llama_dir), CPU, MAX_LENGTH, lambda line: None)
+    [line] = falls_back(llama_dir)
+    assert words in line
+
+
+def test_log_probs_that_vllm_does_not_have_leave_the_run_to_hf(llama_dir):
+    wanted = {"method__ref_logps": "sampler", "sampling__temperature": 0.7, "sampling__top_p": 0.9}
+    with pytest.raises(UnusableError, match=r"those after the cut of .*; choose method\.ref_logps = trainer"):
+        load_learner(settings(llama_dir, **wanted), CPU, MAX_LENGTH, lambda line: None)
+    [line] = falls_back(llama_dir, **wanted)
+    assert "those after the cut" in line
+
+
+def falls_back(folder, **knobs) -> list[str]:
+    """What is said where engine auto takes hf."""
+    said: list[str] = []
+    _, engine = load_learner(settings(folder, sampling__engine="auto", **knobs), CPU, MAX_LENGTH, said.append)
+    assert engine.name == "hf"
+    return said
