@@ -1,6 +1,10 @@
-"""The real vLLM on tiny random models. Without vLLM the tests are left out, unless BPO_FAST_REQUIRE_VLLM is set."""
+"""The real vLLM on tiny random models. Without vLLM the tests are left out.
+
+With BPO_FAST_REQUIRE_VLLM a missing vLLM is an error, and a test that is skipped has failed.
+"""
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -9,10 +13,31 @@ from tiny_vllm import MAX_LENGTH, save_model, settings
 
 from bpo_fast.engine import versions
 
-if os.environ.get("BPO_FAST_REQUIRE_VLLM"):
+REQUIRED = bool(os.environ.get("BPO_FAST_REQUIRE_VLLM"))
+
+if REQUIRED:
     versions.require()
 elif versions.trouble():
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    return without_skip(report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    return without_skip(report)
+
+
+def without_skip(report):
+    """The report of a test or of a module, failed where it was skipped and vLLM is required."""
+    if REQUIRED and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"skipped, although vLLM is required: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(scope="session")
