@@ -53,6 +53,7 @@ class Collector:
             version: optimizer steps of the weights that sample.
         """
         self.overlapped_s = 0.0
+        num_retried = self._engine.num_retried
         pairs, dropped, completions = self._sample(phase, prompts, version)
         num_spare = 0
         while self._config.annotator.refill and len(pairs) < len(prompts) and num_spare < len(spare):
@@ -60,7 +61,8 @@ class Collector:
             num_spare += len(more)
             new_pairs, new_dropped, new_completions = self._sample(phase, more, version)
             pairs, dropped, completions = pairs + new_pairs, dropped + new_dropped, completions + new_completions
-        metrics = _completion_metrics(completions, pairs)
+        metrics = _completion_metrics([c for c in completions if not c.aborted], pairs)
+        metrics["completions/num_retried"] = self._engine.num_retried - num_retried
         counts = PairCounts.of(pairs, (d.reason for d in dropped))
         return PhasePairs(phase.index, version, tuple(pairs), counts, metrics, num_spare, dropped=tuple(dropped))
 
@@ -170,7 +172,7 @@ def _completion_metrics(completions: Sequence[Completion], pairs: Sequence[Pair]
         f"completions/{k}": v
         for k, v in shape([c.ids for c in completions], [c.truncated for c in completions]).items()
     }
-    out |= {"completions/min_length": min(lengths), "completions/max_length": max(lengths)}
+    out |= {"completions/min_length": min(lengths, default=0), "completions/max_length": max(lengths, default=0)}
     out["completions/num_tokens"] = sum(lengths)
     if pairs:
         out["objective/scores"] = sum(p.chosen_score + p.rejected_score for p in pairs) / (2 * len(pairs))

@@ -18,7 +18,7 @@ from bpo_fast.annotate import Checked
 from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.config import Config
 from bpo_fast.engine import SamplingParams
-from bpo_fast.evaluate import against_labels
+from bpo_fast.evaluate import against_labels, whole
 from bpo_fast.files import write_atomic
 from bpo_fast.loading import pick_device
 from bpo_fast.progress import Progress
@@ -249,7 +249,10 @@ def _contestant(source: str, config: Config, progress: Progress) -> Contestant:
             prompts, params, run_seed=0, policy_version=0, on_done=lambda done: task.advance(len(done))
         )
     engine.close()
-    return Contestant(name, {p.id: p for p in prompts}, {c.prompt_id: c for (c,) in sampled}, sampled=True)
+    answered, outputs = whole(prompts, sampled)
+    if len(answered) < len(prompts):
+        progress.print(f"{name}: left out: {len(prompts) - len(answered)} that the engine gave up")
+    return Contestant(name, {p.id: p for p in answered}, {c.prompt_id: c for c in outputs}, sampled=True)
 
 
 def _form(source: str, config: Config) -> Any:

@@ -40,13 +40,13 @@ def judge_greedy(
         task: progress task; it advances by one a prompt.
 
     Returns:
-        One row a prompt, as RUN/eval.jsonl holds them.
+        One row a prompt, as RUN/eval.jsonl holds them; none where the engine gave the output up.
     """
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0, stop=stop)
     sampled = engine.generate(
         prompts, params, run_seed=0, policy_version=policy_version, on_done=lambda done: task.advance(len(done))
     )
-    outputs = [c[0] for c in sampled]
+    prompts, outputs = whole(prompts, sampled)
     judged = {j.name: against_labels(j, prompts, outputs) for j in judges}
     return [
         {
@@ -64,6 +64,12 @@ def judge_greedy(
         }
         for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
     ]
+
+
+def whole(prompts: Sequence[Prompt], sampled: Sequence[Sequence[Completion]]) -> tuple[list[Prompt], list[Completion]]:
+    """The completions of one call, each with its prompt, without those that the engine gave up."""
+    kept = [(p, c) for p, group in zip(prompts, sampled, strict=True) for c in group if not c.aborted]
+    return [p for p, _ in kept], [c for _, c in kept]
 
 
 def against_labels(

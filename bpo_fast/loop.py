@@ -298,7 +298,8 @@ class Loop:
         )
 
     def _summarise(self, rows: list[EvalRow]) -> dict[str, Any]:
-        return summarise(rows, [j.name for j in self._parts.judges])
+        num_aborted = len(self._parts.held_out) - len(rows)
+        return summarise(rows, [j.name for j in self._parts.judges]) | {"num_aborted": num_aborted}
 
     def _held_out_kl(self) -> float | None:
         """Nats a completion, on fresh samples of held-out prompts."""

@@ -92,7 +92,7 @@ def make_pairs(
     pairs: list[Pair] = []
     dropped: list[Dropped] = []
     for prompt, (first, second), (a, b) in zip(prompts, completions, scores, strict=True):
-        if any(not c.ids and not c.stopped for c in (first, second)):
+        if first.aborted or second.aborted:
             reason = "aborted"
         elif not first.ids or not second.ids:
             reason = "empty"

@@ -6,6 +6,7 @@ from pathlib import Path
 from bpo_fast import prompts as data
 from bpo_fast.config import Config
 from bpo_fast.engine import SamplingParams
+from bpo_fast.evaluate import whole
 from bpo_fast.files import write_atomic
 from bpo_fast.loading import pick_device
 from bpo_fast.progress import Progress
@@ -46,7 +47,7 @@ def sample(config: Config, out: Path, *, n: int, temperature: float) -> None:
         )
         engine.refresh(0)
         with progress.task("sampling", n * len(prompts)) as task:
-            completions = engine.generate(
+            sampled = engine.generate(
                 prompts,
                 params,
                 run_seed=config.run.seed,
@@ -54,6 +55,9 @@ def sample(config: Config, out: Path, *, n: int, temperature: float) -> None:
                 on_done=lambda done: task.advance(len(done)),
             )
         engine.close()
+        owners, completions = whole(prompts, sampled)
+        if len(completions) < n * len(prompts):
+            progress.print(f"left out: {n * len(prompts) - len(completions)} completions that the engine gave up")
     lines = [
         {
             "prompt": prompt.text,
@@ -62,7 +66,6 @@ def sample(config: Config, out: Path, *, n: int, temperature: float) -> None:
             "truncated": completion.truncated,
             "num_tokens": len(completion.ids),
         }
-        for prompt, group in zip(prompts, completions, strict=True)
-        for completion in group
+        for prompt, completion in zip(owners, completions, strict=True)
     ]
     write_atomic(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

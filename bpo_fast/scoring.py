@@ -21,6 +21,8 @@ Scores = dict[int, tuple[float | None, float | None]]  # of both completions, by
 class PairScorer:
     """Scores the two completions of every prompt of one call of the engine; a context manager.
 
+    Pairs with a completion that the engine gave up are not scored.
+
     Args:
         annotator: scores both completions of a prompt at once.
         prompts: of the call.
@@ -73,7 +75,9 @@ class PairScorer:
 
     def _score(self, group: Sequence[Prompt]) -> Scores:
         start = time.perf_counter()
-        firsts, seconds = ([self._found[p.id, s] for p in group] for s in range(2))
-        both = self._annotator.duel(group, firsts, seconds)
+        whole = [p for p in group if not any(self._found[p.id, s].aborted for s in range(2))]
+        firsts, seconds = ([self._found[p.id, s] for p in whole] for s in range(2))
+        scores: Scores = dict.fromkeys((p.id for p in group), (None, None))
+        scores |= zip((p.id for p in whole), self._annotator.duel(whole, firsts, seconds), strict=True)
         self.busy_s += time.perf_counter() - start
-        return {p.id: scores for p, scores in zip(group, both, strict=True)}
+        return scores

@@ -56,6 +56,11 @@ class Completion:
     stopped: bool = False
     member: int | None = None
 
+    @property
+    def aborted(self) -> bool:
+        """Whether the engine gave it up, twice: what it sampled to an end has ids, or a stop string came first."""
+        return not self.ids and not self.stopped
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from bpo_fast.cli import app
 from bpo_fast.contest import Contestant, Judged, head_to_head, read_outputs, shape
+from bpo_fast.engine.hf import HfEngine
 from bpo_fast.types import Completion, Prompt
 
 
@@ -52,6 +53,28 @@ def test_a_run_is_evaluated_as_it_was_at_its_end(run, tmp_path):
     assert 0 <= low <= side["judges"]["letters"]["win_rate"]["mean"] <= high <= 1
     assert "win rate, letters" in text
     assert text.splitlines()[-1] == str(tmp_path / "e")
+
+
+def test_answers_that_the_engine_gave_up_are_left_out(run, tiny_model_dir, tiny_data, tmp_path, monkeypatch):
+    decode = HfEngine._decode
+
+    def decode_but_one(self, requests, params, stop):
+        sampled = decode(self, requests, params, stop)
+        return [((), None) if r.prompt.id == 2 else s for r, s in zip(requests, sampled, strict=True)]
+
+    monkeypatch.setattr(HfEngine, "_decode", decode_but_one)
+    code, _, err = call("eval", run, "--out", tmp_path / "e")
+    assert code == 0
+    assert "left out: 1 that the engine gave up" in err
+    assert [r["prompt_id"] for r in rows_of(tmp_path / "e" / "rows.jsonl")] == [0, 1, 3, 4, 5]
+    assert rows_of(tmp_path / "e" / "outputs.jsonl")[2] == {"completion": None}
+    args = ["--model", tiny_model_dir, "--data", f"{tiny_data.eval}[:4]", "--engine", "hf", "--max-new-tokens", 4]
+    code, _, err = call("sample", *args, "--device", "cpu", "--n", 2, "--out", tmp_path / "s.jsonl")
+    assert code == 0, err
+    assert "left out: 2 completions that the engine gave up" in err
+    assert [r["prompt"] for r in rows_of(tmp_path / "s.jsonl")] == [
+        question(i) + " Assistant:" for i in (64, 65, 67) for _ in range(2)
+    ]
 
 
 def test_checkpoint_adapter_merged_model_and_published_outputs_are_the_same_thing(run, tmp_path, tiny_data):

@@ -53,15 +53,17 @@ def test_length_truncation_and_diversity(outputs, truncated, expected):
 
 
 class Echo:
-    """Answers with the last id of the prompt, greedily."""
+    """Answers with the last id of the prompt, greedily; gives up where that is 0."""
 
     name = "echo"
 
     def generate(self, prompts, params, *, run_seed, policy_version, on_done=None):
         assert (params.temperature, params.n, params.max_new_tokens) == (0.0, 1, 9)
         on_done(prompts)
+        ids = [p.ids[-1:] if any(p.ids) else () for p in prompts]
         return [
-            [Completion(p.id, 0, p.ids[-1:], f" answer {p.ids[-1]} ", p.id == 2, policy_version, 0)] for p in prompts
+            [Completion(p.id, 0, x, f" answer {p.ids[-1]} ", p.id == 2, policy_version, 0)]
+            for p, x in zip(prompts, ids, strict=True)
         ]
 
 
@@ -79,6 +81,15 @@ class Length:
 def judged(prompts, *judges):
     with Progress(quiet=True) as progress, progress.task("evaluation", len(prompts)) as task:
         return judge_greedy(Echo(), prompts, judges, max_new_tokens=9, policy_version=5, when="after", task=task)
+
+
+def test_outputs_that_the_engine_gave_up_are_left_out():
+    prompts = [Prompt(1, "Q1", (0,), label="a"), Prompt(2, "Q2", (12,), label="b"), Prompt(3, "Q3", (0,))]
+    judge = Length()
+    [row] = judged(prompts, Checked("length", judge))
+    assert row["prompt_id"] == 2
+    assert judge.calls == [[(2, 2, " answer 12 ")], [(2, 2, " b")]]
+    assert judged(prompts[:1], Checked("length", judge)) == []
 
 
 def test_outputs_and_references_are_scored_on_their_own_prompts():

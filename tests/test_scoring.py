@@ -1,3 +1,4 @@
+import dataclasses
 import random
 import threading
 import time
@@ -115,13 +116,44 @@ def test_an_annotator_that_fails_stops_the_sampling_at_once():
     assert len(failing.asked) < 6
 
 
-def test_an_interrupt_does_not_wait_for_groups_that_have_not_begun():
-    slow = Recorder(pause_s=0.2)
+def test_an_interrupt_does_not_wait_for_an_annotator_that_hangs():
+    goes_on, begun = threading.Event(), threading.Event()
+
+    class Hanging(Recorder):
+        def score(self, prompts, completions):
+            begun.set()
+            goes_on.wait(30)
+            return super().score(prompts, completions)
+
+    hanging = Hanging()
+
+    def interrupted():
+        with PairScorer(Checked("hanging", hanging), PROMPTS, overlap=True) as scorer:
+            scorer.add(COMPLETIONS)
+            begun.wait(30)
+            raise KeyboardInterrupt
+
     start = time.perf_counter()
-    with PairScorer(Checked("slow", slow), PROMPTS, overlap=True) as scorer:
-        scorer.add(COMPLETIONS)  # and leave, as an exception would
-    assert time.perf_counter() - start < 0.8
-    assert len(slow.asked) <= 2
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.perf_counter() - start < 10
+    goes_on.set()
+    time.sleep(0.2)
+    assert len(hanging.asked) <= 1  # groups that had not begun never do
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_what_the_engine_gave_up_is_not_asked_about(overlap):
+    lost = {(PROMPTS[2].id, 1), (PROMPTS[9].id, 0)}
+    completions = [
+        dataclasses.replace(c, ids=(), text="") if (c.prompt_id, c.sample_id) in lost else c for c in COMPLETIONS
+    ]
+    recorder = Recorder()
+    scores = run(recorder, overlap, completions)
+    assert {i for i, both in scores.items() if both == (None, None)} == {i for i, _ in lost}
+    asked = [key for group in recorder.asked for key in group]
+    assert set(asked) == {(p.id, s) for p in PROMPTS for s in range(2) if p.id not in {i for i, _ in lost}}
+    assert len(asked) == 2 * (len(PROMPTS) - 2)
 
 
 def test_a_run_has_the_same_pairs_with_and_without_overlap(tiny_model_dir, tiny_data, tmp_path):

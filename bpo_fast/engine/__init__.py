@@ -81,11 +81,13 @@ class Engine(Protocol):
         name: what it is called in settings.
         kv_bytes: of a KV cache that outlives a call; None where it grows with the batch and goes with it.
         kv_stays: whether that cache keeps its memory while the policy trains.
+        num_retried: completions so far that it has sampled a second time.
     """
 
     name: str
     kv_bytes: int | None
     kv_stays: bool
+    num_retried: int
 
     def generate(
         self,

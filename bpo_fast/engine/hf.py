@@ -32,6 +32,7 @@ class HfEngine:
     name = "hf"
     kv_bytes: int | None = None
     kv_stays = False
+    num_retried = 0
 
     def __init__(
         self,

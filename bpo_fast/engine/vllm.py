@@ -240,7 +240,7 @@ class VllmEngine:
                     drawn[key].add(output.outputs[0])
                     if call.stop and not output.finished and call.stop.found(drawn[key].ids):
                         stopped.append(str(key))
-                    elif not output.finished or output.outputs[0].finish_reason == "abort":
+                    elif not output.finished or output.outputs[0].finish_reason in GIVEN_UP:
                         continue
                     done[key] = self._completion(requests[key], drawn[key].ids, drawn[key].logps, call)
                     finished.append(done[key])

@@ -104,6 +104,16 @@ def test_greedy_tokens_are_transformers_tokens(full):
     assert greedy == greedy_by_transformers(policy, questions, 16)
 
 
+def test_logps_are_those_before_a_cut(full):
+    policy, engine = full
+    [question] = prompts(1)
+    with torch.no_grad():
+        logps = policy.model(input_ids=torch.tensor([question.ids])).logits[0, -1].log_softmax(-1)
+    for cut in ({"top_p": 0.5}, {"top_k": 2}):
+        for c in draw(engine, [question], num_new=1, n=20, logps=True, **cut)[0]:
+            assert c.logps[0] == pytest.approx(float(logps[c.ids[0]]), abs=1e-4)
+
+
 def test_top_k_cuts(full):
     policy, engine = full
     [question] = prompts(1)
@@ -149,26 +159,39 @@ def test_what_does_not_fit_is_named(full):
         draw(engine, prompts(1), single_members=True)
 
 
+@pytest.mark.parametrize("reason", [None, "abort", "error"])
 @pytest.mark.parametrize("num_aborts", [1, 2])
-def test_an_aborted_request_is_sampled_once_more_then_dropped(full, monkeypatch, num_aborts):
+def test_an_aborted_request_is_sampled_once_more_then_dropped(full, monkeypatch, num_aborts, reason):
     _, engine = full
     questions = prompts(4)
     whole = draw(engine, questions)
     vllm_engine, aborted = engine._session.llm.llm_engine, []
-    add_request = vllm_engine.add_request
+    add_request, step = vllm_engine.add_request, vllm_engine.step
 
-    def add_and_abort(request_id, *args):
+    def add_and_abort(request_id, *args):  # no output ever comes of it
         add_request(request_id, *args)
         if request_id == "3" and len(aborted) < num_aborts:
             aborted.append(request_id)
             vllm_engine.abort_request([request_id])
 
-    monkeypatch.setattr(vllm_engine, "add_request", add_and_abort)
+    def step_and_abort():  # it ends with what has been sampled so far, and this reason
+        outputs = step()
+        for output in outputs:
+            if output.request_id == "3" and output.finished and len(aborted) < num_aborts:
+                aborted.append(output.request_id)
+                output.outputs[0].finish_reason = reason
+        return outputs
+
+    if reason:
+        monkeypatch.setattr(vllm_engine, "step", step_and_abort)
+    else:
+        monkeypatch.setattr(vllm_engine, "add_request", add_and_abort)
     before = engine.num_retried
     again = flat(draw(engine, questions))
     assert engine.num_retried == before + 1
     assert [c for i, c in enumerate(again) if i != 3] == [c for i, c in enumerate(flat(whole)) if i != 3]
     assert again[3].ids == (flat(whole)[3].ids if num_aborts == 1 else ())
+    assert [c.aborted for c in again] == [i == 3 and num_aborts == 2 for i in range(len(again))]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
