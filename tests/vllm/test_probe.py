@@ -44,6 +44,16 @@ def test_a_merge_that_was_left_out_is_named(llama_dir, learner, monkeypatch):
         engine.refresh(4)
 
 
+def test_a_weight_that_vllm_has_replaced_is_named(llama_dir, learner):
+    policy, engine = learner(llama_dir, model__full=True)
+    engine.refresh(0)
+    layer = engine._session.module.model.layers[1].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    train_a_little(policy)
+    with pytest.raises(RuntimeError, match=r"first difference: the output of model\.layers\.1\.mlp\.down_proj"):
+        engine.refresh(4)
+
+
 def test_a_layer_that_computes_something_else_is_named(llama_dir, learner):
     _, engine = learner(llama_dir, model__full=True)
     engine.refresh(0)

@@ -5,15 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from tiny_vllm import settings
 
+from bpo_fast import scoring
+from bpo_fast.annotate import Checked
 from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.config import replace, to_toml
+from bpo_fast.contest import base_config, evaluate
+from bpo_fast.engine.session import Session
 from bpo_fast.engine.vllm import VllmEngine
+from bpo_fast.metrics import read_metrics
+from bpo_fast.run import Run
 from bpo_fast.train import train
 
 
@@ -92,6 +99,58 @@ def test_a_killed_and_resumed_run_ends_as_one_that_was_not(llama_dir, tiny_data,
         train(replace(config, {"sampling.engine": "hf"}), resume=cut, quiet=True)
     train(settings(llama_dir, **knobs(tiny_data, cut, **form)), resume=cut, quiet=True)
     assert_same(whole, cut)
+
+
+def test_a_run_whose_sampler_is_stale_fails(llama_dir, tiny_data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(Session, "copy_weights", lambda self: 0)
+    config = settings(llama_dir, **knobs(tiny_data, out, model__members=2, optim__learning_rate=3e-2))
+    with pytest.raises(
+        RuntimeError, match=r"^step 2: vLLM does not sample from the policy: .* the weights of model\.l"
+    ):
+        train(config, quiet=True)
+    assert [p.name for p in (out / "pairs").iterdir()] == ["phase-00.jsonl"]
+    assert not (out / "summary.json").exists()
+
+
+def test_pairs_are_the_same_with_and_without_overlap_and_where_vllm_aborts(llama_dir, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "GROUP_PAIRS", 2)
+    run, duel, places = VllmEngine._run, Checked.duel, set()
+
+    def run_and_abort(self, requests, call, on_done=None):
+        """The second phase loses a completion at first, the third one loses another for good."""
+        if call.params.n == 2 and (call.policy_version, len(requests)) in ((2, 16), (4, 16), (4, 1)):
+            requests = {key: r for key, r in requests.items() if key != 5}
+        return run(self, requests, call, on_done)
+
+    def noted(self, *args):
+        places.add(threading.current_thread() is threading.main_thread())
+        return duel(self, *args)
+
+    monkeypatch.setattr(VllmEngine, "_run", run_and_abort)
+    monkeypatch.setattr(Checked, "duel", noted)
+    for overlap in (True, False):
+        out = tmp_path / str(overlap)
+        train(settings(llama_dir, **knobs(tiny_data, out, model__full=True, annotator__overlap=overlap)), quiet=True)
+        phases = [line for line in read_metrics(out) if line["kind"] == "phase"]
+        assert [line["completions/num_retried"] for line in phases] == [0, 1, 1]
+        assert [line["pairs/aborted"] for line in phases] == [0, 0, 1]
+        assert places == {not overlap}
+        places.clear()
+    assert_same(tmp_path / "True", tmp_path / "False")
+
+
+def test_eval_decodes_what_the_run_has_trained(llama_dir, tiny_data, tmp_path):
+    run = tmp_path / "run"
+    knobs_ = knobs(tiny_data, run, model__members=2, optim__learning_rate=3e-2, eval__judges=("toy_annotator:letters",))
+    train(settings(llama_dir, **knobs_), quiet=True)
+    evaluate(base_config(str(run)), str(run), None, tmp_path / "eval")
+    answers = {
+        when: [r["output"] for r in Run(run, resume=True).read_eval() if r["when"] == when]
+        for when in ("before", "after")
+    }
+    again = [json.loads(line)["output"] for line in (tmp_path / "eval" / "rows.jsonl").read_text().splitlines()]
+    assert again == answers["after"] != answers["before"]
 
 
 def test_a_run_that_was_killed_outright_resumes_to_the_same_bits(llama_dir, tiny_data, tmp_path):
