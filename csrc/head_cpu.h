@@ -49,8 +49,8 @@ int64_t column_words(int64_t rows) {
 
 // [4][T]: the fields of RowStats.
 struct Stats {
-  float *logps, *shift, *inv_sum, *miss;
-  Stats(float* base, int64_t n) : logps(base), shift(base + n), inv_sum(base + 2 * n), miss(base + 3 * n) {}
+  float *logps, *shift, *inv_sum, *push;
+  Stats(float* base, int64_t n) : logps(base), shift(base + n), inv_sum(base + 2 * n), push(base + 3 * n) {}
 };
 
 // Where E lives: the first panels in dW, as long as nothing was summed there, the others [panel][padded_vocab][kPanel].
@@ -261,6 +261,13 @@ struct Group {
   float* pull_panel(int64_t i) { return pull.get() + i * head.padded_width() * kPanel; }
 };
 
+// dX of a row: `push` times its target's row of the head, and `factor` times its column of a panel's W^T E.
+template <class H>
+void write_dx(const H& head, int64_t row, float push, float factor, const float* pull, float* dx) {
+  const auto* w = head.weight + head.targets[row] * head.width;
+  for (int64_t h = 0; h < head.width; ++h) dx[row * head.width + h] = push * to_float(w[h]) + factor * pull[h * kPanel];
+}
+
 enum class Pass { kExp, kTop };
 
 // Sweep the vocabulary over the panels of `which`: E and S' (and dX before its scaling), or the largest logits.
@@ -319,7 +326,7 @@ float target_slope(const H& head, float scaled_logit) {
   return 1.0f - t * t;
 }
 
-// Statistics, the target's entry of E and dX of a swept panel.
+// Statistics and dX of a swept panel.
 template <class H>
 void finish_panel(Group<H>& g, int64_t i, Stats& stats, float* unit_dx) {
   const H& head = g.head;
@@ -332,15 +339,10 @@ void finish_panel(Group<H>& g, int64_t i, Stats& stats, float* unit_dx) {
     stats.logps[row] = static_cast<float>(gap == 0 ? -std::log1p(p.sum[lane]) : gap - std::log(total));
     stats.shift[row] = p.shift[lane];
     stats.inv_sum[row] = static_cast<float>(1.0 / total);
-    stats.miss[row] = static_cast<float>(p.sum[lane] / total);
-    const float slope = target_slope(head, p.target_logit[lane]);
-    if (g.kept) assign(g.kept->at(g.first_panel + i, head.targets[row])[lane], -static_cast<float>(p.sum[lane]) * slope);
+    stats.push[row] = static_cast<float>(p.sum[lane] / total) * target_slope(head, p.target_logit[lane]);
     if (!unit_dx) continue;
-    const auto* w = head.weight + head.targets[row] * head.width;
-    const float push = head.scale * stats.miss[row] * slope, pull = head.scale * stats.inv_sum[row];
-    const float* acc = g.pull_panel(i) + lane;
-    for (int64_t h = 0; h < head.width; ++h)
-      unit_dx[row * head.width + h] = push * to_float(w[h]) - pull * acc[h * kPanel];
+    const float factor = -head.scale * stats.inv_sum[row];
+    write_dx(head, row, head.scale * stats.push[row], factor, g.pull_panel(i) + lane, unit_dx);
   }
 }
 
@@ -373,7 +375,8 @@ std::vector<int64_t> live_panels(const H& head, const float* factor, int64_t beg
 
 // dX of the panels [begin, end) from kept E; panels whose rows all have factor 0 are skipped.
 template <class H>
-void kept_dx_panels(const H& head, const Store<H>& kept, const float* factor, int64_t begin, int64_t end, float* dx) {
+void kept_dx_panels(const H& head, const Store<H>& kept, const float* factor, const float* push, int64_t begin, int64_t end,
+                    float* dx) {
   const std::vector<int64_t> live = live_panels(head, factor, begin, end);
   const int64_t panel_size = head.padded_width() * kPanel;
   Buffer pull = make_buffer(live.size() * panel_size);
@@ -391,8 +394,7 @@ void kept_dx_panels(const H& head, const Store<H>& kept, const float* factor, in
   for (size_t i = 0; i < live.size(); ++i) {
     for (int lane = 0; lane < kPanel && live[i] * kPanel + lane < head.num_rows; ++lane) {
       const int64_t row = live[i] * kPanel + lane;
-      const float* acc = pull.get() + i * panel_size + lane;
-      for (int64_t h = 0; h < head.width; ++h) dx[row * head.width + h] = factor[row] * acc[h * kPanel];
+      write_dx(head, row, push[row], factor[row], pull.get() + i * panel_size + lane, dx);
     }
   }
 }

@@ -1,4 +1,6 @@
-// dW on the CPU: dW[v] += sum over rows of E[row, v] * factor[row] * hidden[row].
+// dW on the CPU: dW[v] += sum over rows of E[row, v] * factor[row] * hidden[row], and of push[row] * hidden[row] over the
+// rows whose target is v. These terms never are bfloat16: where few of them make up dW, as with targets of tiny
+// probability, the errors of rounding E, of rounding the factors and of the result would not average out.
 //
 // Threads own runs of the vocabulary, so every number of dW has one writer and one order of summation.
 #pragma once
@@ -25,6 +27,32 @@ Array<typename H::Grads::Word> scaled_tokens(const H& head, const float* factor,
   return out;
 }
 
+// The rows that push their target's row of dW, by target and then by row.
+template <class H>
+struct Pushes {
+  const H& head;
+  const float* push;
+  std::vector<int64_t> rows;
+
+  Pushes(const H& h, const float* by_row) : head(h), push(by_row) {
+    for (int64_t row = 0; row < h.num_rows; ++row)
+      if (push[row] != 0) rows.push_back(row);
+    const auto before = [&](int64_t a, int64_t b) { return h.targets[a] < h.targets[b]; };
+    std::stable_sort(rows.begin(), rows.end(), before);
+  }
+
+  // Adds to the rows [first, first + count) of dW, which are at `to`.
+  void add(int64_t first, int64_t count, float* to) const {
+    const auto below = [&](int64_t row, int64_t v) { return head.targets[row] < v; };
+    auto at = std::lower_bound(rows.begin(), rows.end(), first, below);
+    for (; at != rows.end() && head.targets[*at] < first + count; ++at) {
+      const auto* x = head.hidden + *at * head.width;
+      float* out = to + (head.targets[*at] - first) * head.width;
+      for (int64_t h = 0; h < head.width; ++h) out[h] += push[*at] * to_float(x[h]);
+    }
+  }
+};
+
 // What one thread needs to sum blocks of the vocabulary. `fresh`: dW holds nothing yet, its first sums are written over it.
 template <class H, class Out>
 struct BlockSums {
@@ -33,13 +61,15 @@ struct BlockSums {
   static constexpr bool kInPlace = std::is_same_v<Out, float>;
   static constexpr int64_t kVisit = kDepth / kPanelWords<H>;  // panels
   const typename Op::Word* x;  // of scaled_tokens
+  const Pushes<H>& pushes;
   int64_t width, count;
   bool fresh;
   Array<Word> packed;  // E of a block, [visit][rows / kRows][words of the visit][kRows]
   Buffer sums;         // of a block, where dW is not float
 
-  BlockSums(const H& head, const Word* scaled, int64_t panels, int64_t max_rows, bool first)
+  BlockSums(const H& head, const Word* scaled, const Pushes<H>& targets, int64_t panels, int64_t max_rows, bool first)
       : x(scaled),
+        pushes(targets),
         width(head.width),
         count(panels),
         fresh(first),
@@ -56,17 +86,18 @@ struct BlockSums {
     pack_left(reinterpret_cast<const Word*>(e), stride / Op::kPack, high, kPanelWords<H>, out);
   }
 
-  // dW rows [0, rows) (+)= the product of all panels.
-  void add(int64_t rows, Out* dw) {
+  // dW rows [first, first + rows), which are at `dw`, (+)= the product of all panels and the pushes.
+  void add(int64_t first, int64_t rows, Out* dw) {
     float* to = nullptr;
     if constexpr (kInPlace) to = dw;
     else to = sums.get();
-    if (count == 0) std::fill_n(to, rows * width, 0.0f);
+    if (count == 0 && (fresh || !kInPlace)) std::fill_n(to, rows * width, 0.0f);
     for (int64_t from = 0; from < count; from += visit_panels(from)) {
       const int64_t depth = visit_panels(from) * kPanelWords<H>;
       const Word* e = packed.get() + from * round_up(rows, kRows) * kPanelWords<H>;
       add_visit(e, rows, depth, x + from * kPanelWords<H> * kPanel, to, from > 0 || (kInPlace && !fresh));
     }
+    pushes.add(first, rows, to);
     if constexpr (!kInPlace)
       for (int64_t i = 0; i < rows * width; ++i) assign(dw[i], fresh ? to[i] : to_float(dw[i]) + to[i]);
   }
@@ -107,34 +138,25 @@ int64_t recompute_block(const H& head) {
 // `live` lists the panels with a factor that is not 0, `x` holds them as scaled_tokens does.
 template <class H, class Out>
 void kept_dw_blocks(const H& head, const Store<H>& kept, const std::vector<int64_t>& live, const typename H::Grads::Word* x,
-                    bool fresh, int64_t begin, int64_t end, Out* dw) {
+                    const Pushes<H>& pushes, bool fresh, int64_t begin, int64_t end, Out* dw) {
   const int64_t count = live.size(), step = dw_block<H>(count);
-  BlockSums<H, Out> sums(head, x, count, step, fresh);
+  BlockSums<H, Out> sums(head, x, pushes, count, step, fresh);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * step, rows = std::min(step, head.vocab - first);
     for (int64_t v = 0; v < rows; v += kRows)  // along the rows of dW, where E lies in order
       for (int64_t i = 0; i < count; ++i) sums.pack(kept.at(live[i], first + v), kept.stride(live[i]), v, rows, i);
-    sums.add(rows, dw + first * head.width);
+    sums.add(first, rows, dw + first * head.width);
   }
 }
 
-// E of a block gets its targets' entries.
-template <class H>
-void fill_targets(const H& head, const Panel& panel, const float* miss_sums, int64_t first, int64_t rows, float* e) {
-  for (int lane = 0; lane < kPanel; ++lane) {
-    const int64_t v = panel.target[lane] - first;
-    if (v >= 0 && v < rows) e[v * kPanel + lane] = -miss_sums[lane] * target_slope(head, panel.target_logit[lane]);
-  }
-}
-
-// The same from the statistics alone: logits again, E from the settled shift, and `miss_sums` [T], S' of every row, for the
-// targets' entries. `tokens` are the unscaled panels that the logits come from.
+// The same from the statistics alone: logits again, and E from the settled shift. `tokens` are the unscaled panels that the
+// logits come from.
 template <class H, class Out>
-void recompute_dw_blocks(const H& head, const std::vector<Panel>& panels, const float* miss_sums,
-                         const typename H::Logits::Word* tokens, const typename H::Grads::Word* x, bool fresh, int64_t begin,
-                         int64_t end, Out* dw) {
+void recompute_dw_blocks(const H& head, const std::vector<Panel>& panels, const typename H::Logits::Word* tokens,
+                         const typename H::Grads::Word* x, const Pushes<H>& pushes, bool fresh, int64_t begin, int64_t end,
+                         Out* dw) {
   const int64_t step = recompute_block(head), count = panels.size();
-  BlockSums<H, Out> sums(head, x, count, step, fresh);
+  BlockSums<H, Out> sums(head, x, pushes, count, step, fresh);
   Block<H> scratch(head, true, false);
   auto kept = make_array<typename H::Kept>(step * kPanel);
   float* z = scratch.logits.get();
@@ -145,11 +167,10 @@ void recompute_dw_blocks(const H& head, const std::vector<Panel>& panels, const 
       scratch.multiply(head, tokens + i * head.row_words() * kPanel, rows);
       Panel local = panels[i];
       exp_block(head, z, first, rows, local);
-      fill_targets(head, local, miss_sums + i * kPanel, first, rows, z);
       for (int64_t j = 0; j < rows * kPanel; ++j) assign(kept[j], z[j]);
       for (int64_t v = 0; v < rows; v += kRows) sums.pack(kept.get() + v * kPanel, kPanel, v, rows, i);
     }
-    sums.add(rows, dw + first * head.width);
+    sums.add(first, rows, dw + first * head.width);
   }
 }
 

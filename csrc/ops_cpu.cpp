@@ -98,36 +98,39 @@ void score(Tensor hidden, Tensor weight, Tensor targets, double scale, double so
   });
 }
 
-void kept_dx(Tensor kept, std::optional<Tensor> inside, Tensor weight, bool narrow, Tensor factor, Tensor dx) {
+void kept_dx(Tensor kept, std::optional<Tensor> inside, Tensor weight, Tensor targets, bool narrow, Tensor factor, Tensor push,
+             Tensor dx) {
   dispatch(weight, narrow, [&](auto type) {
     using H = typename decltype(type)::type;
-    const auto head = make_head<H>(dx, weight, nullptr, 1.0, 0.0);
+    const auto head = make_head<H>(dx, weight, ints(targets), 1.0, 0.0);
     const auto e = make_store(head, kept, inside);
     torch::stable::parallel_for(0, head.num_panels(), 1, [&](int64_t begin, int64_t end) {
-      bpo::kept_dx_panels(head, e, floats(factor), begin, end, floats(dx));
+      bpo::kept_dx_panels(head, e, floats(factor), floats(push), begin, end, floats(dx));
     });
   });
 }
 
-void kept_dw(Tensor kept, std::optional<Tensor> inside, Tensor hidden, bool narrow, Tensor factor, bool fresh, Tensor dw) {
+void kept_dw(Tensor kept, std::optional<Tensor> inside, Tensor hidden, Tensor targets, bool narrow, Tensor factor, Tensor push,
+             bool fresh, Tensor dw) {
   dispatch(hidden, narrow, [&](auto type) {
     using H = typename decltype(type)::type;
-    const auto head = make_head<H>(hidden, dw, nullptr, 1.0, 0.0);
+    const auto head = make_head<H>(hidden, dw, ints(targets), 1.0, 0.0);
     const auto live = bpo::live_panels(head, floats(factor), 0, head.num_panels());
-    if (live.empty() && !fresh) return;
+    const bpo::Pushes<H> pushes(head, floats(push));
+    if (live.empty() && pushes.rows.empty() && !fresh) return;
     const auto x = bpo::scaled_tokens(head, floats(factor), live);
     const auto e = make_store(head, kept, inside);
     const int64_t step = bpo::dw_block<H>(live.size()), blocks = (head.vocab + step - 1) / step;
     with_sums(dw, [&](auto* out) {
       torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-        bpo::kept_dw_blocks(head, e, live, x.get(), fresh, begin, end, out);
+        bpo::kept_dw_blocks(head, e, live, x.get(), pushes, fresh, begin, end, out);
       });
     });
   });
 }
 
 void recompute_dw(Tensor hidden, Tensor weight, Tensor targets, double scale, double softcap, bool narrow, Tensor shift,
-                  Tensor miss_sums, Tensor factor, bool fresh, Tensor dw) {
+                  Tensor factor, Tensor push, bool fresh, Tensor dw) {
   dispatch(hidden, narrow, [&](auto type) {
     using H = typename decltype(type)::type;
     using Token = typename H::Logits::Word;
@@ -145,10 +148,11 @@ void recompute_dw(Tensor hidden, Tensor weight, Tensor targets, double scale, do
       std::copy_n(floats(shift) + row, lanes, panels[p].shift);
     }
     const auto x = bpo::scaled_tokens(head, floats(factor), all);
+    const bpo::Pushes<H> pushes(head, floats(push));
     const int64_t step = bpo::recompute_block(head), blocks = (head.vocab + step - 1) / step;
     with_sums(dw, [&](auto* out) {
       torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-        bpo::recompute_dw_blocks(head, panels, floats(miss_sums), tokens.get(), x.get(), fresh, begin, end, out);
+        bpo::recompute_dw_blocks(head, panels, tokens.get(), x.get(), pushes, fresh, begin, end, out);
       });
     });
   });
@@ -181,13 +185,16 @@ STABLE_TORCH_LIBRARY(bpo_fast_cpu, m) {
   m.def(
       "score(Tensor hidden, Tensor weight, Tensor targets, float scale, float softcap, bool narrow, Tensor(a!) stats, "
       "Tensor(b!)? unit_dx, Tensor(c!)? kept, Tensor(d!)? inside) -> ()");
-  m.def("kept_dx(Tensor kept, Tensor? inside, Tensor weight, bool narrow, Tensor factor, Tensor(a!) dx) -> ()");
   m.def(
-      "kept_dw(Tensor kept, Tensor? inside, Tensor hidden, bool narrow, Tensor factor, bool fresh, Tensor(a!) dw) -> ()");
+      "kept_dx(Tensor kept, Tensor? inside, Tensor weight, Tensor targets, bool narrow, Tensor factor, Tensor push, "
+      "Tensor(a!) dx) -> ()");
+  m.def(
+      "kept_dw(Tensor kept, Tensor? inside, Tensor hidden, Tensor targets, bool narrow, Tensor factor, Tensor push, "
+      "bool fresh, Tensor(a!) dw) -> ()");
   m.def("use_large_pages(Tensor(a!) memory) -> ()");
   m.def(
       "recompute_dw(Tensor hidden, Tensor weight, Tensor targets, float scale, float softcap, bool narrow, Tensor shift, "
-      "Tensor miss_sums, Tensor factor, bool fresh, Tensor(a!) dw) -> ()");
+      "Tensor factor, Tensor push, bool fresh, Tensor(a!) dw) -> ()");
   m.def("has_pairs() -> bool");
   m.def("panel_lanes() -> int");
   m.def("tile_rows() -> int");

@@ -224,7 +224,7 @@ def _run_chunk_(sums: _Sums, hidden: torch.Tensor, call: _Call, spans: tuple[sli
     sums.loss[pairs], sums.margins[pairs], sums.logps[both] = loss, margins, logps
     coefs = spread(slope / call.divisor, cu, len(chunk.targets))
     if sums.dx is not None:
-        dx = hidden_gradient(call.engine, scored, coefs, call.head, zeros=zeros).to(sums.dx.dtype)
+        dx = hidden_gradient(call.engine, scored, coefs, chunk, zeros=zeros).to(sums.dx.dtype)
         cut = spans[0].stop - spans[0].start
         sums.dx[spans[0]], sums.dx[spans[1]] = dx[:cut], dx[cut:]
     if sums.dw is not None:

@@ -13,6 +13,11 @@ from bpo_fast_kernels.torch_backend import pair_slopes, sum_sequences
 ROUNDED_VISITS = 8
 
 
+def row_factors(stats: RowStats, coefs: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """What E of a row is multiplied by in the gradients, and its target's row: kept E is 0 at the target."""
+    return (stats.inv_sum * coefs).mul_(-head.scale), (stats.push * coefs).mul_(head.scale)
+
+
 class NativeBackend:
     """Implements `rows.Backend` on the CPU; a row's numbers do not depend on the rows beside it.
 
@@ -58,11 +63,12 @@ class NativeBackend:
         logps = None if behavior is None else self.score(behavior, dx=False, keep=False).stats.token_logps
         return Scored(RowStats(*stats.unbind()), unit_dx, e, logps, inside)
 
-    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head, *, zeros: bool) -> torch.Tensor:
+    def kept_dx(self, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> torch.Tensor:
         """2THV that skips panels whose coefficients are all 0."""
-        dx, weight = torch.empty(len(coefs), head.weight.shape[1]), head.weight.detach().contiguous()
-        factor = self._factor(scored.stats, coefs, head)
-        self.ops.kept_dx(scored.e, scored.e_in_dw, weight, self._is_narrow(scored), factor, dx)
+        weight, targets = rows.head.weight.detach().contiguous(), rows.targets.contiguous()
+        dx, narrow = torch.empty(len(coefs), weight.shape[1]), self._is_narrow(scored)
+        factors = row_factors(scored.stats, coefs, rows.head)
+        self.ops.kept_dx(scored.e, scored.e_in_dw, weight, targets, narrow, *factors, dx)
         return dx
 
     def dw_sums(self, weight: torch.Tensor, visits: int) -> WeightSums:
@@ -79,18 +85,18 @@ class NativeBackend:
 
     def kept_dw_(self, sums: WeightSums, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
         """2THV; skips panels whose coefficients are all 0."""
-        factor = self._factor(scored.stats, coefs, rows.head)
-        hidden, fresh, sums.begun = rows.hidden.detach().contiguous(), not sums.begun, True
-        self.ops.kept_dw(scored.e, scored.e_in_dw, hidden, self._is_narrow(scored), factor, fresh, sums.total)
+        hidden, targets = rows.hidden.detach().contiguous(), rows.targets.contiguous()
+        narrow, factors = self._is_narrow(scored), row_factors(scored.stats, coefs, rows.head)
+        fresh, sums.begun = not sums.begun, True
+        self.ops.kept_dw(scored.e, scored.e_in_dw, hidden, targets, narrow, *factors, fresh, sums.total)
 
     def recompute_dw_(self, sums: WeightSums, stats: RowStats, coefs: torch.Tensor, rows: Rows) -> None:
         """4THV."""
         head, targets, softcap = rows.head, rows.targets.contiguous(), rows.head.softcap or 0.0
         hidden, weight = rows.hidden.detach().contiguous(), head.weight.detach().contiguous()
-        miss_sums, factor = stats.miss / stats.inv_sum, self._factor(stats, coefs, head)
-        narrow, fresh, sums.begun = self.narrow(hidden.dtype), not sums.begun, True
-        scaling = (head.scale, softcap, narrow)
-        self.ops.recompute_dw(hidden, weight, targets, *scaling, stats.shift, miss_sums, factor, fresh, sums.total)
+        factors, fresh, sums.begun = row_factors(stats, coefs, head), not sums.begun, True
+        scaling = (head.scale, softcap, self.narrow(hidden.dtype))
+        self.ops.recompute_dw(hidden, weight, targets, *scaling, stats.shift, *factors, fresh, sums.total)
 
     def kept_bytes(self, num_rows: int, head: Head) -> int:
         """Whole panels of E."""
@@ -106,9 +112,6 @@ class NativeBackend:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A handful of vector operations on P numbers: nothing for native code to win."""
         return pair_slopes(policy_logps, ref_logps, lengths, spec)
-
-    def _factor(self, stats: RowStats, coefs: torch.Tensor, head: Head) -> torch.Tensor:
-        return (stats.inv_sum * coefs).mul_(-head.scale)
 
     def _room(self, shape: tuple[int, int, int], dtype: torch.dtype, sums: WeightSums | None) -> torch.Tensor:
         """Memory for E, that of the chunk before where it is large enough; what is not touched costs nothing."""

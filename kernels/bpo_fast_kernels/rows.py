@@ -51,13 +51,13 @@ class RowStats:
         token_logps: [T] float32. log-prob of the target in nats.
         shift: [T] float32. r above.
         inv_sum: [T] float32. 1 / S.
-        miss: [T] float32. S' / S = 1 - p(target).
+        push: [T] float32. S' / S = 1 - p(target), times the slope of the cap at the target's logit.
     """
 
     token_logps: torch.Tensor
     shift: torch.Tensor
     inv_sum: torch.Tensor
-    miss: torch.Tensor
+    push: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Scored:
     Attributes:
         stats: the rows' statistics.
         unit_dx: [T, H] float32. d token_logp_t / d hidden_t, where it was formed.
-        e: E times the slope of the cap, the target's entry -S' times that slope, where it was kept; laid out as the
-            backend likes it.
+        e: E times the slope of the cap, where it was kept; laid out as the backend likes it, which also knows what
+            stands at the target.
         behavior_logps: [T] float32. token log-probs of the behavior rows, where there were any.
         e_in_dw: `WeightSums.total`, where the first rows of E lie in it and not in `e`.
     """
@@ -129,7 +129,7 @@ class Backend(Protocol):
         """
         ...
 
-    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head, *, zeros: bool) -> torch.Tensor:
+    def kept_dx(self, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> torch.Tensor:
         """2THV: coefs_t * d token_logp_t / d hidden_t from E, [T, H] float32.
 
         `zeros` says that rows with coefficient 0 are to be expected: their work is skipped.

@@ -157,11 +157,12 @@ class TorchBackend:
         gap = sweep.target_logits - sweep.shift
         total = sweep.miss_sum + gap.exp()
         logps = gap - torch.log1p(sweep.miss_sum + torch.expm1(gap))
-        return RowStats(token_logps=logps, shift=sweep.shift, inv_sum=1.0 / total, miss=sweep.miss_sum / total)
+        push = sweep.miss_sum / total * sweep.target_slope
+        return RowStats(token_logps=logps, shift=sweep.shift, inv_sum=1.0 / total, push=push)
 
-    def unit_dx(self, rows: Rows, sweep: Sweep, stats: RowStats, pull: torch.Tensor) -> torch.Tensor:
+    def unit_dx(self, rows: Rows, stats: RowStats, pull: torch.Tensor) -> torch.Tensor:
         """d logp / d hidden from pull = E @ W."""
-        push = (stats.miss * sweep.target_slope)[:, None] * rows.head.weight[rows.targets].float()
+        push = stats.push[:, None] * rows.head.weight[rows.targets].float()
         return (push - pull * stats.inv_sum[:, None]) * rows.head.scale
 
     def score(
@@ -181,7 +182,7 @@ class TorchBackend:
             stats, unit_dx = self.sweep_block(part, dx and not keep, None if e is None else e[block])
             parts.append(stats)
             dx_parts.append(unit_dx)
-        names = ("token_logps", "shift", "inv_sum", "miss")
+        names = ("token_logps", "shift", "inv_sum", "push")
         stats = RowStats(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
         logps = None if behavior is None else self.score(behavior, dx=False, keep=False).stats.token_logps
         return Scored(stats, torch.cat(dx_parts) if dx and not keep else None, e, logps)
@@ -203,7 +204,7 @@ class TorchBackend:
         stats = self.finish(sweep)
         if kept is not None:
             self.settle_(kept, shifts, sweep)
-        return stats, None if pull is None else self.unit_dx(rows, sweep, stats, pull)
+        return stats, None if pull is None else self.unit_dx(rows, stats, pull)
 
     def settle_(self, kept: torch.Tensor, shifts: list[torch.Tensor], sweep: Sweep) -> None:
         """Bring kept tiles to the last shift and set the targets' entries."""
@@ -211,8 +212,9 @@ class TorchBackend:
             self.shrink_(kept[:, cols], (shift - sweep.shift).exp())
         kept.scatter_(1, sweep.targets[:, None], -(sweep.miss_sum * sweep.target_slope)[:, None].to(kept.dtype))
 
-    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head, *, zeros: bool) -> torch.Tensor:
+    def kept_dx(self, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> torch.Tensor:
         """2THV."""
+        head = rows.head
         row = (-head.scale * coefs * scored.stats.inv_sum)[:, None]
         weight, live = head.weight.to(scored.e.dtype), live_rows(coefs) if zeros else None
         if live is None:
@@ -250,7 +252,7 @@ class TorchBackend:
             sweep.shift = stats.shift[block].clone()
             scaled = x.float() * (-head.scale * coefs[block] * stats.inv_sum[block])[:, None]
             scaled = scaled.to(self.work_dtype(x))
-            fill = -sweep.target_slope * stats.miss[block] / stats.inv_sum[block]
+            fill = -stats.push[block] / stats.inv_sum[block]
             for cols in columns(len(head.weight)):
                 z = mm_f32(x, head.weight[cols].T)
                 e = self.room_for_e(z, scaled.dtype)

@@ -109,28 +109,28 @@ class TritonBackend(TorchBackend):
     def finish(self, sweep: Sweep) -> RowStats:
         """One launch for the four statistics."""
         num_rows = len(sweep.shift)
-        logps, inv_sum, miss = torch.empty(3, num_rows, device=sweep.shift.device).unbind()
+        logps, inv_sum, push = torch.empty(3, num_rows, device=sweep.shift.device).unbind()
         if num_rows:
             grid = (triton.cdiv(num_rows, BLOCK),)
-            args = (sweep.target_logits, sweep.shift, sweep.miss_sum, logps, inv_sum, miss, num_rows)
-            finish_kernel[grid](*args, BLOCK=BLOCK)
-        return RowStats(logps, sweep.shift, inv_sum, miss)
+            state = (sweep.target_logits, sweep.target_slope, sweep.shift, sweep.miss_sum)
+            finish_kernel[grid](*state, logps, inv_sum, push, num_rows, BLOCK=BLOCK)
+        return RowStats(logps, sweep.shift, inv_sum, push)
 
-    def unit_dx(self, rows: Rows, sweep: Sweep, stats: RowStats, pull: torch.Tensor) -> torch.Tensor:
+    def unit_dx(self, rows: Rows, stats: RowStats, pull: torch.Tensor) -> torch.Tensor:
         """One launch."""
         dx, weight = torch.empty_like(pull), contiguous_rows(rows.head.weight)
         if len(dx):
-            args = (pull, weight, rows.targets, stats.inv_sum, stats.miss, sweep.target_slope, dx, dx.shape[1])
+            args = (pull, weight, rows.targets, stats.inv_sum, stats.push, dx, dx.shape[1])
             strides = (pull.stride(0), weight.stride(0), dx.stride(0))
             unit_dx_kernel[(len(dx),)](*args, *strides, rows.head.scale, BLOCK=BLOCK)
         return dx
 
-    def kept_dx(self, scored: Scored, coefs: torch.Tensor, head: Head, *, zeros: bool) -> torch.Tensor:
+    def kept_dx(self, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> torch.Tensor:
         """2THV: a library GEMM, or with `zeros` one over the live rows only."""
         if not zeros:
-            return super().kept_dx(scored, coefs, head, zeros=False)
-        factor = coefs * scored.stats.inv_sum * -head.scale
-        return live_dx(scored.e, contiguous_rows(head.weight), factor, coefs)
+            return super().kept_dx(scored, coefs, rows, zeros=False)
+        factor = coefs * scored.stats.inv_sum * -rows.head.scale
+        return live_dx(scored.e, contiguous_rows(rows.head.weight), factor, coefs)
 
     def kept_dw_(self, sums: WeightSums, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
         """2THV: library GEMMs, or with `zeros` one over the live rows only."""
@@ -215,7 +215,7 @@ class TritonGemmBackend(TritonBackend):
             chunk = Rows(rows.hidden[cut], rows.targets[cut], rows.head)
             other = None if behavior is None else Rows(behavior.hidden[cut], chunk.targets, behavior.head)
             scored = self.score(chunk, dx=True, keep=True, behavior=other)
-            unit.append(self.kept_dx(scored, torch.ones_like(scored.stats.inv_sum), rows.head, zeros=False))
+            unit.append(self.kept_dx(scored, torch.ones_like(scored.stats.inv_sum), chunk, zeros=False))
             parts.append((scored.stats, scored.behavior_logps))
         stats = [torch.cat(values) for values in zip(*(vars(part).values() for part, _ in parts), strict=True)]
         logps = None if behavior is None else torch.cat([logps for _, logps in parts])

@@ -139,7 +139,7 @@ def settle_kernel(
 
 
 @triton.jit
-def finish_kernel(logits, shift, miss_sum, logps, inv_sum, miss, num_rows, BLOCK: tl.constexpr):
+def finish_kernel(logits, slopes, shift, miss_sum, logps, inv_sum, push, num_rows, BLOCK: tl.constexpr):
     """Statistics of swept rows."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < num_rows
@@ -150,24 +150,24 @@ def finish_kernel(logits, shift, miss_sum, logps, inv_sum, miss, num_rows, BLOCK
     logp = tl.where(gap == 0.0, -_log1p(missed), gap - tl.log(total))
     tl.store(logps + rows, logp, mask=mask)
     tl.store(inv_sum + rows, 1.0 / total, mask=mask)
-    tl.store(miss + rows, missed / total, mask=mask)
+    tl.store(push + rows, missed / total * tl.load(slopes + rows, mask=mask, other=0.0), mask=mask)
 
 
 @triton.jit
 def unit_dx_kernel(
-    pull, w, targets, inv_sum, miss, slopes, dx, width, stride_pull, stride_w, stride_dx, scale, BLOCK: tl.constexpr
+    pull, w, targets, inv_sum, push, dx, width, stride_pull, stride_w, stride_dx, scale, BLOCK: tl.constexpr
 ):
-    """dx[r] = scale * (miss * slope * w[target] - inv_sum * pull[r])."""
+    """dx[r] = scale * (push * w[target] - inv_sum * pull[r])."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
-    push = tl.load(miss + row) * tl.load(slopes + row) * scale
+    toward = tl.load(push + row) * scale
     inv = tl.load(inv_sum + row) * scale
     for start in range(0, width, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = cols < width
         own = tl.load(w + target * stride_w + cols, mask=mask, other=0.0).to(tl.float32)
         away = tl.load(pull + row * stride_pull + cols, mask=mask, other=0.0)
-        tl.store(dx + row * stride_dx + cols, push * own - inv * away, mask=mask)
+        tl.store(dx + row * stride_dx + cols, toward * own - inv * away, mask=mask)
 
 
 @triton.jit

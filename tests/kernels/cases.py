@@ -33,7 +33,7 @@ def logits_case(logits: torch.Tensor, targets: torch.Tensor) -> Case:
     return Case(logits.clone(), torch.eye(logits.shape[1]), targets)
 
 
-def adversarial_cases() -> dict[str, Case]:
+def adversarial_cases(dtype: torch.dtype = torch.float32) -> dict[str, Case]:
     """Rows at the limits of the shift, each kind also beside ordinary rows of the same panel."""
     vocab, rows = 77, 40
     base = torch.randn(rows, vocab)
@@ -50,7 +50,7 @@ def adversarial_cases() -> dict[str, Case]:
     sure[row, targets] = 20.0
     cases["p_y_near_1"] = logits_case(sure, targets)
     cases["one_token_vocabulary"] = Case(torch.randn(rows, 5), torch.randn(1, 5), torch.zeros(rows, dtype=torch.int64))
-    return cases
+    return {name: Case(c.hidden.to(dtype), c.weight.to(dtype), c.targets) for name, c in cases.items()}
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ BACKENDS = ("torch", "native")
 SHAPES = [(1, 1, 2), (31, 17, 13), (32, 32, 14), (33, 33, 15), (64, 7, 301), (130, 48, 1000)]
 
 
-def run(case, backend, mode="auto", frozen=False, **options):
+def run(case, backend, mode="auto", frozen=False, scale=1.0, **options):
     hidden = case.hidden.clone().requires_grad_()
     weight = case.weight.clone().requires_grad_(not frozen)
     logps = linear_token_logps(hidden, weight, case.targets, backend=backend, mode=mode, **options)
-    coefs = torch.randn(len(logps))
+    coefs = scale * torch.randn(len(logps))
     (logps * coefs).sum().backward()
     return logps.detach(), hidden.grad, weight.grad, coefs
 
@@ -35,13 +35,20 @@ def test_log_probs_and_gradients_match_float64(backend, shape, mode):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", adversarial_cases())
 @pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
-def test_rows_at_the_limits(backend, name, mode):
-    case = adversarial_cases()[name]
-    logps, dx, dw, coefs = run(case, backend, mode, frozen=mode == "fused")
-    want = answer(case, coefs)
-    assert float((logps - want.logps).abs().max()) < 1e-4
-    assert relative(dx, want.dx) < 1e-5
-    assert dw is None or relative(dw, want.dw) < 1e-5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_at_the_limits(backend, name, mode, dtype):
+    """In 16 bits on many draws: where few numbers carry a gradient, a lucky draw hides their roundings."""
+    for seed in range(1 if dtype == torch.float32 else 12):
+        torch.manual_seed(seed)
+        case = adversarial_cases(dtype)[name]
+        # float16 holds nothing below 6e-8: what p_y near 1 leaves of a gradient takes a scaled loss
+        scale = 2.0**14 if (dtype, name) == (torch.float16, "p_y_near_1") else 1.0
+        logps, dx, dw, coefs = run(case, backend, mode, frozen=mode == "fused", scale=scale)
+        want = answer(case, coefs)
+        assert float((logps - want.logps).abs().max()) < 1e-4
+        limit = 1e-5 if dtype == torch.float32 else 4e-3
+        assert relative(dx, want.dx) < limit
+        assert dw is None or relative(dw, want.dw) < limit
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -216,7 +223,7 @@ def test_medium_precision_keeps_twice_the_rows_of_e_in_dw(medium_precision):
     scored = engine.score(rows, dx=False, keep=True, sums=sums)
     assert len(scored.e) == (0 if engine.pairs else 2)
     want = answer(case, coefs)
-    assert relative(engine.kept_dx(scored, coefs, rows.head, zeros=False), want.dx) < 4e-3
+    assert relative(engine.kept_dx(scored, coefs, rows, zeros=False), want.dx) < 4e-3
     engine.kept_dw_(sums, scored, coefs, rows, zeros=False)
     assert relative(sums.total, want.dw) < 4e-3
 
@@ -257,7 +264,7 @@ def test_rows_without_coefficient_are_skipped(backend, dtype):
     sums = engine.dw_sums(case.weight, 1)
     engine.kept_dw_(sums, scored, coefs, rows, zeros=True)
     limit = 1e-5 if dtype == torch.float32 else 4e-3
-    assert relative(engine.kept_dx(scored, coefs, rows.head, zeros=True), want.dx) < limit
+    assert relative(engine.kept_dx(scored, coefs, rows, zeros=True), want.dx) < limit
     assert relative(sums.total, want.dw) < limit
 
 

@@ -48,16 +48,18 @@ def test_loss_and_gradients_match_float64(backend, loss, frozen, budget):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", adversarial_cases())
 @pytest.mark.parametrize("frozen", [True, False])
-def test_rows_at_the_limits(backend, name, frozen):
-    case, cu_seqlens = adversarial_cases()[name], offsets([10, 9, 20, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_at_the_limits(backend, name, frozen, dtype):
+    case, cu_seqlens = adversarial_cases(dtype)[name], offsets([10, 9, 20, 1])
     ref = near_ref(case, cu_seqlens)
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(not frozen)
     scalar, parts = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, ref, beta=0.01, backend=backend)
     scalar.backward()
     want = reference(case, cu_seqlens, ref, beta=0.01)
     assert torch.allclose(parts.margins.double(), want[2], rtol=1e-5, atol=2e-3)
-    assert relative(hidden.grad, want[3]) < 1e-4
-    assert frozen or relative(weight.grad, want[4]) < 1e-4
+    limit = 1e-4 if dtype == torch.float32 else 4e-3
+    assert relative(hidden.grad, want[3]) < limit
+    assert frozen or relative(weight.grad, want[4]) < limit
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -306,7 +308,7 @@ def test_e_moves_into_dw_only_while_nothing_is_summed_there():
     for visit in (1, 2):
         scored = engine.score(rows, dx=True, keep=True, sums=sums)
         assert (scored.e_in_dw is sums.total) == (visit == 1)
-        again = engine.kept_dx(scored, coefs, rows.head, zeros=False)
+        again = engine.kept_dx(scored, coefs, rows, zeros=False)
         assert relative(again, (scored.unit_dx * coefs[:, None]).double()) < 1e-5
         engine.kept_dw_(sums, scored, coefs, rows, zeros=False)
         assert relative(sums.total, visit * answer(case, coefs).dw) < 1e-5
