@@ -16,21 +16,20 @@ def require(condition: bool, argument: str, value: object, expected: str) -> Non
         raise ValueError(f"{argument} = {value}: {expected}")
 
 
-def check_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, prefix: str = "") -> None:
+def check_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
     """Check [T, H], [V, H], [T].
 
     Targets out of range are an error on the CPU. On a GPU the check would be a host sync: with BPO_FAST_DEBUG=1 it is a
     device-side assertion instead.
     """
-    names = (prefix + "hidden", prefix + "weight")
-    for name, tensor in zip(names, (hidden, weight), strict=True):
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
         require(tensor.dim() == 2, f"{name}.shape", list(tensor.shape), "expected two dimensions")
         require(tensor.dtype in FLOATS, f"{name}.dtype", tensor.dtype, "expected float32, bfloat16 or float16")
-    require(weight.dtype == hidden.dtype, f"{names[1]}.dtype", weight.dtype, f"expected {hidden.dtype} like {names[0]}")
-    require(weight.device == hidden.device, f"{names[1]}.device", weight.device, f"expected {hidden.device}")
+    require(weight.dtype == hidden.dtype, "weight.dtype", weight.dtype, f"expected {hidden.dtype} like hidden")
+    require(weight.device == hidden.device, "weight.device", weight.device, f"expected {hidden.device}")
     width = hidden.shape[1]
-    require(weight.shape[1] == width, f"{names[1]}.shape", list(weight.shape), f"expected [V, {width}]")
-    require(weight.shape[0] >= 1, f"{names[1]}.shape", list(weight.shape), "expected at least one row")
+    require(weight.shape[1] == width, "weight.shape", list(weight.shape), f"expected [V, {width}]")
+    require(weight.shape[0] >= 1, "weight.shape", list(weight.shape), "expected at least one row")
     require(targets.dtype == torch.int64, "targets.dtype", targets.dtype, "expected torch.int64")
     require(targets.shape == hidden.shape[:1], "targets.shape", list(targets.shape), f"expected [{hidden.shape[0]}]")
     require(targets.device == hidden.device, "targets.device", targets.device, f"expected {hidden.device}")
@@ -43,14 +42,30 @@ def check_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
         require(high < size, "targets", high, f"expected 0 <= target < {size}")
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, num_rows: int, *, paired: bool = False) -> None:
-    """Check int32 [N+1], on the CPU also that it rises from 0 to T."""
+def check_behavior(
+    behavior_hidden: torch.Tensor, behavior_weight: torch.Tensor | None, hidden: torch.Tensor, weight: torch.Tensor
+) -> None:
+    """Check [T, H] and [V, H] against those of the policy."""
+    for name, value, like in (("hidden", behavior_hidden, hidden), ("weight", behavior_weight, weight)):
+        if value is not None:
+            argument, shape = f"behavior_{name}", list(value.shape)
+            require(value.shape == like.shape, f"{argument}.shape", shape, f"expected {list(like.shape)} like {name}")
+            require(value.dtype == like.dtype, f"{argument}.dtype", value.dtype, f"expected {like.dtype} like {name}")
+            require(value.device == like.device, f"{argument}.device", value.device, f"expected {like.device}")
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, hidden: torch.Tensor, *, paired: bool = False) -> None:
+    """Check int32 [N+1] beside the rows or on the CPU, there also that it rises from 0 to T."""
     require(cu_seqlens.dtype == torch.int32, "cu_seqlens.dtype", cu_seqlens.dtype, "expected torch.int32")
     shape = list(cu_seqlens.shape)
     require(cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1, "cu_seqlens.shape", shape, "expected [N + 1]")
     if paired:
         require(cu_seqlens.numel() % 2 == 1, "cu_seqlens.shape", shape, "expected [2P + 1]: chosen, then rejected")
-    if cu_seqlens.device.type == "cpu":
+    on_cpu = cu_seqlens.device.type == "cpu"
+    expected = f"expected {' or '.join(dict.fromkeys(('cpu', str(hidden.device))))}"
+    require(on_cpu or cu_seqlens.device == hidden.device, "cu_seqlens.device", cu_seqlens.device, expected)
+    if on_cpu:
+        num_rows = len(hidden)
         values = cu_seqlens.tolist()
         require(values[0] == 0, "cu_seqlens[0]", values[0], "expected 0")
         require(values[-1] == num_rows, "cu_seqlens[-1]", values[-1], f"expected the number of rows, {num_rows}")
@@ -75,7 +90,19 @@ def check_loss(loss: str, beta: float, label_smoothing: float) -> None:
     require(smooth_ok, "label_smoothing", label_smoothing, f"expected 0 for loss {loss!r}; only dpo is smoothed")
 
 
-def check_pair_vector(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
-    """Check a [2P] vector against another one."""
+def check_logps(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+    """Check a [2P] float32 vector against another [2P] vector."""
     require(value.shape == like.shape, f"{name}.shape", list(value.shape), f"expected {list(like.shape)}")
+    require(value.dtype == torch.float32, f"{name}.dtype", value.dtype, "expected torch.float32")
     require(value.device == like.device, f"{name}.device", value.device, f"expected {like.device}")
+
+
+def check_lengths(lengths: torch.Tensor, like: torch.Tensor) -> None:
+    """Check [2P] against another [2P] vector, on the CPU also that no length is negative."""
+    require(lengths.shape == like.shape, "lengths.shape", list(lengths.shape), f"expected {list(like.shape)}")
+    good = lengths.dtype in (torch.int32, torch.int64, torch.float32)
+    require(good, "lengths.dtype", lengths.dtype, "expected int32, int64 or float32")
+    require(lengths.device == like.device, "lengths.device", lengths.device, f"expected {like.device}")
+    if lengths.device.type == "cpu" and lengths.numel():
+        low = lengths.min().item()
+        require(low >= 0, "lengths", low, "expected none below 0")

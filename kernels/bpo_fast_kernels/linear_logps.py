@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bpo_fast_kernels.backends import pick_backend
-from bpo_fast_kernels.checks import MODES, check_cu_seqlens, check_rows, check_scaling, require
+from bpo_fast_kernels.checks import MODES, check_behavior, check_cu_seqlens, check_rows, check_scaling, require
 from bpo_fast_kernels.rows import Backend, Head, Rows, Scored
 
 # Most bytes of E that mode="auto" keeps for a trained head until the backward pass.
@@ -115,8 +115,8 @@ def linear_logps(
 
     Args:
         hidden, weight, targets, temperature, logit_softcap, mode, budget_bytes, backend: as in `linear_token_logps`.
-        cu_seqlens: [N + 1] int32. row offsets of the sequences, from 0 to T; empty sequences are fine. Its ranges
-            are checked where it lies on the CPU.
+        cu_seqlens: [N + 1] int32, beside the rows or on the CPU. row offsets of the sequences, from 0 to T; empty
+            sequences are fine. Its ranges are checked where it lies on the CPU.
         behavior_hidden: [T, H] same dtype. the behavior's hidden states of the same rows; they get no gradient.
         behavior_weight: [V, H] same dtype. the behavior's head; `weight` if None.
 
@@ -124,18 +124,19 @@ def linear_logps(
         logps [N] float32, nats; with `behavior_hidden` (logps, behavior_logps). Equal rows give equal bits.
 
     Raises:
-        ValueError: as `linear_token_logps`; `cu_seqlens` that does not rise from 0 to T.
+        ValueError: as `linear_token_logps`; `cu_seqlens` that does not rise from 0 to T; rows or a head of the
+            behavior in another form than the policy's.
     """
     check_rows(hidden, weight, targets)
-    check_cu_seqlens(cu_seqlens, len(hidden))
+    check_cu_seqlens(cu_seqlens, hidden)
     check_scaling(temperature, logit_softcap)
     engine = pick_backend(backend, hidden.device)
     head = Head(weight, 1.0 / temperature, logit_softcap)
     mode = choose_mode(mode, hidden, head, engine, budget_bytes)
     behavior = None
     if behavior_hidden is not None:
+        check_behavior(behavior_hidden, behavior_weight, hidden, weight)
         behavior_head = head if behavior_weight is None else replace(head, weight=behavior_weight)
-        check_rows(behavior_hidden, behavior_head.weight, targets, "behavior_")
         behavior = Rows(behavior_hidden.detach(), targets, replace(behavior_head, weight=behavior_head.weight.detach()))
     require(behavior_weight is None or behavior is not None, "behavior_hidden", None, "expected with behavior_weight")
     token_logps, behavior_logps = token_scores(_Call(Rows(hidden, targets, head), behavior, engine, mode))

@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from bpo_fast_kernels.backends import pick_backend
-from bpo_fast_kernels.checks import check_cu_seqlens, check_loss, check_pair_vector, check_rows, check_scaling, require
+from bpo_fast_kernels.checks import (
+    check_cu_seqlens,
+    check_lengths,
+    check_logps,
+    check_loss,
+    check_rows,
+    check_scaling,
+    require,
+)
 from bpo_fast_kernels.linear_logps import (
     STORE_BYTES,
     hidden_gradient,
@@ -117,15 +125,16 @@ def linear_pair_loss(
         trained = low_rank.b
         hidden = torch.cat([hidden, F.linear(hidden, low_rank.a) * low_rank.scale], dim=1)
         weight = torch.cat([weight, low_rank.b.detach()], dim=1)
-    check_cu_seqlens(cu_seqlens, len(hidden), paired=True)
+    check_cu_seqlens(cu_seqlens, hidden, paired=True)
     check_loss(loss, beta, label_smoothing)
     pairs = cu_seqlens.numel() // 2
     divisor = max(pairs, 1) if num_pairs is None else num_pairs
     require(divisor >= 1, "num_pairs", divisor, "expected at least 1")
     row_counts = cu_seqlens.to(hidden.device, non_blocking=True).diff()
-    for name, vector in (("lengths", lengths), ("ref_logps", ref_logps)):
-        if vector is not None:
-            check_pair_vector(name, vector, row_counts)
+    if ref_logps is not None:
+        check_logps("ref_logps", ref_logps, row_counts)
+    if lengths is not None:
+        check_lengths(lengths, row_counts)
     lengths = row_counts if lengths is None else lengths
     grad = torch.is_grad_enabled() and (hidden.requires_grad or trained.requires_grad)
     spec = LossSpec(loss, beta, label_smoothing)

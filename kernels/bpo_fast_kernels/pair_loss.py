@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from bpo_fast_kernels.backends import pick_backend
-from bpo_fast_kernels.checks import check_loss, check_pair_vector, require
+from bpo_fast_kernels.checks import check_lengths, check_logps, check_loss, require
 from bpo_fast_kernels.rows import Backend, LossSpec
 
 
@@ -76,23 +76,25 @@ def pair_loss(
         loss: "dpo", "ipo" or "slic".
         beta: temperature of the loss, above 0.
         label_smoothing: eps, 0 <= eps < 0.5, for dpo only.
-        lengths: [2P]. completion tokens; required by ipo (ones give its sum form), unused by the others. A length of 0
-            counts as 1.
+        lengths: [2P] int32, int64 or float32. completion tokens; required by ipo (ones give its sum form), unused by
+            the others. A length of 0 counts as 1.
         backend: "auto", "native", "torch" or "triton".
 
     Returns:
         PairLoss; its `loss` is differentiable in `policy_logps`.
 
     Raises:
-        ValueError: an unknown loss, a number out of range, vectors that do not match, ipo without lengths.
+        ValueError: an unknown loss, a number out of range, vectors that do not match, ipo without lengths, a length
+            below 0 on the CPU.
     """
     check_loss(loss, beta, label_smoothing)
     require(policy_logps.dim() == 1, "policy_logps.shape", list(policy_logps.shape), "expected [2P]")
     require(len(policy_logps) % 2 == 0, "policy_logps.shape", list(policy_logps.shape), "expected an even length, [2P]")
-    check_pair_vector("ref_logps", ref_logps, policy_logps)
+    check_logps("policy_logps", policy_logps, policy_logps)
+    check_logps("ref_logps", ref_logps, policy_logps)
     require(lengths is not None or loss != "ipo", "lengths", None, "expected [2P], required by loss 'ipo'")
     if lengths is not None:
-        check_pair_vector("lengths", lengths, policy_logps)
+        check_lengths(lengths, policy_logps)
     call = _Call(ref_logps, lengths, LossSpec(loss, beta, label_smoothing), pick_backend(backend, policy_logps.device))
     value, margins = _PairLoss.apply(policy_logps, call)
     return PairLoss(value, margins, policy_logps.detach(), ref_logps.detach())

@@ -39,6 +39,7 @@ BAD_SEQUENCES = [
     ({"cu_seqlens": torch.tensor([1, 3, 5, 9, 10]).int()}, "cu_seqlens[0] = 1"),
     ({"cu_seqlens": offsets([3, 2, 4, 2])}, "cu_seqlens[-1] = 11"),
     ({"cu_seqlens": torch.tensor([0, 5, 3, 9, 10]).int()}, "cu_seqlens = [0, 5, 3, 9, 10]"),
+    ({"cu_seqlens": torch.zeros(5, dtype=torch.int32, device="meta")}, "cu_seqlens.device = meta: expected cpu"),
 ]
 BAD_OPTIONS = [
     ({"temperature": 0.0}, "temperature = 0.0"),
@@ -56,6 +57,13 @@ BAD_LOSSES = [
     ({"label_smoothing": 0.1, "loss": "slic"}, "label_smoothing = 0.1"),
     ({"ref_logps": torch.zeros(3)}, "ref_logps.shape = [3]"),
     ({"ref_logps": torch.zeros(4, device="meta")}, "ref_logps.device = meta"),
+    ({"ref_logps": torch.zeros(4, dtype=torch.int64)}, "ref_logps.dtype = torch.int64"),
+    ({"ref_logps": torch.zeros(4, dtype=torch.complex64)}, "ref_logps.dtype = torch.complex64"),
+    ({"lengths": torch.ones(3)}, "lengths.shape = [3]"),
+    ({"lengths": torch.ones(4, dtype=torch.complex64)}, "lengths.dtype = torch.complex64"),
+    ({"lengths": torch.ones(4, device="meta")}, "lengths.device = meta"),
+    ({"lengths": torch.tensor([1, -3, 1, 1])}, "lengths = -3"),
+    ({"lengths": torch.tensor([1.0, float("nan"), 1.0, 1.0])}, "lengths = nan"),
 ]
 
 
@@ -93,7 +101,6 @@ def test_linear_pair_loss_wants_pairs():
     args = good() | {"cu_seqlens": offsets([3, 2, 5])}
     refuses(lambda: linear_pair_loss(*args.values()), "cu_seqlens.shape = [4]")
     refuses(lambda: linear_pair_loss(*good().values(), num_pairs=0), "num_pairs = 0")
-    refuses(lambda: linear_pair_loss(*good().values(), lengths=torch.ones(3)), "lengths.shape = [3]")
 
 
 @pytest.mark.parametrize(
@@ -127,14 +134,22 @@ def test_pair_loss_wants_an_even_vector_and_lengths_for_ipo():
     refuses(lambda: pair_loss(torch.zeros(3), torch.zeros(3)), "policy_logps.shape = [3]")
     refuses(lambda: pair_loss(torch.zeros(2, 2), torch.zeros(2, 2)), "policy_logps.shape = [2, 2]")
     refuses(lambda: pair_loss(torch.zeros(4), torch.zeros(4), loss="ipo"), "lengths = None")
-    refuses(lambda: pair_loss(torch.zeros(4), torch.zeros(4), lengths=torch.ones(5)), "lengths.shape = [5]")
+    refuses(lambda: pair_loss(torch.zeros(4, dtype=torch.int64), torch.zeros(4)), "policy_logps.dtype = torch.int64")
 
 
 def test_behavior_rows_are_checked_too():
-    args = [good()[name] for name in ("hidden", "weight", "targets", "cu_seqlens")]
-    refuses(lambda: linear_logps(*args, behavior_hidden=torch.zeros(9, 4)), "targets.shape = [10]")
-    refuses(lambda: linear_logps(*args, behavior_hidden=torch.zeros(10, 5)), "behavior_weight.shape = [7, 4]")
-    refuses(lambda: linear_logps(*args, behavior_weight=torch.zeros(7, 4)), "behavior_hidden = None")
+    args, right = [good()[name] for name in ("hidden", "weight", "targets", "cu_seqlens")], torch.zeros(10, 4)
+    for change, message in (
+        ({"behavior_hidden": torch.zeros(9, 4)}, "behavior_hidden.shape = [9, 4]: expected [10, 4] like hidden"),
+        ({"behavior_hidden": torch.zeros(10, 5)}, "behavior_hidden.shape = [10, 5]: expected [10, 4] like hidden"),
+        ({"behavior_hidden": right.half()}, "behavior_hidden.dtype = torch.float16: expected torch.float32"),
+        ({"behavior_hidden": right.to("meta")}, "behavior_hidden.device = meta"),
+        ({"behavior_hidden": right, "behavior_weight": torch.zeros(3, 4)}, "behavior_weight.shape = [3, 4]"),
+        ({"behavior_hidden": right, "behavior_weight": torch.zeros(7, 5)}, "behavior_weight.shape = [7, 5]"),
+        ({"behavior_hidden": right, "behavior_weight": torch.zeros(7, 4).half()}, "behavior_weight.dtype"),
+        ({"behavior_weight": torch.zeros(7, 4)}, "behavior_hidden = None"),
+    ):
+        refuses(lambda change=change: linear_logps(*args, **change), message)
 
 
 def test_fused_needs_the_loss_for_a_trained_head():
