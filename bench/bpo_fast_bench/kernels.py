@@ -1,13 +1,8 @@
-"""`bpo-fast bench kernels`: the fused operators against plain PyTorch and their peers, correctness first.
+"""`bpo-fast bench kernels`: the fused operators against plain PyTorch and their peers, correctness first."""
 
-`python -m bpo_fast_bench.kernels --help` runs the same without the command line of the package.
-"""
-
-import argparse
 import ctypes
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -19,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bpo_fast.doctor import environment
 from bpo_fast_bench.kernels_impls import (
     Implementation,
     Inputs,
@@ -80,13 +76,13 @@ def run(options: KernelBench) -> dict[str, Any]:
     """
     check(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record: dict[str, Any] = {"environment": environment(device), "options": printable(options), "problems": []}
+    record: dict[str, Any] = {"environment": receipt(device), "options": printable(options), "problems": []}
+    if options.static:
+        record["static"] = static_figures()
     dtypes = options.dtypes or (("bfloat16",) if device.type == "cuda" else ("float32", "bfloat16"))
     for problem in problems(options, device):
         for dtype in dtypes[:1] if problem.op == "pair_loss" else dtypes:
             record["problems"].append(measure(problem, dtype, device, options))
-    if options.static:
-        record["static"] = static_figures()
     if options.json_path:
         options.json_path.parent.mkdir(parents=True, exist_ok=True)
         options.json_path.write_text(json.dumps(record, indent=1) + "\n")
@@ -148,7 +144,7 @@ def measure(problem: Problem, dtype: str, device: torch.device, options: KernelB
     for name, call in passed.items():
         rows[name]["extra_mib"] = extra_mib(call, sets[0], device)
     for row in rows.values():
-        if "seconds" in row:
+        if "seconds" in row and "seconds" in rows["eager"]:
             row["against_eager"] = against(rows["eager"], row)
     label = problem.label() if problem.op == "pair_loss" else f"{problem.label()} {dtype}"
     return {"problem": asdict(problem), "dtype": dtype, "label": label, "implementations": rows}
@@ -231,31 +227,33 @@ def against(eager: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
 
 
 def static_figures() -> dict[str, Any]:
-    """Ahead-of-time figures of every Triton kernel, an architecture a process."""
+    """Ahead-of-time figures of every Triton kernel, an architecture a process.
+
+    Raises:
+        RuntimeError: a process that ended without figures.
+    """
     out = {}
     for arch in (80, 89, 90, 100):
         command = [sys.executable, "-W", "ignore", "-m", "bpo_fast_kernels.static", str(arch)]
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        out[str(arch)] = json.loads(subprocess.run(command, env=env, capture_output=True, text=True).stdout)
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        try:
+            out[str(arch)] = json.loads(done.stdout)
+        except json.JSONDecodeError:
+            lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+            reason = lines[-1] if lines else f"exit code {done.returncode}"
+            raise RuntimeError(f"bench.kernels.static: the kernels do not compile for sm_{arch}: {reason}") from None
     return out
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where and with what the figures were taken."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, capture_output=True, text=True).stdout.strip()
-    out = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit or "unknown", "cpu": cpu}
-    out |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+def receipt(device: torch.device) -> dict[str, Any]:
+    """When, where and with what the figures were taken."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    out = {"date": date, **environment(sys.argv), "threads": torch.get_num_threads()}
     if device.type == "cuda":
-        query = [
-            "nvidia-smi",
-            "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit",
-            "--format=csv,noheader",
-        ]
-        out["gpu"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        fields = "name,driver_version,clocks.sm,clocks.max.sm,power.limit"
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        out["gpu_state"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     return out
 
 
@@ -277,45 +275,18 @@ def table(record: dict[str, Any]) -> str:
                 lines.append(f"  {name:<12} not timed: error {worst:.1e} against float64")
                 continue
             ms = [1e3 * row[key] for key in ("seconds", "p20", "p80")]
-            ratio, blur = row["against_eager"], "" if row["against_eager"]["apart"] else "~"
-            cells = f"{row['effective_tflops']:>9.3f}{blur + format(ratio['speedup'], '.2f'):>9}"
-            memory = f"{row['extra_mib']:>11.1f}{ratio['memory']:>10.1f}"
-            lines.append(f"  {name:<12}{ms[0]:>10.3f}{ms[1]:>10.3f}{ms[2]:>10.3f}{cells}{memory}{worst:>10.1e}")
+            speedup = leaner = "-"  # eager failed its gate
+            if "against_eager" in row:
+                ratio = row["against_eager"]
+                speedup, leaner = f"{'' if ratio['apart'] else '~'}{ratio['speedup']:.2f}", f"{ratio['memory']:.1f}"
+            cells = f"{row['effective_tflops']:>9.3f}{speedup:>9}{row['extra_mib']:>11.1f}{leaner:>10}"
+            lines.append(f"  {name:<12}{ms[0]:>10.3f}{ms[1]:>10.3f}{ms[2]:>10.3f}{cells}{worst:>10.1e}")
     for arch, figures in record.get("static", {}).items():
         worst = max(row["registers"] for row in figures["kernels"].values())
         lines.append(
             f"sm_{arch}: {len(figures['kernels'])} kernels, at most {worst} registers, faults: {figures['faults']}"
         )
     return "\n".join(lines)
-
-
-def main() -> None:
-    """The bench from the shell."""
-    parser = argparse.ArgumentParser(description="Time the fused operators against plain PyTorch and their peers.")
-    parser.add_argument("--op", action="append", choices=OPS, help="repeatable; all by default")
-    parser.add_argument("--head", action="append", choices=("frozen", "trained"), help="repeatable; both by default")
-    parser.add_argument("--shapes", action="append", default=[], help="TxHxV, repeatable, such as 1024x256x32000")
-    parser.add_argument(
-        "--dtype", action="append", choices=tuple(DTYPES), help="repeatable; the device's own by default"
-    )
-    parser.add_argument("--data", default="peaked", choices=("peaked", "gauss"))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="figure without suffix; PNG and SVG are written")
-    parser.add_argument("--static", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    given = parser.parse_args()
-    options = KernelBench(
-        ops=tuple(given.op or OPS),
-        heads=tuple(given.head or ("frozen", "trained")),
-        shapes=tuple(parse_shape(text) for text in given.shapes),
-        dtypes=tuple(given.dtype or ()),
-        data=given.data,
-        json_path=given.json,
-        plot_path=given.plot,
-        static=given.static,
-        quick=given.quick,
-    )
-    print(table(run(options)))
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -326,7 +297,3 @@ def parse_shape(text: str) -> tuple[int, int, int]:
             f"bench.kernels.shapes = {text!r}: expected rows x hidden x vocabulary, such as 1024x256x32000"
         )
     return int(parts[0]), int(parts[1]), int(parts[2])
-
-
-if __name__ == "__main__":
-    main()

@@ -43,9 +43,9 @@ def plot(record: dict[str, Any], path: Path) -> None:
             axis.tick_params(labelsize=7)
             axis.spines[["top", "right"]].set_visible(False)
     env = record["environment"]
-    figure.suptitle(
-        f"{env.get('gpu') or env['cpu']}, {env['threads']} threads, torch {env['torch']}, {env['commit']}", fontsize=8
-    )
+    commit = f"{env.get('git_commit', 'unknown')[:9]}{' with changes' if env.get('git_changed') else ''}"
+    machine = env.get("gpu") or env["cpu"]
+    figure.suptitle(f"{machine}, {env['threads']} threads, torch {env['torch']}, {commit}", fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".png", ".svg"):

@@ -98,7 +98,7 @@ def run(options: SamplingBench) -> dict[str, Any]:
             for form in MEMORY_FORMS:
                 memory[form] = _in_a_process(replace(options, model=folder, forms=(form,)))
     given = {name: value for name, value in asdict(options).items() if name != "json_path"}
-    out = {"options": given, "environment": environment(), "forms": results, "memory": memory}
+    out = {"options": given, "environment": environment(sys.argv), "forms": results, "memory": memory}
     if options.json_path:
         Path(options.json_path).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json_path).write_text(json.dumps(out, indent=2) + "\n", encoding="utf-8")

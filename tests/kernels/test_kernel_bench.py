@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -6,6 +7,32 @@ from bpo_fast_bench import kernels
 from bpo_fast_bench.kernels import KernelBench, parse_shape, run, table
 from bpo_fast_bench.kernels_impls import Outcome, Problem, answer, eager, errors, make_inputs
 from bpo_fast_bench.kernels_peers import liger_dpo
+from typer.testing import CliRunner
+
+from bpo_fast.cli import app
+
+SMALL = ("bench", "kernels", "--quick", "--peers", "none", "--dtype", "float32")
+
+
+def call(*args):
+    """A command in this process: (exit code, standard output, standard error)."""
+    done = CliRunner().invoke(app, [str(a) for a in args], env={"COLUMNS": "200", "TERM": "dumb"})
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Takes the place of the processes that compile ahead of time; the function takes what they print and return."""
+
+    def put(text, code):
+        (tmp_path / "text").write_text(text)
+        (tmp_path / "python").write_text(f"#!/bin/sh\ncat '{tmp_path}/text'\nexit {code}\n")
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+
+    return put
 
 
 def test_quick_run_writes_json_and_plots(tmp_path):
@@ -45,6 +72,74 @@ def test_a_wrong_implementation_gets_no_time(monkeypatch):
     assert "seconds" not in rows["native"]
     assert "seconds" in rows["eager"]
     assert "not timed" in table(record)
+
+
+def test_eager_that_fails_its_gate_leaves_the_others_without_ratios(monkeypatch):
+    def wrong(problem, compiled=False):
+        return lambda inputs: Outcome(torch.zeros(len(inputs.cu_seqlens) - 1))
+
+    monkeypatch.setattr("bpo_fast_bench.kernels_peers.eager", wrong)
+    record = run(KernelBench(ops=("forward",), quick=True, shapes=((64, 16, 500),), pairs=2, dtypes=("float32",)))
+    rows = record["problems"][0]["implementations"]
+    assert not rows["eager"]["passed"]
+    assert rows["native"]["seconds"] > 0
+    assert "against_eager" not in rows["native"]
+    lines = {line.split()[0]: line.split() for line in table(record).splitlines()}
+    assert lines["eager"][1:3] == ["not", "timed:"]
+    assert lines["native"][5] == lines["native"][7] == "-"
+
+
+def test_the_command_measures_what_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bpo-fast", "bench", "kernels", "--quick"])
+    options = ("--op", "step", "--head", "frozen", "--shapes", "64x16x500", "--shapes", "32x8x100", "--data", "gauss")
+    code, out, _ = call(*SMALL, *options, "--json", tmp_path / "k.json", "--plot", tmp_path / "k")
+    assert code == 0
+    record = json.loads((tmp_path / "k.json").read_text())
+    labels = [problem["label"] for problem in record["problems"]]
+    assert labels == ["step frozen T=64 H=16 V=500 float32", "step frozen T=32 H=8 V=100 float32"]
+    assert all(label in out for label in labels)
+    assert record["options"]["data"] == "gauss"
+    assert record["options"]["peers"] == []
+    assert (tmp_path / "k.svg").is_file()
+    machine = record["environment"]
+    assert machine["command"] == "bpo-fast bench kernels --quick"
+    assert machine["threads"] == torch.get_num_threads()
+    if "git_commit" in machine:
+        assert isinstance(machine["git_changed"], bool)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shapes", "3x3"), "error: bench.kernels.shapes = '3x3'"),
+        (("--op", "softmax"), "error: bench.kernels.ops = 'softmax'"),
+        (("--peers", "cce,verl"), "error: bench.kernels.peers = 'verl'"),
+    ],
+)
+def test_the_command_refuses_in_one_line(options, message):
+    code, out, err = call(*SMALL, *options)
+    assert (code, out) == (2, "")
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_static_adds_the_figures_of_every_architecture(compiler):
+    report = {"kernels": {"k": {"registers": 77}, "l": {"registers": 9}}, "faults": ["k: stack 8 > 0"]}
+    compiler(json.dumps(report), 1)
+    code, out, _ = call(*SMALL, "--op", "pair_loss", "--static")
+    assert code == 0
+    for arch in (80, 89, 90, 100):
+        assert f"sm_{arch}: 2 kernels, at most 77 registers, faults: ['k: stack 8 > 0']" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("Traceback\nImportError: no triton\n", "ImportError: no triton"), ("", "exit code 3")]
+)
+def test_static_says_why_the_compiler_failed(compiler, text, reason):
+    compiler(text, 3)
+    code, out, err = call(*SMALL, "--op", "pair_loss", "--static")
+    assert (code, out) == (1, "")
+    assert err == f"error: bench.kernels.static: the kernels do not compile for sm_80: {reason}\n"
 
 
 @pytest.mark.parametrize("data", ["peaked", "gauss"])
