@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -7,7 +8,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bpo_fast_kernels.static import ARCHS, BUDGETS, over_budget
+from bpo_fast_kernels.static import ARCHS, BUDGETS, builds, over_budget
+from triton.runtime import JITFunction
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -22,6 +24,16 @@ def test_compiled_kernels_keep_their_budget(arch, tmp_path):
     assert report["faults"] == []
     assert done.returncode == 0
     assert set(report["kernels"]) == set(json.loads(BUDGETS.read_text())[str(arch)])
+
+
+def test_no_kernel_escapes_the_budgets():
+    files = [path for path in BUDGETS.parent.glob("*.py") if "@triton.jit" in path.read_text()]
+    modules = [importlib.import_module(f"bpo_fast_kernels.{path.stem}") for path in files]
+    found = {name for module in modules for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    kernels = {name for name in found if not name.startswith("_")}  # the others are called by kernels
+    assert len(kernels) > 10
+    for arch in ARCHS:
+        assert {build.kernel.__name__ for build in builds(arch)} == kernels
 
 
 @pytest.mark.parametrize(
@@ -52,3 +64,4 @@ def test_what_is_over_budget_is_named():
         "k: 200000 bytes of shared memory do not fit sm_80",
         "k: no HMMA",
     ]
+    assert over_budget("k", got, None, 80) == ["k: no budget"]
