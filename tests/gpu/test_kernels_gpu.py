@@ -1,6 +1,9 @@
 """The fused operators on a real GPU: numerics, bits, host syncs, CUDA graphs and memory."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -190,6 +193,20 @@ def test_frozen_step_is_captured_by_a_cuda_graph(backend):
         x.copy_(torch.randn_like(x))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.parametrize(("target", "good"), [(4, True), (5, False), (-1, False)])
+def test_debugging_asserts_targets_on_the_device(target, good):
+    """In a process of its own: a device that asserted serves nobody any more."""
+    code = (
+        "import torch\nfrom bpo_fast_kernels import linear_token_logps\n"
+        "x, w = torch.zeros(3, 8, device='cuda'), torch.zeros(5, 8, device='cuda')\n"
+        f"linear_token_logps(x, w, torch.tensor([0, {target}, 1], device='cuda'))\ntorch.cuda.synchronize()"
+    )
+    env = os.environ | {"BPO_FAST_DEBUG": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode == 0) == good, done.stderr
+    assert good or "assert" in done.stderr
 
 
 def test_pair_loss_is_one_launch_and_right():

@@ -57,6 +57,11 @@ def test_without_a_compiler_auto_says_so_once_and_runs_on_pytorch(fresh, monkeyp
     assert "\n" not in message
 
 
+def test_auto_is_plan_b_on_a_gpu():
+    triton_backend = pytest.importorskip("bpo_fast_kernels.triton_backend")
+    assert type(backends.pick_backend("auto", torch.device("cuda"))) is triton_backend.TritonBackend
+
+
 def test_without_a_compiler_native_is_refused(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     case = random_case(6, 4, 9)

@@ -4,11 +4,17 @@ from bpo_fast_kernels import LowRank, linear_logps, linear_pair_loss
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference, pair_chunks
 from bpo_fast_kernels.rows import Head, Rows
-from cases import adversarial_cases, answer, offsets, peaked_case, random_case, relative
+from cases import Case, adversarial_cases, answer, offsets, peaked_case, random_case, relative
 
 BACKENDS = ("torch", "native")
 LENGTHS = [5, 0, 70, 1, 9, 33, 3, 1]  # pairs of 14, 33, 73 and 2 rows
 LOSSES = ["dpo", "ipo", "slic"]
+OPTIONS = [
+    {"temperature": 0.7},
+    {"logit_softcap": 4.0},
+    {"temperature": 1.3, "logit_softcap": 5.0},
+    {"label_smoothing": 0.1},
+]
 
 
 def reference(case, cu_seqlens, ref, **options):
@@ -20,9 +26,18 @@ def reference(case, cu_seqlens, ref, **options):
     return scalar.detach(), loss.detach(), margins.detach(), hidden.grad, weight.grad
 
 
-def near_ref(case, cu_seqlens):
+def near_ref(case, cu_seqlens, **head):
     """Reference log-probs a few nats away from the policy's."""
-    return linear_logps(case.hidden, case.weight, case.targets, cu_seqlens) + 6 * torch.randn(len(cu_seqlens) - 1)
+    logps = linear_logps(case.hidden, case.weight, case.targets, cu_seqlens, **head)
+    return logps + 6 * torch.randn(len(cu_seqlens) - 1)
+
+
+def step(case, cu_seqlens, ref, frozen, **options):
+    """The loss and its gradients."""
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(not frozen)
+    scalar, _ = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, ref, **options)
+    scalar.backward()
+    return (scalar.detach(), hidden.grad) if frozen else (scalar.detach(), hidden.grad, weight.grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -189,16 +204,36 @@ def test_forward_mode_has_no_gradient():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_three_runs_give_the_same_bits(backend):
-    case, cu_seqlens = random_case(122, 40, 301), offsets(LENGTHS)
+@pytest.mark.parametrize("loss", ["dpo", "slic"])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_three_runs_give_the_same_bits(backend, loss, frozen, dtype):
+    case, cu_seqlens = random_case(122, 40, 301, dtype=dtype), offsets(LENGTHS)
     ref, runs = near_ref(case, cu_seqlens), []
     for _ in range(3):
-        hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
-        scalar, _ = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, ref, budget_bytes=1, backend=backend)
-        scalar.backward()
-        runs.append((scalar.detach(), hidden.grad, weight.grad))
+        runs.append(step(case, cu_seqlens, ref, frozen, loss=loss, budget_bytes=1, backend=backend))
     for again in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_options_of_the_head_and_the_loss_match_float64(backend, loss, frozen, dtype, options):
+    if "label_smoothing" in options and loss != "dpo":
+        pytest.skip("only dpo is smoothed")
+    case, cu_seqlens = random_case(122, 24, 203, spread=2.0, dtype=dtype), offsets(LENGTHS)
+    head = {name: value for name, value in options.items() if name != "label_smoothing"}
+    ref = near_ref(case, cu_seqlens, **head)
+    want = reference(case, cu_seqlens, ref, loss=loss, **options)
+    for budget in (None, 1):
+        got = step(case, cu_seqlens, ref, frozen, loss=loss, budget_bytes=budget, backend=backend, **options)
+        assert torch.allclose(got[0].double(), want[0], rtol=1e-4)
+        limit = 1e-4 if dtype == torch.float32 else 4e-3
+        assert relative(got[1], want[3]) < limit
+        assert frozen or relative(got[2], want[4]) < limit
 
 
 def test_the_divisor_is_that_of_the_whole_step():
@@ -238,6 +273,19 @@ def test_no_pairs(frozen):
     assert parts.loss.shape == (0,)
     if not frozen:
         assert torch.equal(weight.grad, torch.zeros(9, 4))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_pairs_without_a_row(backend, loss, frozen):
+    case, ref = Case(torch.zeros(0, 4), torch.randn(9, 4), torch.zeros(0, dtype=torch.int64)), torch.randn(4)
+    want = reference(case, offsets([0] * 4), ref, loss=loss)
+    got = step(case, offsets([0] * 4), ref, frozen, loss=loss, backend=backend)
+    assert torch.allclose(got[0].double(), want[0], rtol=1e-5)
+    assert got[1].shape == (0, 4)
+    if not frozen:
+        assert torch.equal(got[2], torch.zeros(9, 4))
 
 
 @pytest.mark.parametrize("pairs", [8, 9])
