@@ -17,6 +17,7 @@ def bench_kernels(
     head: Annotated[list[str] | None, typer.Option(help="frozen, trained; both by default")] = None,
     shapes: Annotated[list[str] | None, typer.Option(help="rows x hidden x vocabulary, as 1024x256x32000")] = None,
     peers: Annotated[str, typer.Option(help="auto: whatever of torch.compile, Liger and CCE is here; none")] = "auto",
+    tile: Annotated[list[str] | None, typer.Option(help="of Plan A on a GPU beside its own, as 128x256x64x4")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; the device's by default")] = None,
     data: Annotated[str, typer.Option(help="peaked or gauss")] = "peaked",
     json_path: Annotated[Path | None, typer.Option("--json", help="where the measurements go")] = None,
@@ -33,6 +34,7 @@ def bench_kernels(
     options = KernelBench(
         **{name: value for name, value in given.items() if value or name == "peers"},
         shapes=tuple(parse_shape(text) for text in shapes or ()),
+        tiles=tuple(tile or ()),
         data=data,
         json_path=json_path,
         plot_path=plot,

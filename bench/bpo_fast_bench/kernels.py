@@ -13,6 +13,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from bpo_fast_kernels.triton_config import INTERPRETED, with_tile
 
 from bpo_fast.doctor import environment
 from bpo_fast_bench.kernels_impls import (
@@ -28,6 +29,7 @@ from bpo_fast_bench.kernels_peers import PEERS, implementations
 
 OPS = ("forward", "step", "behavior", "pair_loss")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CEILINGS = ("mm", "mm-f32")
 OUR_BACKENDS = ("native", "torch", "triton", "triton-gemm")
 # Ours must keep the promise of the operators. Peers only have to compute the same thing: their errors are reported.
 OUR_GATE = {"value": 1e-4, "dx": 4e-3, "dw": 4e-3}
@@ -46,6 +48,7 @@ class KernelBench:
         heads: of "frozen", "trained"; for "step" and "behavior".
         shapes: (rows, hidden, vocabulary) each; the device's own list if empty.
         peers: of "compile", "liger", "liger-dpo", "cce"; only where importable, and on a CPU "liger-dpo" alone.
+        tiles: of Plan A, such as "128x256x64x4" (rows, vocabulary, depth, stages), beside its own; on a GPU.
         dtypes: of "float32", "bfloat16", "float16"; bfloat16 on a GPU and float32 and bfloat16 on a CPU if empty.
         data: "peaked" or "gauss".
         pairs: pairs of "forward" and "step".
@@ -59,6 +62,7 @@ class KernelBench:
     heads: tuple[str, ...] = ("frozen", "trained")
     shapes: tuple[tuple[int, int, int], ...] = ()
     peers: tuple[str, ...] = PEERS
+    tiles: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     data: str = "peaked"
     pairs: int = 8
@@ -105,6 +109,8 @@ def check(options: KernelBench) -> None:
     for shape in options.shapes:
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"bench.kernels.shapes = {shape}: expected rows x hidden x vocabulary, each at least 1")
+    for tile in options.tiles:
+        with_tile(INTERPRETED, tile)
     if options.pairs < 1:
         raise ValueError(f"bench.kernels.pairs = {options.pairs}: expected at least 1")
 
@@ -130,7 +136,7 @@ def measure(problem: Problem, dtype: str, device: torch.device, options: KernelB
     sets = make_inputs(problem, device, DTYPES[dtype], 3)
     want, lengths = answer(problem, sets[0]), sets[0].cu_seqlens.diff()
     rows, passed = {}, {}
-    for name, call in implementations(problem, device, options.peers).items():
+    for name, call in implementations(problem, device, options.peers, options.tiles).items():
         rows[name] = gate(name, call, sets[0], want, lengths)
         if rows[name]["passed"]:
             passed[name] = call
@@ -152,9 +158,10 @@ def measure(problem: Problem, dtype: str, device: torch.device, options: KernelB
 
 def gate(name: str, call: Implementation, inputs: Inputs, want: Outcome, lengths: torch.Tensor) -> dict[str, Any]:
     """Errors against float64; an implementation past its limits gets no time."""
-    if name == "mm":
+    if name in CEILINGS:
         return {"passed": True}
-    limits, found = OUR_GATE if name in OUR_BACKENDS else PEER_GATE, errors(call(inputs), want, lengths)
+    mine = name.partition(":")[0] in OUR_BACKENDS
+    limits, found = OUR_GATE if mine else PEER_GATE, errors(call(inputs), want, lengths)
     if len(lengths) != len(want.values):
         # A pair loss sums the errors of all tokens of two sequences.
         limits = limits | {"value": limits["value"] * float(lengths.max()) * 2}
@@ -268,11 +275,12 @@ def table(record: dict[str, Any]) -> str:
     for problem in record["problems"]:
         lines.append(problem["label"])
         head = ("", "ms", "p20", "p80", "TFLOP/s", "x eager", "extra MiB", "x leaner", "error")
-        lines.append("  {:<12}{:>10}{:>10}{:>10}{:>9}{:>9}{:>11}{:>10}{:>10}".format(*head))
+        wide = max(12, *(len(name) + 1 for name in problem["implementations"]))
+        lines.append("  {:<{wide}}{:>10}{:>10}{:>10}{:>9}{:>9}{:>11}{:>10}{:>10}".format(*head, wide=wide))
         for name, row in problem["implementations"].items():
             worst = max(row.get("errors", {"": 0.0}).values())
             if "seconds" not in row:
-                lines.append(f"  {name:<12} not timed: error {worst:.1e} against float64")
+                lines.append(f"  {name:<{wide}} not timed: error {worst:.1e} against float64")
                 continue
             ms = [1e3 * row[key] for key in ("seconds", "p20", "p80")]
             speedup = leaner = "-"  # eager failed its gate
@@ -280,7 +288,7 @@ def table(record: dict[str, Any]) -> str:
                 ratio = row["against_eager"]
                 speedup, leaner = f"{'' if ratio['apart'] else '~'}{ratio['speedup']:.2f}", f"{ratio['memory']:.1f}"
             cells = f"{row['effective_tflops']:>9.3f}{speedup:>9}{row['extra_mib']:>11.1f}{leaner:>10}"
-            lines.append(f"  {name:<12}{ms[0]:>10.3f}{ms[1]:>10.3f}{ms[2]:>10.3f}{cells}{worst:>10.1e}")
+            lines.append(f"  {name:<{wide}}{ms[0]:>10.3f}{ms[1]:>10.3f}{ms[2]:>10.3f}{cells}{worst:>10.1e}")
     for arch, figures in record.get("static", {}).items():
         worst = max(row["registers"] for row in figures["kernels"].values())
         lines.append(

@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 from bpo_fast_kernels.pair_loss import pair_loss_reference
 
-from bpo_fast_bench.kernels_impls import BETA, Implementation, Inputs, Outcome, Problem, ceiling, eager, gradients, ours
+from bpo_fast_bench.kernels_impls import (
+    BETA,
+    Implementation,
+    Inputs,
+    Outcome,
+    Problem,
+    ceiling,
+    eager,
+    gradients,
+    ours,
+    wide_ceiling,
+)
 
 PEERS = ("compile", "liger", "liger-dpo", "cce")
 
@@ -60,13 +71,17 @@ def liger_dpo(problem: Problem) -> Implementation:
     return {"behavior": call}[problem.op]
 
 
-def implementations(problem: Problem, device: torch.device, peers: tuple[str, ...]) -> dict[str, Implementation]:
+def implementations(
+    problem: Problem, device: torch.device, peers: tuple[str, ...], tiles: tuple[str, ...] = ()
+) -> dict[str, Implementation]:
     """Ours, plain PyTorch, the ceiling, and the peers that exist here and offer the operation."""
     gpu = device.type == "cuda"
     out = {"eager": eager(problem)}
     for backend in ("triton", "triton-gemm", "native") if gpu else ("native", "torch"):
         if problem.op != "pair_loss" or backend in ("triton", "torch"):
             out[backend] = ours(problem, backend)
+    for tile in tiles if gpu and problem.op != "pair_loss" else ():
+        out[f"triton-gemm:{tile}"] = ours(problem, f"triton-gemm:{tile}")
     if gpu and "compile" in peers:
         out["compile"] = eager(problem, compiled=True)
     makers = {"cce": cut_cross_entropy, "liger": liger, "liger-dpo": liger_dpo}
@@ -76,6 +91,8 @@ def implementations(problem: Problem, device: torch.device, peers: tuple[str, ..
             out[name] = makers[name](problem)
     if problem.op != "pair_loss":
         out["mm"] = ceiling(problem)
+    if gpu and problem.op == "forward":
+        out["mm-f32"] = wide_ceiling
     return out
 
 

@@ -10,7 +10,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-COLORS = {"native": "#1b7837", "triton": "#1b7837", "triton-gemm": "#5aae61", "torch": "#9970ab", "mm": "#bbbbbb"}
+COLORS = {
+    "native": "#1b7837",
+    "triton": "#1b7837",
+    "triton-gemm": "#5aae61",
+    "torch": "#9970ab",
+    "mm": "#bbbbbb",
+    "mm-f32": "#bbbbbb",
+}
 
 
 def plot(record: dict[str, Any], path: Path) -> None:

@@ -31,7 +31,7 @@ def _native_cpu() -> Backend:
 def _triton(name: str) -> Backend:
     from bpo_fast_kernels.triton_backend import TritonBackend, TritonGemmBackend
 
-    return TritonBackend() if name == "triton" else TritonGemmBackend()
+    return TritonBackend() if name == "triton" else TritonGemmBackend(name.partition(":")[2])
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def _auto_cpu() -> Backend:
 
 
 def pick_backend(name: str, device: torch.device) -> Backend:
-    """The backend called `name`.
+    """The backend called `name`; "triton-gemm:128x256x64x4" is Plan A with this tile and so many stages.
 
     "auto" is "triton" on a CUDA device, "native" on the CPU or, said once, "torch" where that cannot be built, and
     "torch" elsewhere.
@@ -59,7 +59,8 @@ def pick_backend(name: str, device: torch.device) -> Backend:
     Raises:
         ValueError: an unknown name, or a backend that cannot run on this device or machine.
     """
-    require(name in BACKENDS, "backend", repr(name), f"expected one of {', '.join(BACKENDS)}")
+    known = name in BACKENDS or name.startswith("triton-gemm:")
+    require(known, "backend", repr(name), f"expected one of {', '.join(BACKENDS)}")
     on_cpu = device.type == "cpu"
     if name == "auto" and on_cpu:
         return _auto_cpu()

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums
 from bpo_fast_kernels.torch_backend import SHIFT_SLACK, TILE_COLS, Sweep, TorchBackend
-from bpo_fast_kernels.triton_config import INTERPRETED, GemmConfig, gemm_config
+from bpo_fast_kernels.triton_config import INTERPRETED, GemmConfig, gemm_config, with_tile
 from bpo_fast_kernels.triton_gemm import exp_gemm_kernel, raise_shift_kernel, row_sums_kernel, set_targets_kernel
 from bpo_fast_kernels.triton_live import live_dw_, live_dx
 from bpo_fast_kernels.triton_pair import pair_slopes_triton
@@ -177,9 +177,17 @@ class _Slots:
 
 
 class TritonGemmBackend(TritonBackend):
-    """Plan A: policy and behavior rows in one launch; `forward` uses no memory for logits at all."""
+    """Plan A: policy and behavior rows in one launch; `forward` uses no memory for logits at all.
+
+    Args:
+        tile: as `with_tile` takes it, in place of what the rule gives; empty for the rule.
+    """
 
     name = "triton-gemm"
+
+    def __init__(self, tile: str = "") -> None:
+        self.tile = tile
+        with_tile(INTERPRETED, tile)  # refuses an unknown form at once
 
     def score(
         self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None, sums: WeightSums | None = None
@@ -224,14 +232,15 @@ class TritonGemmBackend(TritonBackend):
     def config(self, rows: Rows, behavior: Rows | None) -> GemmConfig:
         """Descriptors where the device has them, rows start on 16 bytes and there is one head."""
         if not rows.hidden.is_cuda:
-            return INTERPRETED
+            return with_tile(INTERPRETED, self.tile)
         major, minor = torch.cuda.get_device_capability(rows.hidden.device)
         second = behavior is not None and behavior.head.weight.data_ptr() != rows.head.weight.data_ptr()
         matrices = (rows.hidden, rows.head.weight)
         aligned = all(m.stride(1) == 1 and m.stride(0) % 8 == m.data_ptr() % 16 == 0 for m in matrices)
         aligned = aligned and rows.hidden.shape[1] % 8 == 0
         capped = rows.head.softcap is not None
-        return gemm_config(10 * major + minor, tma=aligned and not second, softcap=capped)
+        config = gemm_config(10 * major + minor, tma=aligned and not second, softcap=capped)
+        return with_tile(config, self.tile)
 
     def lay_out(self, rows: Rows, behavior: Rows | None, config: GemmConfig) -> _Slots:
         """Slots of both kinds of rows; spare slots have shift inf, so that they sum to 0."""

@@ -4,7 +4,10 @@ Shared memory a block may take: 166,912 bytes (8.0), 101,376 (8.6, 8.9), 232,448
 warps a tile of 128 x 256 x 64 keeps its accumulator in registers on Hopper without spills.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+
+from bpo_fast_kernels.checks import require
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 
@@ -30,6 +33,22 @@ class GemmConfig:
             "GROUP_M": self.group_m,
             "TMA": self.tma,
         }
+
+
+def with_tile(config: GemmConfig, tile: str) -> GemmConfig:
+    """The configuration with a tile such as "128x256x64x4": rows, vocabulary, depth and stages; its own if empty.
+
+    Raises:
+        ValueError: another form, or a side that is not a power of two of at least 16.
+    """
+    if not tile:
+        return config
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x([1-9])", tile)
+    sides = [int(side) for side in found.groups()] if found else []
+    good = bool(sides) and all(side >= 16 and side & (side - 1) == 0 for side in sides[:3])
+    expected = "expected rows x vocabulary x depth x stages after the colon, such as 128x256x64x4"
+    require(good, "backend", repr(f"triton-gemm:{tile}"), expected)
+    return replace(config, block_m=sides[0], block_n=sides[1], block_k=sides[2], num_stages=sides[3])
 
 
 def gemm_config(capability: int, *, tma: bool, softcap: bool) -> GemmConfig:

@@ -4,12 +4,14 @@ import pytest
 import torch
 from bpo_fast_kernels import linear_logps, linear_pair_loss, linear_token_logps, pair_loss
 from bpo_fast_kernels.backends import pick_backend
+from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
 from bpo_fast_kernels.pair_loss import pair_loss_reference
 from bpo_fast_kernels.rows import Head, Rows, WeightSums
 from cases import adversarial_cases, answer, offsets, random_case, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 PLANS = ("triton", "triton-gemm")
+REF = torch.tensor([-9.0, 3.0, -5.0, 2.0])
 # Plan A's tile in the interpreter is 16 x 32 x 16.
 SHAPES = [(1, 1, 2), (16, 16, 32), (17, 33, 31), (35, 24, 97)]
 
@@ -150,6 +152,48 @@ def test_three_runs_give_the_same_bits_and_modes_agree(backend):
     forward = linear_token_logps(case.hidden, case.weight, case.targets, backend=backend)
     assert torch.equal(runs[3][0], forward)
     assert torch.equal(runs[0][0], forward)
+
+
+def test_plan_a_takes_a_tile_by_name():
+    case = random_case(35, 24, 97, spread=3.0)
+    logps, dx, dw, coefs = run(case, "triton-gemm:32x16x16x2", "store", False)
+    want = answer(case, coefs)
+    assert float((logps - want.logps).abs().max()) < 1e-5
+    assert relative(dx, want.dx) < 1e-5
+    assert relative(dw, want.dw) < 1e-5
+    engine = pick_backend("triton-gemm:32x16x16x2", torch.device("cpu"))
+    config = engine.config(Rows(case.hidden, case.targets, Head(case.weight)), None)
+    assert (config.block_m, config.block_n, config.block_k, config.num_stages) == (32, 16, 16, 2)
+    for tile in ("128x256x64", "128x100x64x3", "8x16x16x1", "fast"):
+        with pytest.raises(ValueError, match=f"^backend = 'triton-gemm:{tile}'"):
+            pick_backend(f"triton-gemm:{tile}", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backend", PLANS)
+@pytest.mark.parametrize("loss", ["dpo", "slic"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_three_steps_give_the_same_bits(backend, loss, frozen):
+    case, cu_seqlens, runs = random_case(20, 8, 70), offsets([5, 0, 12, 3]), []
+    for _ in range(3):
+        hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(not frozen)
+        scalar, parts = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, REF, loss=loss, backend=backend)
+        scalar.backward()
+        runs.append((scalar.detach(), parts.policy_logps, hidden.grad, hidden.grad if frozen else weight.grad))
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.parametrize("backend", PLANS)
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "slic"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_pairs_without_a_row(backend, loss, frozen):
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(9, 4).requires_grad_(not frozen)
+    args = (torch.zeros(0, dtype=torch.int64), offsets([0] * 4), REF)
+    scalar, _ = linear_pair_loss(hidden, weight, *args, loss=loss, backend=backend)
+    want, *_ = linear_pair_loss_reference(hidden, weight, *args, loss=loss)
+    scalar.backward()
+    assert torch.allclose(scalar, want, rtol=1e-4)
+    assert frozen or torch.equal(weight.grad, torch.zeros(9, 4))
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "slic"])

@@ -6,7 +6,7 @@ import torch
 from bpo_fast_bench import kernels
 from bpo_fast_bench.kernels import KernelBench, parse_shape, run, table
 from bpo_fast_bench.kernels_impls import Outcome, Problem, answer, eager, errors, make_inputs
-from bpo_fast_bench.kernels_peers import liger_dpo
+from bpo_fast_bench.kernels_peers import implementations, liger_dpo
 from typer.testing import CliRunner
 
 from bpo_fast.cli import app
@@ -160,6 +160,18 @@ def test_ligers_chunked_dpo_loss_answers_the_same_question(head):
     assert max(found.values()) < 1e-4
 
 
+def test_on_a_gpu_the_ceilings_come_with_every_backend():
+    names = {}
+    for op in ("forward", "step", "behavior", "pair_loss"):
+        names[op] = list(implementations(Problem(op, "frozen", 8, 4, 9, 2, "gauss"), torch.device("cuda"), ()))
+    ours = ["eager", "triton", "triton-gemm", "native"]
+    assert names["forward"] == [*ours, "mm", "mm-f32"]
+    assert names["step"] == names["behavior"] == [*ours, "mm"]
+    assert names["pair_loss"] == ["eager", "triton"]
+    found = implementations(Problem("step", "frozen", 8, 4, 9, 2, "gauss"), torch.device("cuda"), (), ("128x128x64x4",))
+    assert list(found) == ["eager", "triton", "triton-gemm", "native", "triton-gemm:128x128x64x4", "mm"]
+
+
 def test_peaked_data_is_what_it_says():
     problem = Problem("forward", "frozen", 400, 256, 8000, 4, "peaked")
     inputs = make_inputs(problem, torch.device("cpu"), torch.float32, 1)[0]
@@ -180,6 +192,7 @@ def test_peaked_data_is_what_it_says():
         ({"shapes": ((64, 16),)}, "bench.kernels.shapes = (64, 16)"),
         ({"shapes": ((64, 0, 9),)}, "bench.kernels.shapes = (64, 0, 9)"),
         ({"pairs": 0}, "bench.kernels.pairs = 0"),
+        ({"tiles": ("128x256",)}, "backend = 'triton-gemm:128x256'"),
     ],
 )
 def test_options_are_refused_by_name(change, message):
