@@ -57,6 +57,7 @@ class Loop:
         self._metrics = Metrics(run.path, self._config.run.report_to, keep_lines=num_lines if run.resume else None)
         self._saved_step = self.num_steps if run.checkpoint else -1
         self._memory: dict[str, float] = {}
+        self._refreshed: dict[str, float] = {}
         self._seconds_before_phase = dict(run.seconds)
         if parts.annotator is not None:
             self._collector = Collector(self._config, parts.engine, parts.annotator, run, progress)
@@ -77,7 +78,7 @@ class Loop:
         self._seconds_before_phase = dict(self._run.seconds)
         with self._run.critical():
             # also where a resumed run goes on with a phase: its sampler has the weights that it was opened on
-            self._parts.engine.refresh(self.num_steps)
+            self._refreshed = self._parts.engine.refresh(self.num_steps)
             if phase.index > self._phase:
                 self._parts.reference.refresh(phase.index)
                 self._phase = phase.index
@@ -143,7 +144,7 @@ class Loop:
         num_tokens = found.metrics.get("completions/num_tokens", 0.0)
         values: dict[str, float] = {"phase": phase.index, "policy_version": found.policy_version}
         values |= {f"pairs/{k}": v for k, v in vars(found.counts).items()}
-        values |= found.metrics
+        values |= self._refreshed | found.metrics
         values |= {f"timing/{stage}_s": seconds.get(stage, 0.0) for stage in ("rollout", "annotate", "ref", "train")}
         if self._parts.annotator is not None:
             values["timing/annotate_overlapped_s"] = self._collector.overlapped_s

@@ -106,8 +106,12 @@ class Engine(Protocol):
         """
         ...
 
-    def refresh(self, policy_version: int) -> None:
-        """Makes the next call, which must be for that version, sample from the weights as they are now."""
+    def refresh(self, policy_version: int) -> dict[str, float]:
+        """Makes the next call, which must be for that version, sample from the weights as they are now.
+
+        Returns:
+            What was measured of that, by the names of metrics.jsonl.
+        """
         ...
 
     def close(self) -> None:

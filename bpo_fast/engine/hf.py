@@ -49,8 +49,9 @@ class HfEngine:
         cache_argument(model)  # or there is none, and this says so
         self._eos_ids, self._pad_id, self._batch_size = eos_ids, pad_id, batch_size
 
-    def refresh(self, policy_version: int) -> None:
+    def refresh(self, policy_version: int) -> dict[str, float]:
         """Nothing to do: the engine reads the trainer's weights at every call."""
+        return {}
 
     def close(self) -> None:
         """Nothing is held beyond a call."""

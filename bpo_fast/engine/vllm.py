@@ -42,6 +42,11 @@ class Refresh:
     bytes_copied: int
     probe: ProbeResult
 
+    def metrics(self) -> dict[str, float]:
+        """What metrics.jsonl says of it."""
+        values = {f"sampling/sampling_logp_difference/{k}": getattr(self.probe, k) for k in ("mean", "max")}
+        return values | {"sampling/refresh_bytes": self.bytes_copied, "sampling/refresh_s": self.seconds}
+
 
 def load_learner(
     config: Config, device: torch.device, max_length: int, say: Callable[[str], None]
@@ -138,8 +143,8 @@ class VllmEngine:
         self._version: int | None = None  # of the weights that the next call samples from
         self.last_refresh: Refresh | None = None
 
-    def refresh(self, policy_version: int) -> None:
-        """Makes the next call sample from the weights as they are now, and proves it.
+    def refresh(self, policy_version: int) -> dict[str, float]:
+        """Makes the next call sample from the weights as they are now, and proves it; returns `Refresh.metrics`.
 
         Raises:
             RuntimeError: the sampler is not the policy; names the first module that differs.
@@ -162,6 +167,7 @@ class VllmEngine:
                 f" {result.mean:.2g} nats a token (limit {result.limit:.2g}); first difference: {where}"
             )
         self._version = policy_version
+        return self.last_refresh.metrics()
 
     def generate(
         self,

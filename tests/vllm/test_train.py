@@ -73,13 +73,17 @@ def test_a_killed_and_resumed_run_ends_as_one_that_was_not(llama_dir, tiny_data,
     refresh = VllmEngine.refresh
 
     def counted(self, version):
-        refresh(self, version)
+        measured = refresh(self, version)
         probes.append((version, self.last_refresh.probe.mean <= self.last_refresh.probe.limit))
+        return measured
 
     monkeypatch.setattr(VllmEngine, "refresh", counted)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(settings(llama_dir, **knobs(tiny_data, whole, **form)), quiet=True)
     assert [v for v, passed in probes if passed] == [0, 0, 2, 4, 6]  # evaluation, three phases, evaluation
+    phases = [line for line in read_metrics(whole) if line["kind"] == "phase"]
+    assert all(0 <= line["sampling/sampling_logp_difference/mean"] < 1e-4 for line in phases)
+    assert {line["sampling/refresh_bytes"] > 0 for line in phases} == {"model__full" not in form}
 
     generate = VllmEngine.generate
 
