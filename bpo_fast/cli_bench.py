@@ -62,12 +62,22 @@ def bench_sampling(
     print(table(run(options)))
 
 
+DEVICE = typer.Option(help="auto, cpu or cuda")
+SHAPE = typer.Option(help="toy, 0.5b, 1.5b or HIDDENxLAYERSxVOCABULARY; toy on a CPU, 0.5b on a GPU by default")
+PAIRS = typer.Option(help="pairs an optimizer step; 8 on a CPU, 16 on a GPU by default", min=1)
+PEERS = typer.Option(help="trl, none, or auto: trl if it is installed")
+
+
 @bench.command("step")
 @reports_errors
 def bench_step(
-    peers: Annotated[str, typer.Option(help="trl (in the step and precomputed reference), or none")] = "trl",
+    peers: Annotated[str, PEERS] = "auto",
     lengths: Annotated[list[str] | None, typer.Option(help="tldr, helpfulness, long; all by default")] = None,
     form: Annotated[list[str] | None, typer.Option(help="full, lora, lora5; all by default")] = None,
+    device: Annotated[str, DEVICE] = "auto",
+    shape: Annotated[str | None, SHAPE] = None,
+    pairs: Annotated[int | None, PAIRS] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="ours with a compiled trunk beside ours")] = False,
     rounds: Annotated[int, typer.Option(help="blocks of each contender", min=1)] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads of each contender", min=1)] = 2,
     json_path: Annotated[Path | None, typer.Option("--json", help="measurements; rows are added")] = None,
@@ -75,16 +85,19 @@ def bench_step(
     """Time one optimizer step on preference pairs against TRL's DPOTrainer."""
     from bpo_fast_bench.step import PEERS, StepOptions, run
 
-    names = {"trl": PEERS, "none": ()}.get(peers, (peers,))
-    run(_bench_options(StepOptions, names, lengths, form, rounds=rounds, threads=threads, out=json_path))
+    options = {"device": device, "pairs": pairs, "rounds": rounds, "threads": threads, "compiled": compiled}
+    run(_bench_options(StepOptions, PEERS, peers, lengths, form, shape, json_path, options))
 
 
 @bench.command("loop")
 @reports_errors
 def bench_loop(
-    peers: Annotated[str, typer.Option(help="trl, or none")] = "trl",
+    peers: Annotated[str, PEERS] = "auto",
     lengths: Annotated[list[str] | None, typer.Option(help="tldr, helpfulness, long; the first two by default")] = None,
     form: Annotated[list[str] | None, typer.Option(help="full, lora, lora5; the first two by default")] = None,
+    device: Annotated[str, DEVICE] = "auto",
+    shape: Annotated[str | None, SHAPE] = None,
+    pairs: Annotated[int | None, PAIRS] = None,
     steps: Annotated[int, typer.Option(help="optimizer steps of a phase", min=1)] = 4,
     rounds: Annotated[int, typer.Option(help="phases of each contender", min=1)] = 3,
     threads: Annotated[int, typer.Option(help="CPU threads of each contender", min=1)] = 2,
@@ -93,14 +106,21 @@ def bench_loop(
     """Time whole online phases (sample, score, train) against TRL's OnlineDPOTrainer."""
     from bpo_fast_bench.loop import PEERS, LoopOptions, run
 
-    names = {"trl": PEERS, "none": ()}.get(peers, (peers,))
-    run(_bench_options(LoopOptions, names, lengths, form, steps=steps, rounds=rounds, threads=threads, out=json_path))
+    options = {"device": device, "pairs": pairs, "steps": steps, "rounds": rounds, "threads": threads}
+    run(_bench_options(LoopOptions, PEERS, peers, lengths, form, shape, json_path, options))
 
 
-def _bench_options(options: Any, peers: tuple[str, ...], lengths: Any, forms: Any, *, out: Any, **others: Any) -> Any:
+def _bench_options(
+    options: Any, known: tuple[str, ...], peers: str, lengths: Any, forms: Any, shape: str | None, out: Any, others: Any
+) -> Any:
+    from bpo_fast_bench.contenders import pick_peers
+    from bpo_fast_bench.shapes import parse_shape
+
     given = {"lengths": tuple(lengths or ()), "forms": tuple(forms or ())}
     given = {name: value for name, value in given.items() if value}
-    return options(peers=peers, out=str(out) if out else None, **given, **others)
+    if shape:
+        given["shape"] = parse_shape(shape)
+    return options(peers=pick_peers(peers, known), out=str(out) if out else None, **given, **others)
 
 
 @bench.command("study")

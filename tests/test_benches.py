@@ -3,10 +3,12 @@
 import json
 
 import pytest
-from bpo_fast_bench import loop, step
-from bpo_fast_bench.contenders import Shape, compare
+from bpo_fast_bench import contenders, loop, step
+from bpo_fast_bench.contenders import Work, compare, line, pick_peers
+from bpo_fast_bench.shapes import SHAPES, Shape, parse_shape
 
 TOY = {"peers": (), "lengths": ("helpfulness",), "pairs": 2, "rounds": 1, "threads": 1, "shape": Shape(32, 1, 400)}
+TOY |= {"device": "cpu"}
 
 
 @pytest.mark.parametrize("bench", ["step", "loop"])
@@ -18,7 +20,7 @@ def test_a_toy_run_writes_a_row(bench, tmp_path, monkeypatch):
     options = {"forms": ("full",), "out": str(out), **TOY}
     said = []
     if bench == "step":
-        step.run(step.StepOptions(**options), said.append)
+        step.run(step.StepOptions(**options, compiled=True), said.append)
     else:
         loop.run(loop.LoopOptions(**options, steps=1), said.append)
     old, new = json.loads(out.read_text())["rows"]
@@ -28,6 +30,13 @@ def test_a_toy_run_writes_a_row(bench, tmp_path, monkeypatch):
     assert len(new["ours"]["block_s"]) == 1
     assert new["machine"]["cpu"]
     assert said[0].startswith("helpfulness full: ours ")
+    if bench == "step":
+        assert new["ours"]["tflops"] > 0
+        assert new["compiled"]["pairs_per_s"] > 0
+        assert new["speedup/compiled"] == pytest.approx(
+            new["ours"]["pairs_per_s"] / new["compiled"]["pairs_per_s"], abs=0.01
+        )
+        assert "; compiled " in said[0]
 
 
 def test_ratios_are_of_rates_and_of_peaks():
@@ -38,6 +47,41 @@ def test_ratios_are_of_rates_and_of_peaks():
     row = compare(found, "ours", ("trl",), runs=5, form="lora5")
     assert (row["speedup/trl"], row["memory/trl"]) == (15.0, 0.25)
     assert row["trl"] == {"pairs_per_s": 0.4, "peak_extra_mib": 200.0, "runs": 5}
+
+
+def test_the_rate_of_the_mathematics_is_that_of_ours_for_all():
+    one = {"peak_extra_mib": 1.0}
+    found = {
+        "ours": {**one, "pairs_per_s": 6.0, "work": Work(flop_a_pair=5e12, peak_tflops=100.0)},
+        "trl": {**one, "pairs_per_s": 2.0, "work": Work()},
+    }
+    row = compare(found, "ours", ("trl",), runs=1, lengths="tldr", form="full")
+    assert [(row[who]["tflops"], row[who]["mfu"]) for who in ("ours", "trl")] == [(30.0, 0.3), (10.0, 0.1)]
+    json.dumps(row)
+    assert line(row).startswith("tldr full: ours 6.00 pairs/s, 1 MiB, 30 TFLOP/s, MFU 0.300; trl 2.00 pairs/s")
+
+
+def test_peers_that_are_not_installed(monkeypatch):
+    said = []
+    assert pick_peers("auto", ("trl", "trl-precomputed"), said.append) == ("trl", "trl-precomputed")
+    assert pick_peers("none", ("trl",), said.append) == ()
+    assert pick_peers("oat", ("trl",), said.append) == ("oat",)  # the bench refuses it by name
+    monkeypatch.setattr(contenders, "find_spec", lambda name: None if name == "trl" else 1)
+    assert said == []
+    assert pick_peers("auto", ("trl",), said.append) == ()
+    assert said == ['peers: trl is left out (trl not installed; pip install "bpo-fast[bench]")']
+    with pytest.raises(ValueError, match=r"^bench\.peers = trl: trl not installed; pip install"):
+        pick_peers("trl", ("trl",))
+
+
+def test_shapes():
+    assert parse_shape("0.5b") == SHAPES["0.5b"]
+    assert parse_shape("32x1x400") == Shape(32, 1, 400)
+    for odd in ("7b", "32x1", "32x0x400", "axbxc"):
+        with pytest.raises(ValueError, match=rf"^bench\.shape = {odd}: not toy, 0\.5b, 1\.5b or HIDDENxLAYERSxVOC"):
+            parse_shape(odd)
+    with pytest.raises(ValueError, match=r"^bench\.device = cuda:9: this machine has"):
+        step.run(step.StepOptions(device="cuda:9"))
 
 
 def test_unknown_names():

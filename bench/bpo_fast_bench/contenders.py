@@ -1,4 +1,4 @@
-"""What the benches of whole steps and loops share: contenders in processes of their own, and a model for them.
+"""What the benches of whole steps and loops share: contenders in processes of their own, and what is made of them.
 
 Every contender trains on command, so that blocks are interleaved (A B C C B A), and its memory is its own: the
 high-water mark of resident memory after loading, minus what was resident then.
@@ -7,7 +7,6 @@ high-water mark of resident memory after loading, minus what was resident then.
 import json
 import os
 import queue
-import random
 import statistics
 import subprocess
 import sys
@@ -15,22 +14,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from bpo_fast_bench.shapes import SHAPES, Shape
 
 LENGTHS = {"tldr": (300, 40), "helpfulness": (24, 45), "long": (512, 128)}
 FORMS = {"full": 0, "lora": 1, "lora5": 5}  # members
 LORA_RANK = 16
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-shaped model with random weights and a tokenizer of words."""
-
-    hidden: int = 256
-    layers: int = 4
-    vocab: int = 32000
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Case:
     """One contender's job.
 
     Attributes:
-        who: ours, or the name of a peer.
+        who: ours, "ours compiled", or the name of a peer.
         prompt_tokens, completion_tokens: of every pair.
         members: 0 trains all weights, else LoRA members.
         pairs: of an optimizer step.
@@ -46,6 +40,7 @@ class Case:
         num_blocks: in all, warm-up included.
         threads: of the CPU.
         model: folder.
+        device: cpu or cuda.
     """
 
     who: str
@@ -57,6 +52,20 @@ class Case:
     num_blocks: int
     threads: int
     model: str
+    device: str
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights of all."""
+        return DTYPES[self.device]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pair takes, where the contender knows: FLOP of a step on it, and the peak of the device."""
+
+    flop_a_pair: float = 0.0
+    peak_tflops: float | None = None
 
 
 BLOCKS_A_TURN = 2  # one to warm up
@@ -70,28 +79,65 @@ class Options:
         lengths: names in `LENGTHS` (prompt and completion tokens).
         forms: names in `FORMS`.
         peers: who else; empty: ours alone.
-        pairs: pairs an optimizer step.
+        pairs: pairs an optimizer step; None: 8 on a CPU, 16 on a GPU.
         steps: steps of a block.
         rounds: counted blocks of each contender.
-        shape: of the model.
+        shape: of the model; None: toy on a CPU, 0.5b on a GPU.
         threads: CPU threads of each contender.
+        device: auto, cpu or cuda.
         out: JSON to write, or None.
     """
 
     lengths: tuple[str, ...] = tuple(LENGTHS)
     forms: tuple[str, ...] = tuple(FORMS)
     peers: tuple[str, ...] = ()
-    pairs: int = 8
+    pairs: int | None = None
     steps: int = 1
     rounds: int = 5
-    shape: Shape = field(default_factory=Shape)
+    shape: Shape | None = None
     threads: int = 2
+    device: str = "auto"
     out: str | None = None
 
     def contender(self, module: str, who: str, lengths: str, members: int, folder: str) -> "Contender":
         """The process of one contender; `folder` holds the model."""
+        assert self.pairs, "resolved() has set it"
         sizes = (self.pairs, self.steps, BLOCKS_A_TURN * self.rounds)
-        return Contender(module, Case(who, *LENGTHS[lengths], members, *sizes, self.threads, folder))
+        return Contender(module, Case(who, *LENGTHS[lengths], members, *sizes, self.threads, folder, self.device))
+
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def resolved(options: AnyOptions) -> AnyOptions:
+    """Options with what depends on the device filled in; ValueError for a device that is not there."""
+    from bpo_fast.loading import pick_device
+
+    on_gpu = pick_device("bench.device", options.device).type == "cuda"
+    return replace(
+        options,
+        device="cuda" if on_gpu else "cpu",
+        pairs=options.pairs or (16 if on_gpu else 8),
+        shape=options.shape or SHAPES["0.5b" if on_gpu else "toy"],
+    )
+
+
+def pick_peers(text: str, peers: tuple[str, ...], say: Callable[[str], None] = print) -> tuple[str, ...]:
+    """The contenders that `--peers` means: auto (TRL if it is installed, else a line), trl, none, or one by name.
+
+    Raises:
+        ValueError: TRL is asked for and not installed.
+    """
+    if text == "none":
+        return ()
+    missing = [name for name in ("trl", "peft", "datasets") if find_spec(name) is None]
+    reason = f'{", ".join(missing)} not installed; pip install "bpo-fast[bench]"'
+    if missing and text == "auto":
+        say(f"peers: trl is left out ({reason})")
+        return ()
+    if missing and text in ("trl", *peers):
+        raise ValueError(f"bench.peers = {text}: {reason}")
+    return peers if text in ("auto", "trl") else (text,)
 
 
 class Contender:
@@ -109,7 +155,7 @@ class Contender:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages, text=True
         )
-        self._expect("ready")
+        self.work = Work(**json.loads(self._expect("ready")))
 
     def block(self) -> float:
         """Seconds of one block."""
@@ -155,12 +201,14 @@ def measure(contenders: Mapping[str, Contender], rounds: int) -> dict[str, dict[
             "pairs_per_s": num_pairs / statistics.median(times[name]),
             "block_s": [round(t, 4) for t in times[name]],
             "peak_extra_mib": round(contender.finish(), 1),
+            "work": contender.work,
         }
     return out
 
 
-def serve(case: Case, blocks: Iterator[float]) -> None:
-    """Body of a contender's process; the first item of `blocks` is there once model and data are loaded."""
+def serve(case: Case, blocks: Iterator[Any]) -> None:
+    """Body of a contender's process; the first item of `blocks`, its `Work`, is there once model and data are loaded,
+    the others are seconds."""
     import torch
 
     from bpo_fast import machine
@@ -169,28 +217,47 @@ def serve(case: Case, blocks: Iterator[float]) -> None:
     os.dup2(2, 1)  # trainers print to what would be our line to the parent
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
-    next(blocks)
+    work = next(blocks)
     start = machine.reset_peak()
-    print("ready", file=out, flush=True)
-    for _ in range(case.num_blocks):
+    print("ready", json.dumps(asdict(work)), file=out, flush=True)
+    for i in range(case.num_blocks):
         sys.stdin.readline()
-        print("block", next(blocks), file=out, flush=True)
+        seconds = next(blocks)
+        if case.device == "cuda" and i % BLOCKS_A_TURN == BLOCKS_A_TURN - 1:
+            torch.cuda.empty_cache()  # the others need the memory
+        print("block", seconds, file=out, flush=True)
     print("peak", (machine.peak_bytes() - start) / 2**20, file=out, flush=True)
+
+
+def now(device: str) -> float:
+    """Seconds, once the device has done what it was given."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def compare(
     found: Mapping[str, dict[str, Any]], ours: str, peers: Sequence[str], *, runs: int, **names: str
 ) -> dict[str, Any]:
     """A row: what was measured of ours and of its peers, each run `runs` times for one of ours, and the ratios."""
+    work = found[ours].get("work", Work())
+    found = {name: {k: v for k, v in one.items() if k != "work"} for name, one in found.items()}
     row: dict[str, Any] = {**names, "ours": found[ours]}
     for peer in peers:
         row[peer] = found[peer] | {"pairs_per_s": found[peer]["pairs_per_s"] / runs, "runs": runs}
         row[f"speedup/{peer}"] = round(row["ours"]["pairs_per_s"] / row[peer]["pairs_per_s"], 2)
         row[f"memory/{peer}"] = round(row["ours"]["peak_extra_mib"] / max(1.0, row[peer]["peak_extra_mib"]), 3)
+    if work.flop_a_pair:  # the same mathematics, whoever does it
+        for name in ("ours", *peers):
+            tflops = row[name]["pairs_per_s"] * work.flop_a_pair / 1e12
+            row[name] |= {"tflops": round(tflops, 4)}
+            row[name] |= {"mfu": round(tflops / work.peak_tflops, 4)} if work.peak_tflops else {}
     return row
 
 
-def trl_blocks(case: Case, make_trainer: Callable[..., Any]) -> Iterator[float]:
+def trl_blocks(case: Case, make_trainer: Callable[..., Any]) -> Iterator[Any]:
     """TRL trains in its own loop, on a thread of its own; a callback holds it at every block.
 
     Args:
@@ -208,11 +275,11 @@ def trl_blocks(case: Case, make_trainer: Callable[..., Any]) -> Iterator[float]:
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step % case.steps == 0:
                 begun.get()
-                self.start = time.perf_counter()
+                self.start = now(case.device)
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step % case.steps == 0:
-                ended.put(time.perf_counter() - self.start)
+                ended.put(now(case.device) - self.start)
 
     with tempfile.TemporaryDirectory() as out:
         settings = {
@@ -223,8 +290,8 @@ def trl_blocks(case: Case, make_trainer: Callable[..., Any]) -> Iterator[float]:
             "beta": 0.1,
             "gradient_checkpointing": False,
             "disable_dropout": True,
-            "bf16": False,
-            "use_cpu": True,
+            "bf16": case.dtype == "bfloat16",
+            "use_cpu": case.device == "cpu",
             "report_to": [],
             "save_strategy": "no",
             "logging_strategy": "no",
@@ -232,14 +299,14 @@ def trl_blocks(case: Case, make_trainer: Callable[..., Any]) -> Iterator[float]:
         }
         trainer = make_trainer(
             settings,
-            model=transformers.AutoModelForCausalLM.from_pretrained(case.model, dtype="float32"),
+            model=transformers.AutoModelForCausalLM.from_pretrained(case.model, dtype=case.dtype),
             processing_class=transformers.AutoTokenizer.from_pretrained(case.model, padding_side="left"),
             peft_config=_peft_config(case),
             callbacks=[Gate()],
         )
         thread = threading.Thread(target=trainer.train, daemon=True)
         thread.start()
-        yield 0.0
+        yield Work()
         for _ in range(case.num_blocks):
             begun.put(None)
             yield ended.get()
@@ -252,45 +319,6 @@ def _peft_config(case: Case) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def make_model(shape: Shape, folder: Path) -> None:
-    """Saves a model with random weights; its tokenizer knows `w0`, `w1`, ... as one token each."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(shape.vocab - 3)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.hidden * 8 // 3 // 32 * 32,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=max(1, shape.hidden // 64),
-        num_key_value_heads=max(1, shape.hidden // 64),
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def words(draw: random.Random, num: int, vocab: int = 20000) -> str:
-    """Random words, one token each."""
-    return " ".join(f"w{draw.randrange(vocab)}" for _ in range(num))
 
 
 def check_names(options: Any, known: Mapping[str, Sequence[str]]) -> None:
@@ -318,7 +346,10 @@ def line(row: dict[str, Any]) -> str:
     """One line for people."""
 
     def rate(name: str) -> str:
-        return f"{row[name]['pairs_per_s']:.2f} pairs/s, {row[name]['peak_extra_mib']:.0f} MiB"
+        one = row[name]
+        tflops = f", {one['tflops']:.3g} TFLOP/s" if "tflops" in one else ""
+        mfu = f", MFU {one['mfu']:.3f}" if "mfu" in one else ""
+        return f"{one['pairs_per_s']:.2f} pairs/s, {one['peak_extra_mib']:.0f} MiB{tflops}{mfu}"
 
     parts = [f"{row['lengths']} {row['form']}: ours {rate('ours')}"]
     for key, value in row.items():

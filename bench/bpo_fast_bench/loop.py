@@ -8,28 +8,30 @@ import json
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bpo_fast_bench.contenders import (
+    DTYPES,
     FORMS,
     LENGTHS,
     LORA_RANK,
     Case,
     Options,
+    Work,
     check_names,
     compare,
     line,
-    make_model,
     measure,
+    now,
+    resolved,
     serve,
     trl_blocks,
-    words,
     write_rows,
 )
+from bpo_fast_bench.shapes import make_model, words
 
 PEERS = ("trl",)
 
@@ -52,9 +54,9 @@ def run(options: LoopOptions, say: Callable[[str], None] = print) -> list[dict[s
         ValueError: an unknown name, or a peer that is not installed.
     """
     check_names(options, {"lengths": tuple(LENGTHS), "forms": tuple(FORMS), "peers": PEERS})
-    rows = []
+    options, rows = resolved(options), []
     with tempfile.TemporaryDirectory() as folder:
-        make_model(options.shape, Path(folder))
+        make_model(options.shape, Path(folder), DTYPES[options.device])
         for lengths in options.lengths:
             for form in options.forms:
                 row = _measure(options, lengths, form, folder)
@@ -79,7 +81,7 @@ def reward(prompts: list[str], completions: list[str], completion_ids: list[list
     return [sum(ids) / max(1, len(ids)) for ids in completion_ids]
 
 
-def _ours(case: Case) -> Iterator[float]:
+def _ours(case: Case) -> Iterator[Any]:
     """The loop of `bpo-fast train`, a phase a block, without checkpoints, evaluation and its estimate of the KL."""
     from bpo_fast import config as configs
     from bpo_fast.loop import Loop
@@ -109,25 +111,26 @@ def _ours(case: Case) -> Iterator[float]:
             "optim.learning_rate": 1e-5,
             "eval.prompts": 0,
             "eval.kl_prompts": 0,
-            "run.device": "cpu",
+            "run.device": case.device,
+            "model.dtype": case.dtype,
             "run.output_dir": f"{out}/run",
             "run.save_steps": 10 * num_steps,
         }
         parts = build(resolve(configs.replace(configs.Config(), settings)), progress)
         _, run = open_run(parts.config, resume=None, command=[])
         loop = Loop(parts, run, progress)
-        yield 0.0
+        yield Work()
         for phase in loop.remaining_phases():
-            start = time.perf_counter()
+            start = now(case.device)
             found = loop.collect(phase)
             for step, pairs in loop.remaining_steps(phase, found):
                 loop.step(step, pairs)
-            seconds = time.perf_counter() - start
+            seconds = now(case.device) - start
             assert len(found.pairs) == case.steps * case.pairs, "no ties among random completions"
             yield seconds
 
 
-def _trl(case: Case) -> Iterator[float]:
+def _trl(case: Case) -> Iterator[Any]:
     from datasets import Dataset
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 

@@ -2,44 +2,52 @@
 
 Same model, same pairs, same optimizer, no dropout. Ours includes the reference pass (once a phase); TRL is timed with
 the reference model in the step and with `precompute_ref_log_probs`, whose cost falls outside of its timed steps. TRL's
-`padding_free` is switched off by its current release; the sequences here are of one length, so nothing is padded.
+`padding_free` is switched off by its current release; the sequences here are of one length, so nothing is padded. On a
+GPU both train bf16 weights, ours with float32 masters, TRL without.
 """
 
 import json
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bpo_fast_bench.contenders import (
+    DTYPES,
     FORMS,
     LENGTHS,
     LORA_RANK,
     Case,
     Options,
+    Work,
     check_names,
     compare,
     line,
-    make_model,
     measure,
+    now,
+    resolved,
     serve,
     trl_blocks,
-    words,
     write_rows,
 )
+from bpo_fast_bench.shapes import make_model, words
 
 PEERS = ("trl", "trl-precomputed")
 
 
 @dataclass(frozen=True)
 class StepOptions(Options):
-    """TRL trains an ensemble one member after the other, five times one step."""
+    """TRL trains an ensemble one member after the other, five times one step.
+
+    Attributes:
+        compiled: ours is measured with a compiled trunk as well.
+    """
 
     peers: tuple[str, ...] = PEERS
+    compiled: bool = False
 
 
 def run(options: StepOptions, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
@@ -49,9 +57,9 @@ def run(options: StepOptions, say: Callable[[str], None] = print) -> list[dict[s
         ValueError: an unknown name, or a peer that is not installed.
     """
     check_names(options, {"lengths": tuple(LENGTHS), "forms": tuple(FORMS), "peers": PEERS})
-    rows = []
+    options, rows = resolved(options), []
     with tempfile.TemporaryDirectory() as folder:
-        make_model(options.shape, Path(folder))
+        make_model(options.shape, Path(folder), DTYPES[options.device])
         for lengths in options.lengths:
             # the members' peers are measured once: one member's step, and as often as there are members
             for kind in (("full",), ("lora", "lora5")):
@@ -67,26 +75,31 @@ def run(options: StepOptions, say: Callable[[str], None] = print) -> list[dict[s
 
 def _measure(options: StepOptions, lengths: str, forms: list[str], folder: str) -> list[dict[str, Any]]:
     contenders = {form: options.contender("step", "ours", lengths, FORMS[form], folder) for form in forms}
+    for form in forms if options.compiled else ():
+        contenders[f"{form} compiled"] = options.contender("step", "ours compiled", lengths, FORMS[form], folder)
     members = min(1, FORMS[forms[0]])
     contenders |= {peer: options.contender("step", peer, lengths, members, folder) for peer in options.peers}
     found = measure(contenders, options.rounds)
     rows = []
     for form in forms:
         row = compare(found, form, options.peers, runs=max(1, FORMS[form]), lengths=lengths, form=form)
-        if form == "lora5" and "lora" in forms:
-            one_by_one = compare({**found, "sequential": found["lora"]}, form, ("sequential",), runs=FORMS[form])
-            row |= {k: v for k, v in one_by_one.items() if "sequential" in k}
+        ours = {"sequential": ("lora", FORMS[form])} if form == "lora5" and "lora" in forms else {}
+        ours |= {"compiled": (f"{form} compiled", 1)} if options.compiled else {}
+        for name, (who, runs) in ours.items():
+            other = compare({**found, name: found[who]}, form, (name,), runs=runs)
+            row |= {k: v for k, v in other.items() if name in k}
         rows.append(row)
     return rows
 
 
-def _ours(case: Case) -> Iterator[float]:
+def _ours(case: Case) -> Iterator[Any]:
     from dataclasses import replace
 
     import torch
 
     from bpo_fast.collect import with_reference
     from bpo_fast.config import MethodConfig, ModelConfig, OptimConfig
+    from bpo_fast.flops import StepFlop
     from bpo_fast.gradients import TokenBudget, step_gradients
     from bpo_fast.optim import Optimizer
     from bpo_fast.pairs import PairCounts, PhasePairs
@@ -95,20 +108,27 @@ def _ours(case: Case) -> Iterator[float]:
 
     full = case.members == 0
     form = ModelConfig(
-        path=case.model, full=full, members=max(1, case.members), lora_r=LORA_RANK, lora_alpha=2.0 * LORA_RANK
+        path=case.model,
+        dtype=case.dtype,
+        full=full,
+        members=max(1, case.members),
+        lora_r=LORA_RANK,
+        lora_alpha=2.0 * LORA_RANK,
+        compile=case.who == "ours compiled",
     )
     length = case.prompt_tokens + case.completion_tokens
-    policy = load_policy(form, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=length)
+    policy = load_policy(form, device=torch.device(case.device), seed=0, temperature=1.0, max_length=length)
     config = replace(OptimConfig(), learning_rate=1e-5)
     optimizer = Optimizer(policy.parameters(), config, num_steps=10**6, num_members=None if full else case.members)
     method = MethodConfig()
     reference = Reference(policy, method, form, max_length=length)
     pairs = _pairs(case, policy)
     budget = TokenBudget(config.microbatch_tokens)
-    yield 0.0
+    flop = StepFlop.of(policy)
+    yield Work(float(flop.count(pairs[:1])), flop.peak_tflops)
     for block in range(case.num_blocks):
         size = case.pairs * case.steps
-        start = time.perf_counter()
+        start = now(case.device)
         found = PhasePairs(0, 0, tuple(pairs[block * size : (block + 1) * size]), PairCounts(), {})
         found = with_reference(found, case.steps, policy, reference, budget, on_done=lambda n: None)
         for step in range(case.steps):
@@ -116,7 +136,7 @@ def _ours(case: Case) -> Iterator[float]:
             sums = step_gradients(mine, policy, method, max_tokens=budget.tokens)
             _, finite = optimizer.step(step, sums["loss"])
             assert finite, "random weights of moderate size"
-        yield time.perf_counter() - start
+        yield now(case.device) - start
 
 
 def _pairs(case: Case, policy: Any) -> list[Any]:
@@ -133,7 +153,7 @@ def _pairs(case: Case, policy: Any) -> list[Any]:
     return pairs
 
 
-def _trl(case: Case) -> Iterator[float]:
+def _trl(case: Case) -> Iterator[Any]:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -159,4 +179,4 @@ def _texts(case: Case) -> list[dict[str, str]]:
 
 if __name__ == "__main__":
     CASE = Case(**json.loads(sys.argv[1]))
-    serve(CASE, _ours(CASE) if CASE.who == "ours" else _trl(CASE))
+    serve(CASE, _ours(CASE) if CASE.who.startswith("ours") else _trl(CASE))
