@@ -22,6 +22,7 @@ STAGES = {"rollout": BLUE, "annotate": ORANGE, "ref": GREEN, "train": PINK, "eva
 REFERENCES = ("online", "on-policy", "ema", "golden", "bpo", "moving-ref")
 FULL_WIDTH_IN = 9.0
 HALF_WIDTH_IN = 4.6
+WIDE_KL = 30.0  # nats; above that the axis is logarithmic from 1 on
 MAX_ROWS = 40
 MAX_CURVES = 7
 
@@ -230,10 +231,15 @@ def _reward_and_kl(groups: Sequence[Group]) -> Figure | None:
             if win is None or kl is None:
                 continue
             color = _color(shown, n)
-            axis.plot(kl[1].mean(0), win[1].mean(0), color=color, marker="o", label=group.place.label)
+            middle = np.median(kl[1], 0), np.median(win[1], 0)  # a run that collapses has a KL of hundreds of nats
+            axis.plot(*middle, color=color, marker="o", label=group.place.label)
             axis.plot(kl[1][:, -1], win[1][:, -1], ".", color=color, alpha=0.35, markersize=5)
         axis.set_title(f"{_main_place(groups)}win rate, {judge}")
-        axis.set_xlabel("KL to the start (nats a completion)")
+        axis.set_xlabel("KL to the start (nats a completion; lines: medians)")
+        if axis.get_xlim()[1] > WIDE_KL:
+            axis.set_xscale("symlog", linthresh=1.0)
+            axis.set_xlim(left=0.0)
+            axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     _legend_below(figure, axes[0])
     return figure

@@ -2,8 +2,8 @@
 
 Usage: kill_driver.py STRAIGHT.toml KILLED.toml SEED NUM_RANDOM. The imports are paid once, here: a child starts in
 milliseconds. One child runs the first configuration undisturbed and shows what a run takes on this machine; those of
-the second die at moments drawn at random, and once inside each of the places in `PLACES`. Moments are counted in a child's
-own processor time, so that a busy machine, or a compiler that it waits for, does not move them.
+the second die at moments drawn at random, and once inside each of the places in `PLACES`. Moments are counted in a
+child's own processor time, so that a busy machine, or a compiler that it waits for, does not move them.
 """
 
 import os
