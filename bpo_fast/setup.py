@@ -155,16 +155,7 @@ def load_learner(
         temperature=config.sampling.temperature,
         max_length=max_length,
     )
-    engine = HfEngine(
-        policy.model,
-        policy.tokenizer,
-        view=policy.merged,
-        num_members=policy.num_members,
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-        batch_size=config.sampling.batch_size,
-    )
-    return policy, engine
+    return policy, HfEngine.of(policy, config.sampling.batch_size)
 
 
 def _load_on_vllm(config: Config, device: torch.device, max_length: int, say: Callable[[str], None]):

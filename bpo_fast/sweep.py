@@ -121,7 +121,6 @@ class Sweep:
                 self._running.discard(spec.name)
                 if answer["status"] in (FINISHED, FAILED) and not self._stopped:
                     self._done(_row(spec, **answer), tell)
-                    self._fail_what_needs(spec, answer["status"], tell)
                 self._lock.notify_all()
 
     def _next(self) -> RunSpec | None:
@@ -138,17 +137,14 @@ class Sweep:
                 self._lock.wait(1.0)
             return None
 
-    def _fail_what_needs(self, spec: RunSpec, status: str, tell: Callable[[Row], None]) -> None:
-        """A run whose golden reference has failed is not made against half of it."""
-        for other in self.waiting if status == FAILED else ():
-            if other.needs == spec.name:
-                self._done(_row(other, FAILED, error=f"it needs {spec.name}, which failed"), tell)
-                self._fail_what_needs(other, FAILED, tell)
-
     def _done(self, row: Row, tell: Callable[[Row], None]) -> None:
+        """Records a run that has ended; what needs one that failed is not made against half of it, but fails too."""
         self.rows[row["run"]] = row
         self._write()
         tell(row)
+        for other in self.waiting if row["status"] == FAILED else ():
+            if other.needs == row["run"]:
+                self._done(_row(other, FAILED, error=f"it needs {row['run']}, which failed"), tell)
 
     def _write(self) -> None:
         done = [self.rows[s.name] for s in self.specs if s.name in self.rows]

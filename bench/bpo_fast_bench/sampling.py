@@ -146,18 +146,7 @@ def measure(options: SamplingBench) -> dict[str, Any]:
     """One form in this process: speed of the engines in turn."""
     [form] = options.forms
     config, policy, engine, start_s = _open(options, FORMS[form])
-    by_hf, by_generate = (
-        kind(
-            policy.model,
-            policy.tokenizer,
-            view=policy.merged,
-            num_members=policy.num_members,
-            eos_ids=policy.eos_ids,
-            pad_id=policy.pad_id,
-            batch_size=config.sampling.batch_size,
-        )
-        for kind in (HfEngine, GenerateEngine)
-    )
+    by_hf, by_generate = (kind.of(policy, config.sampling.batch_size) for kind in (HfEngine, GenerateEngine))
     _train_a_step(policy)
     engine.refresh(1)
     prompts = _prompts(config, policy)[: options.num_prompts]

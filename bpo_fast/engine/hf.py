@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -10,6 +10,7 @@ from bpo_fast.engine import OnDone, Request, SamplingParams, in_order, make_requ
 from bpo_fast.engine.choose import Chooser
 from bpo_fast.engine.decode import cache_argument, decode, rows_together
 from bpo_fast.engine.stopping import StopStrings
+from bpo_fast.policy import Policy
 from bpo_fast.types import Completion, Prompt
 
 
@@ -48,6 +49,19 @@ class HfEngine:
         self._model, self._tokenizer, self._view, self._num_members = model, tokenizer, view, num_members
         cache_argument(model)  # or there is none, and this says so
         self._eos_ids, self._pad_id, self._batch_size = eos_ids, pad_id, batch_size
+
+    @classmethod
+    def of(cls, policy: Policy, batch_size: int | None) -> Self:
+        """The engine of a policy as it trains."""
+        return cls(
+            policy.model,
+            policy.tokenizer,
+            view=policy.merged,
+            num_members=policy.num_members,
+            eos_ids=policy.eos_ids,
+            pad_id=policy.pad_id,
+            batch_size=batch_size,
+        )
 
     def refresh(self, policy_version: int) -> dict[str, float]:
         """Nothing to do: the engine reads the trainer's weights at every call."""
