@@ -26,7 +26,7 @@ class StageConfig:
     hidden: int = knob(256, "hidden size from scratch", ge=8)
     layers: int = knob(4, "decoder layers from scratch", ge=1)
     heads: int = knob(4, "attention heads from scratch; divides hidden", ge=1)
-    kv_heads: int = knob(4, "key and value heads from scratch; divides heads", ge=1)
+    kv_heads: int = knob(0, "key and value heads from scratch, a divisor of heads; 0: as many", ge=0)
     intermediate: int = knob(0, "MLP width from scratch; 0: 8/3 hidden rounded up to 32", ge=0)
     vocab: int = knob(4096, "upper limit of a trained vocabulary", ge=MIN_VOCAB)
     max_prompt_length: int = knob(512, "prompt tokens; longer prompts lose their beginning", ge=1)
@@ -62,7 +62,7 @@ class StageConfig:
                 check_rules(f"{stage}.{field.name}", value, field.metadata)
         if self.model is None and self.hidden % (2 * self.heads):
             raise ValueError(f"{stage}.heads = {self.heads}: must divide hidden = {self.hidden} into an even size")
-        if self.model is None and self.heads % self.kv_heads:
+        if self.model is None and self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"{stage}.kv_heads = {self.kv_heads}: must divide heads = {self.heads}")
 
 

@@ -39,7 +39,7 @@ def scratch_config(config: StageConfig, tokenizer: Any, max_positions: int, **ex
         intermediate_size=config.intermediate or math.ceil(config.hidden * 8 / 3 / 32) * 32,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
+        num_key_value_heads=config.kv_heads or config.heads,
         max_position_embeddings=max_positions,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,

@@ -17,7 +17,7 @@ from transformers import (
 
 from bpo_fast.progress import Progress
 from bpo_fast.sft import Example, SftConfig, completion_nll, encode_examples, held_out_nll, pack_rows, train_sft
-from bpo_fast.stages import fit, length_batches, make_optimizer, plateau_epoch, split_by_prompt
+from bpo_fast.stages import fit, length_batches, make_optimizer, plateau_epoch, scratch_config, split_by_prompt
 from bpo_fast.tokenizer import train_bpe
 
 THINGS = ["apple", "pear", "plum", "cherry", "melon", "grape", "fig", "lemon"]
@@ -183,6 +183,13 @@ def test_training_learns_and_the_folder_loads_in_plain_transformers(tmp_path, da
     assert nats / len(held_out) == pytest.approx(member["held_out_loss_per_sequence"], rel=1e-5)
     answer = model.generate(**tokenizer(prompts[0], return_tensors="pt"), max_new_tokens=24, do_sample=False)
     assert answer[0, -1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(("kv_heads", "expected"), [(0, 2), (1, 1)])
+def test_key_and_value_heads_are_as_many_as_heads_unless_said_otherwise(data, tmp_path, kv_heads, expected):
+    tokenizer = train_bpe(["What is it? It is a plum."], vocab_size=300)
+    config = scratch_config(settings(data, tmp_path, kv_heads=kv_heads), tokenizer, 64)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (2, expected)
 
 
 def test_same_seed_same_weights_and_another_seed_others(tmp_path, data):
