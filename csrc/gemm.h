@@ -33,29 +33,62 @@ Array<W> make_array(int64_t count) {
 }
 inline Buffer make_buffer(int64_t count) { return make_array<float>(count); }
 
+// The sums of one tile, in registers.
+template <class Op>
+struct Tile {
+  Vec sums[kRows][2] = {};
+
+  void read(const float* c, int64_t ldc) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      sums[i][0] = load(c + i * ldc);
+      sums[i][1] = load(c + i * ldc + kLanes);
+    }
+  }
+  // One step along k: `a` has kRows words, so far apart.
+  template <int64_t kApart>
+  void add(const typename Op::Word* a, const typename Op::Word* b) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      sums[i][0] = Op::multiply_add(sums[i][0], a[i * kApart], b);
+      sums[i][1] = Op::multiply_add(sums[i][1], a[i * kApart], b + kLanes);
+    }
+  }
+  void write(float* c, int64_t ldc) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      store(c + i * ldc, sums[i][0]);
+      store(c + i * ldc + kLanes, sums[i][1]);
+    }
+  }
+};
+
 // C [kRows][kPanel] (+)= A^T B, `depth` words deep.
 template <class Op>
 void tile(const typename Op::Word* a, const typename Op::Word* b, int64_t depth, float* c, int64_t ldc, bool accumulate) {
-  Vec acc[kRows][2];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-    acc[i][0] = accumulate ? load(c + i * ldc) : Vec{};
-    acc[i][1] = accumulate ? load(c + i * ldc + kLanes) : Vec{};
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      acc[i][0] = Op::multiply_add(acc[i][0], a[i], b);
-      acc[i][1] = Op::multiply_add(acc[i][1], a[i], b + kLanes);
+  Tile<Op> t;
+  if (accumulate) t.read(c, ldc);
+  for (int64_t k = 0; k < depth; ++k) t.template add<1>(a + k * kRows, b + k * kPanel);
+  t.write(c, ldc);
+}
+
+// The same from a left operand in parts [kRows][kWords] that lie `from` words past parts[p]; k runs along their rows, part by
+// part. What the tile below needs of them is asked for on the way.
+template <class Op, int64_t kWords>
+void tile_of_parts(const typename Op::Word* const* parts, int64_t count, int64_t from, const typename Op::Word* b, float* c,
+                   int64_t ldc, bool accumulate) {
+  constexpr int64_t kLine = 64 / sizeof(typename Op::Word);
+  static_assert(kRows * kWords <= kWords * kLine);
+  Tile<Op> t;
+  if (accumulate) t.read(c, ldc);
+  for (int64_t p = 0; p < count; ++p) {
+    const auto* a = parts[p] + from;
+    for (int64_t k = 0; k < kWords; ++k, b += kPanel) {
+      __builtin_prefetch(a + kRows * kWords + k * kLine);
+      t.template add<kWords>(a + k, b);
     }
-    a += kRows;
-    b += kPanel;
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-    store(c + i * ldc, acc[i][0]);
-    store(c + i * ldc + kLanes, acc[i][1]);
-  }
+  t.write(c, ldc);
 }
 
 // A tile's sums wait in memory or L3: asked for while the tile before is at work, they are there when their turn comes.

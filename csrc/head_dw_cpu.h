@@ -54,70 +54,84 @@ struct Pushes {
 };
 
 // What one thread needs to sum blocks of the vocabulary. `fresh`: dW holds nothing yet, its first sums are written over it.
+//
+// E of the first panels is packed here, that of the others is read where it lies: rows of one panel are neighbors there.
 template <class H, class Out>
 struct BlockSums {
   using Op = typename H::Grads;
   using Word = typename Op::Word;
   static constexpr bool kInPlace = std::is_same_v<Out, float>;
   static constexpr int64_t kVisit = kDepth / kPanelWords<H>;  // panels
-  const typename Op::Word* x;  // of scaled_tokens
+  const Word* x;  // of scaled_tokens
   const Pushes<H>& pushes;
-  int64_t width, count;
+  int64_t width, count, num_packed;
   bool fresh;
   Array<Word> packed;  // E of a block, [visit][rows / kRows][words of the visit][kRows]
   Buffer sums;         // of a block, where dW is not float
 
-  BlockSums(const H& head, const Word* scaled, const Pushes<H>& targets, int64_t panels, int64_t max_rows, bool first)
+  BlockSums(const H& head, const Word* scaled, const Pushes<H>& targets, int64_t panels, int64_t panels_packed,
+            int64_t max_rows, bool first)
       : x(scaled),
         pushes(targets),
         width(head.width),
         count(panels),
+        num_packed(panels_packed),
         fresh(first),
-        packed(make_array<Word>(round_up(max_rows, kRows) * panels * kPanelWords<H>)),
+        packed(make_array<Word>(round_up(max_rows, kRows) * panels_packed * kPanelWords<H>)),
         sums(make_buffer(kInPlace ? 0 : max_rows * head.width)) {}
-
-  int64_t visit_panels(int64_t from) const { return std::min(kVisit, count - from); }
 
   // E of panel i, rows `stride` apart -> the steps in `packed` of the tile at row v of a block of so many rows.
   void pack(const typename H::Kept* e, int64_t stride, int64_t v, int64_t rows, int64_t i) {
-    const int64_t from = i / kVisit * kVisit, depth = visit_panels(from) * kPanelWords<H>;
+    const int64_t from = i / kVisit * kVisit, depth = std::min(kVisit, num_packed - from) * kPanelWords<H>;
     Word* out = packed.get() + (from * round_up(rows, kRows) + (i - from) * kRows) * kPanelWords<H> + v * depth;
     const int high = static_cast<int>(std::min<int64_t>(kRows, rows - v));
     pack_left(reinterpret_cast<const Word*>(e), stride / Op::kPack, high, kPanelWords<H>, out);
   }
 
-  // dW rows [first, first + rows), which are at `dw`, (+)= the product of all panels and the pushes.
-  void add(int64_t first, int64_t rows, Out* dw) {
+  // dW rows [first, first + rows), which are at `dw`, (+)= the product of all panels and the pushes; `lying` has the places
+  // of row `first` in the panels that are not packed.
+  void add(int64_t first, int64_t rows, const Word* const* lying, Out* dw) {
     float* to = nullptr;
     if constexpr (kInPlace) to = dw;
     else to = sums.get();
     if (count == 0 && (fresh || !kInPlace)) std::fill_n(to, rows * width, 0.0f);
-    for (int64_t from = 0; from < count; from += visit_panels(from)) {
-      const int64_t depth = visit_panels(from) * kPanelWords<H>;
+    const auto accumulate = [&](int64_t from) { return from > 0 || (kInPlace && !fresh); };
+    for (int64_t from = 0; from < num_packed; from += kVisit) {
+      const int64_t depth = std::min(kVisit, num_packed - from) * kPanelWords<H>;
       const Word* e = packed.get() + from * round_up(rows, kRows) * kPanelWords<H>;
-      add_visit(e, rows, depth, x + from * kPanelWords<H> * kPanel, to, from > 0 || (kInPlace && !fresh));
+      add_visit(rows, from, to, accumulate(from), [&](int64_t v, const Word* panel, float* c, int64_t ldc, bool more) {
+        tile<Op>(e + v * depth, panel, depth, c, ldc, more);
+      });
+    }
+    for (int64_t from = num_packed; from < count; from += kVisit) {
+      const int64_t panels = std::min(kVisit, count - from);
+      const Word* const* parts = lying + from - num_packed;
+      add_visit(rows, from, to, accumulate(from), [&](int64_t v, const Word* panel, float* c, int64_t ldc, bool more) {
+        tile_of_parts<Op, kPanelWords<H>>(parts, panels, v * kPanelWords<H>, panel, c, ldc, more);
+      });
     }
     pushes.add(first, rows, to);
     if constexpr (!kInPlace)
       for (int64_t i = 0; i < rows * width; ++i) assign(dw[i], fresh ? to[i] : to_float(dw[i]) + to[i]);
   }
 
-  // The product of `depth` words: `e` is [rows / kRows][depth][kRows], `right` the first word of the visit in x.
-  void add_visit(const Word* e, int64_t rows, int64_t depth, const Word* right, float* to, bool accumulate) {
-    float edge[kRows * kPanel];
+  // The tiles of a visit to the panels from `from` on: product(row, right operand, sums, their pitch, whether to add).
+  template <class F>
+  void add_visit(int64_t rows, int64_t from, float* to, bool accumulate, const F& product) {
+    float edge[kRows * kPanel] = {};
     for (int64_t h = 0; h < width; h += kPanel) {
-      const auto* panel = right + h * count * kPanelWords<H>;
+      const auto* panel = x + (h * count + from * kPanel) * kPanelWords<H>;
       for (int64_t v = 0; v < rows; v += kRows) {
         const int64_t high = std::min<int64_t>(kRows, rows - v), wide = std::min<int64_t>(kPanel, width - h);
         float* c = to + v * width + h;
         if (v + kRows < rows) prefetch_tile(c + kRows * width, width, std::min<int64_t>(kRows, rows - v - kRows));
         if (high == kRows && wide == kPanel) {
-          tile<Op>(e + v * depth, panel, depth, c, width, accumulate);
+          product(v, panel, c, width, accumulate);
           continue;
         }
-        tile<Op>(e + v * depth, panel, depth, edge, kPanel, false);
-        for (int64_t i = 0; i < high; ++i)
-          for (int64_t j = 0; j < wide; ++j) c[i * width + j] = edge[i * kPanel + j] + (accumulate ? c[i * width + j] : 0.0f);
+        for (int64_t i = 0; accumulate && i < high; ++i) std::copy_n(c + i * width, wide, edge + i * kPanel);
+        product(v, panel, edge, kPanel, accumulate);
+        for (int64_t i = 0; i < high; ++i) std::copy_n(edge + i * kPanel, wide, c + i * width);
       }
     }
   }
@@ -134,18 +148,23 @@ int64_t recompute_block(const H& head) {
   return std::min(head.block(), dw_block<H>(head.num_panels()));
 }
 
-// Vocabulary blocks [begin, end) of dW from kept E, which may lie in dW itself: a block is packed before it is summed.
+// Vocabulary blocks [begin, end) of dW from kept E. What of it lies in dW itself is packed before the block is summed.
 // `live` lists the panels with a factor that is not 0, `x` holds them as scaled_tokens does.
 template <class H, class Out>
 void kept_dw_blocks(const H& head, const Store<H>& kept, const std::vector<int64_t>& live, const typename H::Grads::Word* x,
                     const Pushes<H>& pushes, bool fresh, int64_t begin, int64_t end, Out* dw) {
   const int64_t count = live.size(), step = dw_block<H>(count);
-  BlockSums<H, Out> sums(head, x, pushes, count, step, fresh);
+  const auto beside = std::lower_bound(live.begin(), live.end(), kept.num_inside);
+  const int64_t num_packed = beside - live.begin();
+  BlockSums<H, Out> sums(head, x, pushes, count, num_packed, step, fresh);
+  std::vector<const typename H::Grads::Word*> lying(count - num_packed);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * step, rows = std::min(step, head.vocab - first);
     for (int64_t v = 0; v < rows; v += kRows)  // along the rows of dW, where E lies in order
-      for (int64_t i = 0; i < count; ++i) sums.pack(kept.at(live[i], first + v), kept.stride(live[i]), v, rows, i);
-    sums.add(first, rows, dw + first * head.width);
+      for (int64_t i = 0; i < num_packed; ++i) sums.pack(kept.at(live[i], first + v), kept.stride(live[i]), v, rows, i);
+    for (size_t i = 0; i < lying.size(); ++i)
+      lying[i] = reinterpret_cast<const typename H::Grads::Word*>(kept.at(beside[i], first));
+    sums.add(first, rows, lying.data(), dw + first * head.width);
   }
 }
 
@@ -156,9 +175,11 @@ void recompute_dw_blocks(const H& head, const std::vector<Panel>& panels, const 
                          const typename H::Grads::Word* x, const Pushes<H>& pushes, bool fresh, int64_t begin, int64_t end,
                          Out* dw) {
   const int64_t step = recompute_block(head), count = panels.size();
-  BlockSums<H, Out> sums(head, x, pushes, count, step, fresh);
+  BlockSums<H, Out> sums(head, x, pushes, count, 0, step, fresh);
   Block<H> scratch(head, true, false);
-  auto kept = make_array<typename H::Kept>(step * kPanel);
+  auto kept = make_array<typename H::Kept>(count * step * kPanel);
+  std::vector<const typename H::Grads::Word*> lying(count);
+  for (int64_t i = 0; i < count; ++i) lying[i] = reinterpret_cast<const typename H::Grads::Word*>(&kept[i * step * kPanel]);
   float* z = scratch.logits.get();
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * step, rows = std::min(step, head.vocab - first);
@@ -167,10 +188,9 @@ void recompute_dw_blocks(const H& head, const std::vector<Panel>& panels, const 
       scratch.multiply(head, tokens + i * head.row_words() * kPanel, rows);
       Panel local = panels[i];
       exp_block(head, z, first, rows, local);
-      for (int64_t j = 0; j < rows * kPanel; ++j) assign(kept[j], z[j]);
-      for (int64_t v = 0; v < rows; v += kRows) sums.pack(kept.get() + v * kPanel, kPanel, v, rows, i);
+      for (int64_t j = 0; j < rows * kPanel; ++j) assign(kept[i * step * kPanel + j], z[j]);
     }
-    sums.add(first, rows, dw + first * head.width);
+    sums.add(first, rows, lying.data(), dw + first * head.width);
   }
 }
 
