@@ -23,6 +23,7 @@ METHOD_WORDS = {
     "moving-ref": "moving reference",
 }
 ORDER = list(METHOD_WORDS)
+MAX_CURVES = 7
 MEASURES = ("kl", "mean_length", "clipped_ratio", "distinct_2", "unique")
 
 
@@ -133,6 +134,20 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
 def tasks_and_losses(groups: Sequence[Group]) -> list[tuple[str, str]]:
     """(task, loss) pairs in order."""
     return list(dict.fromkeys((g.place.task, g.place.loss) for g in groups))
+
+
+def main_groups(groups: Sequence[Group]) -> list[Group]:
+    """The groups that curves are drawn of: the first task and loss, few phases and all phases before those between."""
+    task, loss = tasks_and_losses(groups)[0]
+    own = [g for g in groups if (g.place.task, g.place.loss) == (task, loss)]
+    ranked = sorted(own, key=lambda g: (g.place.phases not in (1, 2, EVERY_STEP), g.place.members > 1))
+    return sorted(ranked[:MAX_CURVES], key=lambda g: g.place.order())
+
+
+def main_place(groups: Sequence[Group]) -> str:
+    """Task and loss of the curves, where there are several."""
+    places = tasks_and_losses(groups)
+    return f"{places[0][0]}, {places[0][1].upper()}: " if len(places) > 1 else ""
 
 
 def judge_names(groups: Sequence[Group]) -> list[str]:

@@ -11,7 +11,7 @@ from bpo_fast.engine import SamplingParams
 from bpo_fast.evaluate import EvalRow, as_metrics, judge_greedy, summarise
 from bpo_fast.flops import StepFlop
 from bpo_fast.gradients import TokenBudget, step_gradients
-from bpo_fast.machine import peak_memory_gib
+from bpo_fast.machine import peak_memory_gib, reset_peak
 from bpo_fast.memory import longest_pair_tokens, make_ledger
 from bpo_fast.metrics import Metrics, read_metrics
 from bpo_fast.optim import learning_rate
@@ -58,6 +58,7 @@ class Loop:
         self._saved_step = self.num_steps if run.checkpoint else -1
         self._memory: dict[str, float] = {}
         self._refreshed: dict[str, float] = {}
+        self._peak_gib = 0.0
         self._seconds_before_phase = dict(run.seconds)
         if parts.annotator is not None:
             self._collector = Collector(self._config, parts.engine, parts.annotator, run, progress)
@@ -76,6 +77,8 @@ class Loop:
     def collect(self, phase: Phase) -> PhasePairs:
         """The pairs of a phase with reference log-probs: from disk if they are there, else sampled now."""
         self._seconds_before_phase = dict(self._run.seconds)
+        self._peak_gib = self._run_peak_gib()
+        reset_peak()
         with self._run.critical():
             # also where a resumed run goes on with a phase: its sampler has the weights that it was opened on
             self._refreshed = self._parts.engine.refresh(self.num_steps)
@@ -245,7 +248,7 @@ class Loop:
             "seconds": seconds,
             "num_tokens": self._num_tokens,
             "tokens_per_s": self._num_tokens / max(1e-9, seconds.get("train", 0.0)),
-            "peak_memory_gib": peak_memory_gib(),
+            "peak_memory_gib": self._run_peak_gib(),
         }
         self._run.write_json("summary.json", summary)
         report.write_report(self._run.path)
@@ -258,6 +261,10 @@ class Loop:
 
     _note = ""
     _kl = 0.0
+
+    def _run_peak_gib(self) -> float:
+        """Peak of the whole run, while the mark of the machine begins anew with every phase."""
+        return max(self._peak_gib, peak_memory_gib())
 
     def _collect_new(self, phase: Phase) -> PhasePairs:
         owned = slice(phase.first_prompt, phase.last_prompt)

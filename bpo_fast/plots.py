@@ -1,11 +1,7 @@
-"""The figures of one run, as SVG that takes its colors and font from the page it stands in."""
+"""The figures of one run."""
 
-import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -14,90 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from bpo_fast.run_folder import RunFolder, judges, printable, results, wins
+from bpo_fast.drawing import BLUE, GRAY, GREEN, INK, ORANGE, PINK, STYLE, Plot
+from bpo_fast.run_folder import RunFolder, judges, printable, results, stage_seconds, wins
 from bpo_fast.stats import bootstrap
 
-# Okabe and Ito's palette, told apart by every common kind of color vision; the page swaps in its variables.
-BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-GRAY, INK, GRID = "#7a7f87", "#1b1f24", "#d5d9de"
-PAGE_COLORS = {BLUE: "c0", ORANGE: "c1", GREEN: "c2", PINK: "c3", GRAY: "c4", INK: "ink", GRID: "grid"}
-STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": GRAY,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 9,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 9.5,
-    "figure.constrained_layout.use": True,
-    "font.size": 9,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "legend.handlelength": 1.2,
-    "legend.labelcolor": INK,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4,
-    "savefig.transparent": True,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": GRAY,
-    "xtick.labelcolor": INK,
-    "ytick.color": GRAY,
-    "ytick.labelcolor": INK,
-}
 WIDTH_IN = 4.4
-WIDE_FROM_IN = 5.0
-PNG_DPI = 160
 MAX_POINTS = 1000
 MAX_MARKED_PHASES = 16
 MAX_BARS = 48
 SMOOTHED_FROM = 60
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure of the report: its title, one sentence on how to read it, and the drawing."""
-
-    title: str
-    caption: str
-    figure: Figure
-
-    @property
-    def is_wide(self) -> bool:
-        """True if it needs more than a column."""
-        return self.figure.get_figwidth() > WIDE_FROM_IN
-
-    def save(self, stem: Path) -> list[Path]:
-        """Writes STEM.png and STEM.svg on white, for use outside the page."""
-        paths = [stem.with_suffix(ending) for ending in (".png", ".svg")]
-        for path in paths:
-            with matplotlib.rc_context({**STYLE, "savefig.transparent": False, "svg.hashsalt": stem.name}):
-                metadata = {"Date": None} if path.suffix == ".svg" else None
-                self.figure.savefig(path, dpi=PNG_DPI, facecolor="white", metadata=metadata)
-        return paths
-
-    def svg(self, prefix: str) -> str:
-        """The drawing as an `<svg>` element for a page; `prefix` keeps its ids apart from those of its neighbors."""
-        buffer = io.StringIO()
-        with matplotlib.rc_context({**STYLE, "svg.hashsalt": prefix}):
-            self.figure.savefig(buffer, format="svg", metadata={"Date": None})
-        svg = buffer.getvalue()
-        svg = svg[svg.index("<svg") :]
-        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-        svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-        svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-        # The page's own font: every common one is narrower than the DejaVu Sans that the layout was made for.
-        svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", svg)
-        svg = re.sub(r"font-family: [^;\"]+; ?", "", svg)
-        for color, variable in PAGE_COLORS.items():
-            svg = svg.replace(color, f"var(--{variable})")
-        return svg.replace("<svg ", f'<svg role="img" aria-label="{self.title}" ', 1)
 
 
 def plots(run: RunFolder) -> tuple[list[Plot], list[str]]:
@@ -349,22 +270,6 @@ def _seconds(run: RunFolder) -> Figure | None:
     axis.tick_params(axis="y", length=0)
     axis.set_xlabel("seconds")
     return figure
-
-
-def stage_seconds(run: RunFolder) -> dict[str, float]:
-    """Seconds by stage: from summary.json (with "other" for the rest of the total), else summed over metrics.jsonl."""
-    found = {name: value for name, value in (run.summary.get("seconds") or {}).items() if value is not None}
-    if found:
-        seconds = {name: value for name, value in found.items() if name != "total"}
-        other = found.get("total", 0.0) - sum(seconds.values())
-        return seconds | ({"other": other} if other >= 0.05 else {})
-    sums: dict[str, float] = {}
-    for line in run.phases + run.evals:
-        for name, value in line.items():
-            if name.startswith("timing/") and value is not None:
-                stage = name.removeprefix("timing/").removesuffix("_s")
-                sums[stage] = sums.get(stage, 0.0) + value
-    return sums
 
 
 def _machine(run: RunFolder) -> Figure | None:

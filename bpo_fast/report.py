@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bpo_fast import plots
+from bpo_fast.drawing import Plot
 from bpo_fast.files import write_atomic
 from bpo_fast.run_folder import (
     Example,
@@ -24,6 +25,7 @@ from bpo_fast.run_folder import (
     printable,
     read_run,
     results,
+    stage_seconds,
     wins,
 )
 from bpo_fast.stats import bootstrap
@@ -221,7 +223,7 @@ def _header(run: RunFolder) -> str:
         if env.get("git_commit")
         else None
     )
-    total = sum(plots.stage_seconds(run).values())
+    total = sum(stage_seconds(run).values())
     facts["length"] = ", ".join(_length_words(run, total))
     facts["command"] = env.get("command")
     rows = "".join(f"<dt>{html(k)}</dt><dd>{html(v)}</dd>" for k, v in facts.items() if v)
@@ -308,7 +310,7 @@ def _phase_table(run: RunFolder) -> str:
     return f'<h2>Phases</h2>\n<div class="wide"><table><tr><th>phase</th>{head}</tr>\n{rows}</table></div>'
 
 
-def figures(drawn: Sequence[plots.Plot]) -> str:
+def figures(drawn: Sequence[Plot]) -> str:
     """Figures in columns; a wide one has a row of its own."""
     if not drawn:
         return ""

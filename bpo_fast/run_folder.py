@@ -186,6 +186,22 @@ def results(run: RunFolder, when: str) -> dict[str, Any]:
     return found
 
 
+def stage_seconds(run: RunFolder) -> dict[str, float]:
+    """Seconds by stage: from summary.json (with "other" for the rest of the total), else summed over metrics.jsonl."""
+    found = {name: value for name, value in (run.summary.get("seconds") or {}).items() if value is not None}
+    if found:
+        seconds = {name: value for name, value in found.items() if name != "total"}
+        other = found.get("total", 0.0) - sum(seconds.values())
+        return seconds | ({"other": other} if other >= 0.05 else {})
+    sums: dict[str, float] = {}
+    for line in run.phases + run.evals:
+        for name, value in line.items():
+            if name.startswith("timing/") and value is not None:
+                stage = name.removeprefix("timing/").removesuffix("_s")
+                sums[stage] = sums.get(stage, 0.0) + value
+    return sums
+
+
 def measures(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Measure]:
     """The rows of the result table that have a value on either side."""
 

@@ -9,22 +9,31 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from bpo_fast.drawing import (
+    AMBER,
+    BLUE,
+    FULL_WIDTH_IN,
+    GRAY,
+    GREEN,
+    HALF_WIDTH_IN,
+    MAX_ROWS,
+    ORANGE,
+    PINK,
+    SKY,
+    STYLE,
+    Plot,
+    legend_below,
+)
 from bpo_fast.grid import EVERY_STEP
-from bpo_fast.groups import METHOD_WORDS, Group, Place, judge_names, tasks_and_losses
-from bpo_fast.plots import BLUE, GRAY, GREEN, ORANGE, PINK, STYLE, Plot, stage_seconds
+from bpo_fast.groups import METHOD_WORDS, Group, Place, judge_names, main_groups, main_place, tasks_and_losses
 from bpo_fast.stats import AGGREGATES, aggregates
+from bpo_fast.sweep_costs import costs_by_phase, costs_of_runs
 
-AMBER, SKY = "#b58900", "#3d8fd1"
 COLORS = {"bpo": BLUE, "online": ORANGE, "on-policy": PINK, "offline": GRAY}
 COLORS |= {"ema": GREEN, "golden": AMBER, "moving-ref": SKY}
 MARKERS = {"bpo": "o", "online": "s", "on-policy": "D", "offline": "X", "ema": "^", "golden": "*", "moving-ref": "v"}
-STAGES = {"rollout": BLUE, "annotate": ORANGE, "ref": GREEN, "train": PINK, "eval": GRAY, "other": AMBER}
 REFERENCES = ("online", "on-policy", "ema", "golden", "bpo", "moving-ref")
-FULL_WIDTH_IN = 9.0
-HALF_WIDTH_IN = 4.6
 WIDE_KL = 30.0  # nats; above that the axis is logarithmic from 1 on
-MAX_ROWS = 40
-MAX_CURVES = 7
 
 
 def sweep_plots(groups: Sequence[Group]) -> list[Plot]:
@@ -91,7 +100,7 @@ def _frequency(groups: Sequence[Group]) -> Figure | None:
             axis.set_xlabel("phases F")
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes[row, 0].set_ylabel(f"win rate, {judge}")
-    _legend_below(figure, axes[0, 0])
+    legend_below(figure, axes[0, 0])
     return figure
 
 
@@ -185,7 +194,7 @@ def _reference(groups: Sequence[Group]) -> Figure | None:
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[0].set_title(f"win rate, {judge} ({place.loss.upper()}, F={place.phases})")
     axes[1].set_title("KL to the start (nats)")
-    _legend_below(figure, axes[0])
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -214,7 +223,7 @@ def _stability(groups: Sequence[Group]) -> Figure | None:
     axes[1].set_xlim(-0.5, len(best) - 0.3)
     for axis in axes:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend_below(figure, axes[0])
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -234,14 +243,14 @@ def _reward_and_kl(groups: Sequence[Group]) -> Figure | None:
             middle = np.median(kl[1], 0), np.median(win[1], 0)  # a run that collapses has a KL of hundreds of nats
             axis.plot(*middle, color=color, marker="o", label=group.place.label)
             axis.plot(kl[1][:, -1], win[1][:, -1], ".", color=color, alpha=0.35, markersize=5)
-        axis.set_title(f"{_main_place(groups)}win rate, {judge}")
+        axis.set_title(f"{main_place(groups)}win rate, {judge}")
         axis.set_xlabel("KL to the start (nats a completion; lines: medians)")
         if axis.get_xlim()[1] > WIDE_KL:
             axis.set_xscale("symlog", linthresh=1.0)
             axis.set_xlim(left=0.0)
             axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend_below(figure, axes[0])
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -275,7 +284,7 @@ def _overoptimised(groups: Sequence[Group]) -> Figure | None:
     if not seen:
         return None
     axis.set(xlabel=f"mean score, {judges[1]}", ylabel=f"mean score, {judges[0]}")
-    _legend_below(figure, axis)
+    legend_below(figure, axis)
     return figure
 
 
@@ -297,61 +306,11 @@ def _margins_and_lengths(groups: Sequence[Group]) -> Figure | None:
     drawn |= _over_steps(axes[1], shown, "eval/mean_length", labels)
     if not drawn:
         return None
-    axes[0].set_title(f"{_main_place(groups)}margin: reward of chosen - rejected")
+    axes[0].set_title(f"{main_place(groups)}margin: reward of chosen - rejected")
     axes[0].set_xlabel("optimizer step")
     axes[1].set_title("mean length of greedy answers (tokens)")
-    _legend_below(figure, axes[0] if axes[0].lines else axes[1])
+    legend_below(figure, axes[0] if axes[0].lines else axes[1])
     return figure
-
-
-def _costs(groups: Sequence[Group]) -> Figure | None:
-    tasks, losses = (len({place[n] for place in tasks_and_losses(groups)}) for n in (0, 1))
-    rows = []
-    for group in groups:
-        stages = [stage_seconds(run) for run in group.runs.values()]
-        peaks = [r.summary["peak_memory_gib"] for r in group.runs.values() if r.summary.get("peak_memory_gib")]
-        if any(stages):
-            mean = {name: float(np.mean([s.get(name, 0.0) for s in stages])) for name in STAGES}
-            words = [group.place.task] * (tasks > 1) + [group.place.loss.upper()] * (losses > 1) + [group.place.label]
-            rows.append((", ".join(words), mean, float(np.mean(peaks)) if peaks else None))
-    rows = rows[:MAX_ROWS]
-    if not rows:
-        return None
-    figure = Figure(figsize=(FULL_WIDTH_IN, 0.27 * len(rows) + 1.3))
-    axes = figure.subplots(1, 2, sharey=True, width_ratios=(2.4, 1))
-    left = np.zeros(len(rows))
-    for name, color in STAGES.items():
-        seconds = np.array([stages[name] for _, stages, _ in rows])
-        if seconds.any():
-            axes[0].barh(range(len(rows)), seconds, left=left, color=color, height=0.66, label=name)
-            left += seconds
-    for y, (_, _, peak) in enumerate(rows):
-        if peak is not None:
-            axes[1].plot(peak, y, "o", color=ORANGE)
-    axes[0].set_yticks(range(len(rows)), [label for label, _, _ in rows])
-    axes[0].set_ylim(len(rows) - 0.4, -0.6)
-    axes[0].set_title("seconds by stage, mean over seeds")
-    axes[1].set_title("peak memory (GiB)")
-    axes[1].set_xlim(0, 1.15 * max((peak for _, _, peak in rows if peak), default=1.0))
-    for axis in axes:
-        axis.tick_params(axis="y", length=0)
-        axis.grid(axis="y", visible=False)
-    _legend_below(figure, axes[0])
-    return figure
-
-
-def main_groups(groups: Sequence[Group]) -> list[Group]:
-    """The groups that curves are drawn of: the first task and loss, few phases and all phases before those between."""
-    task, loss = tasks_and_losses(groups)[0]
-    own = [g for g in groups if (g.place.task, g.place.loss) == (task, loss)]
-    ranked = sorted(own, key=lambda g: (g.place.phases not in (1, 2, EVERY_STEP), g.place.members > 1))
-    return sorted(ranked[:MAX_CURVES], key=lambda g: g.place.order())
-
-
-def _main_place(groups: Sequence[Group]) -> str:
-    """Task and loss of the curves, where there are several."""
-    places = tasks_and_losses(groups)
-    return f"{places[0][0]}, {places[0][1].upper()}: " if len(places) > 1 else ""
 
 
 def _color(groups: Sequence[Group], n: int) -> str:
@@ -373,13 +332,6 @@ def _main_judge(groups: Sequence[Group]) -> str | None:
 def _two_panels() -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(FULL_WIDTH_IN, 3.2))
     return figure, list(figure.subplots(1, 2))
-
-
-def _legend_below(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        ncols = min(len(labels), 4 if figure.get_figwidth() > HALF_WIDTH_IN + 1 else 3)
-        figure.legend(handles, labels, loc="outside lower center", ncols=ncols, columnspacing=1.2)
 
 
 def _phase_order(phases: Any) -> float:
@@ -414,5 +366,11 @@ FIGURES: tuple[tuple[str, str, Callable[[Sequence[Group]], Figure | None]], ...]
         _overoptimised,
     ),
     ("Margins and lengths", "Means over seeds.", _margins_and_lengths),
-    ("Time and memory", "Of a whole run; evaluations included.", _costs),
+    ("Time and memory", "Of a whole run; evaluations included.", costs_of_runs),
+    (
+        "Time and memory by phase",
+        "Seconds of each phase by stage, each method on its own scale, and the peak of memory during it; means over "
+        "seeds. Evaluations take no part in the seconds.",
+        costs_by_phase,
+    ),
 )

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from bpo_fast.files import write_atomic
-from bpo_fast.groups import MEASURES, Group, find_runs, judge_names, paired, read_groups
+from bpo_fast.groups import MEASURES, Group, find_runs, judge_names, main_groups, paired, read_groups
 from bpo_fast.report import REPORT_FILE, badges, figures, html, html_page, html_text, notice, score_notes
 from bpo_fast.run_folder import number_text
 from bpo_fast.stats import Interval
-from bpo_fast.sweep_plots import aggregate_rows, main_groups, sweep_plots
+from bpo_fast.sweep_costs import PHASE_STAGES, PhaseCosts, phase_costs
+from bpo_fast.sweep_plots import aggregate_rows, sweep_plots
 
 SUMMARY_FILE = "summary.json"
 NUM_PROMPTS, MAX_SIDES = 5, 5
+MAX_PHASE_ROWS = 4
 KINDS = {"kl": "score", "mean_length": "tenth", "clipped_ratio": "share", "distinct_2": "score", "unique": "share"}
 WORDS = {"kl": "KL", "mean_length": "tokens", "clipped_ratio": "truncated", "distinct_2": "distinct-2"}
 WORDS |= {"unique": "unique"}
@@ -60,6 +62,7 @@ def write_sweep_report(paths: Sequence[Path], out: Path) -> Path:
         figures(drawn),
         _comparison_table(summary),
         _completions(groups),
+        _phase_table(groups),
     ]
     path = out / REPORT_FILE
     write_atomic(path, html_page(html(title), sections))
@@ -67,7 +70,8 @@ def write_sweep_report(paths: Sequence[Path], out: Path) -> Path:
 
 
 def summarise_groups(groups: Sequence[Group]) -> dict[str, Any]:
-    """Mean and std over seeds of every group, its aggregates, and its paired difference to offline training."""
+    """Mean and std over seeds of every group, what its phases cost, its aggregates, and its paired difference to
+    offline training."""
     judges = judge_names(groups)
     rows = []
     for group in groups:
@@ -81,6 +85,8 @@ def summarise_groups(groups: Sequence[Group]) -> dict[str, Any]:
             if base is not None and base is not group:
                 row[f"win_rate_minus_offline/{judge}"] = _asdict(paired(rates, base.values("win_rate", judge)))
         row |= {key: _mean_std(group.values(key)) for key in MEASURES}
+        costs = phase_costs(group)
+        row["by_phase"] = _phases_asdict(costs) if costs else None
         rows.append(row)
     found: dict[str, Any] = {"judges": judges, "groups": rows, "aggregates": {}}
     for judge in judges:
@@ -112,6 +118,12 @@ def _asdict(interval: Interval | None) -> dict[str, float] | None:
     return dataclasses.asdict(interval) if interval else None
 
 
+def _phases_asdict(costs: PhaseCosts) -> dict[str, list[float]]:
+    found = {"phase": costs.phases} | {f"{stage}_s": values for stage, values in costs.seconds.items()}
+    found |= {} if costs.peak_gib is None else {"peak_memory_gib": costs.peak_gib}
+    return {name: values.tolist() for name, values in found.items()}
+
+
 def _result_table(groups: Sequence[Group]) -> str:
     judges = judge_names(groups)
     heads = ["task, loss", "method", "seeds", *(f"win rate, {j}" for j in judges), *(f"score, {j}" for j in judges)]
@@ -125,7 +137,7 @@ def _result_table(groups: Sequence[Group]) -> str:
         cells += [_cell(group.values("win_rate", j), "share") for j in judges]
         cells += [_cell(group.values("score", j), "score") for j in judges]
         cells += [_cell(group.values(key), KINDS[key]) for key in MEASURES]
-        body += "<tr>" + "".join(f"<td>{html(c)}</td>" for c in cells) + "</tr>\n"
+        body += _table_row(cells)
     head = "".join(f"<th>{html(h)}</th>" for h in heads)
     note = "Held-out prompts, greedy decoding; mean over seeds, after ± the standard deviation."
     return (
@@ -156,7 +168,7 @@ def _comparison_table(summary: Mapping[str, Any]) -> str:
                     f"{mean} points",
                     f"{low} to {high}",
                 )
-                rows += "<tr>" + "".join(f"<td>{html(w)}</td>" for w in words) + "</tr>\n"
+                rows += _table_row(words)
     if not rows:
         return ""
     head = "<tr><th>task, loss</th><th>method</th><th>judge</th><th>win rate</th><th>95% interval</th></tr>\n"
@@ -182,3 +194,36 @@ def _completions(groups: Sequence[Group]) -> str:
 
 def _answer(row: Mapping[str, Any]) -> str:
     return html_text(row["output"]) + badges(score_notes(row.get("scores")))
+
+
+def _phase_table(groups: Sequence[Group]) -> str:
+    """What the phases of every group cost; those of a group with many are put together to a few rows."""
+    rows, last = "", ("", "")
+    for group in groups:
+        costs = phase_costs(group)
+        if costs is None:
+            continue
+        for span in np.array_split(np.arange(len(costs.phases)), min(len(costs.phases), MAX_PHASE_ROWS)):
+            first, final = costs.phases[span[0]], costs.phases[span[-1]]
+            place = f"{group.place.task}, {group.place.loss.upper()}", group.place.label
+            cells = [place[0] if place[0] != last[0] else "", place[1] if place != last else ""]
+            last = place
+            cells.append(str(first) if first == final else f"{first} to {final}")
+            cells += [_seconds(costs.seconds[s][span].mean()) if s in costs.seconds else "n/a" for s in PHASE_STAGES]
+            cells.append("n/a" if costs.peak_gib is None else number_text(float(costs.peak_gib[span].max()), "score"))
+            rows += _table_row(cells)
+    if not rows:
+        return ""
+    heads = ["task, loss", "method", "phase", *(f"{stage} (s)" for stage in PHASE_STAGES), "peak memory (GiB)"]
+    head = "<tr>" + "".join(f"<th>{html(h)}</th>" for h in heads) + "</tr>\n"
+    note = "Means over seeds. A row of several phases has the mean seconds of one of them, and the highest peak."
+    table = f'<div class="wide"><table class="runs">{head}{rows}</table></div>'
+    return f'<h2>Phases</h2>\n<p class="soft">{note}</p>\n{table}'
+
+
+def _seconds(value: float) -> str:
+    return number_text(float(value), "tenth" if value >= 10 else "score")
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<td>{html(cell)}</td>" for cell in cells) + "</tr>\n"

@@ -15,14 +15,17 @@ STEPS = 32
 JUDGES = ("rubric", "annotator")
 
 
-def write_fake_sweep(folder: Path, grid: str, *, failed: int = 0) -> Path:
-    """Writes the runs of a grid (TOML text); the last `failed` of them have failed."""
+def write_fake_sweep(folder: Path, grid: str, *, failed: int = 0, with_phases: bool = True) -> Path:
+    """Writes the runs of a grid (TOML text); the last `failed` of them have failed.
+
+    Without phases no line of metrics.jsonl says what a phase cost.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "grid.toml").write_text(grid, encoding="utf-8")
     specs = read_grid(folder / "grid.toml")
     rows = []
     for spec in specs[: len(specs) - failed]:
-        _write_run(folder / "runs" / spec.name, spec)
+        _write_run(folder / "runs" / spec.name, spec, with_phases)
         rows.append(spec.place() | {"status": "finished", "error": None})
     rows += [s.place() | {"status": "failed", "error": "loss not finite"} for s in specs[len(specs) - failed :]]
     (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
@@ -36,7 +39,7 @@ def rates_of(spec: RunSpec, draw: random.Random) -> list[tuple[int, float, float
     return [(STEPS * k // 2, 0.31 + gain * (k / 2) ** 0.7, 1.4 * k + abs(draw.gauss(0, 0.1)) * k) for k in range(3)]
 
 
-def _write_run(run_dir: Path, spec: RunSpec) -> None:
+def _write_run(run_dir: Path, spec: RunSpec, with_phases: bool) -> None:
     draw = random.Random(spec.name)
     (run_dir).mkdir(parents=True)
     config = resolve(configs.replace(Config(), {**spec.values, "run.output_dir": str(run_dir)}))
@@ -51,14 +54,25 @@ def _write_run(run_dir: Path, spec: RunSpec) -> None:
         metrics.log("eval", step, values)
     for step in range(1, STEPS + 1):
         metrics.log("step", step, {"loss": 0.6, "rewards/margins": step / STEPS + draw.gauss(0, 0.1)})
+    m = spec.members
+    num_phases = STEPS if spec.phases == "T" else int(spec.phases)
+    for phase in range(num_phases if with_phases else 0):
+        metrics.log("phase", (phase + 1) * STEPS // num_phases, phase_values(phase, num_phases, m, spec.seed))
     metrics.close()
     rows = [_row(i, when, draw) for when in ("before", "after") for i in range(6)]
     (run_dir / "eval.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    m = spec.members
     seconds = {"eval": 8.0, "rollout": 9.0, "annotate": 3.0, "ref": 3.0, "train": 6.0 * m, "total": 29.5 + 6 * (m - 1)}
     summary = {"before": sides[0], "after": sides[2], "steps": STEPS, "seconds": seconds}
     summary |= {"peak_memory_gib": 0.6 + 0.05 * m, "judges": list(JUDGES)}
     (run_dir / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+
+
+def phase_values(phase: int, num_phases: int, members: int, seed: int) -> dict[str, float]:
+    """What a phase cost; the later ones of a run sample longer."""
+    rollout_s = 9.0 * 2 * (phase + 1) / (num_phases * (num_phases + 1))
+    values = {"phase": phase, "timing/rollout_s": rollout_s, "timing/annotate_s": 3.0 / num_phases}
+    values |= {"timing/ref_s": 3.0 / num_phases, "timing/train_s": 6.0 * members / num_phases}
+    return values | {"perf/peak_memory_gib": 0.5 + 0.05 * members + 0.01 * seed + 0.04 * (phase + 1) / num_phases}
 
 
 def _side(rate: float, kl: float, draw: random.Random) -> dict:

@@ -17,6 +17,7 @@ from tiny_world import question, run_cli, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from bpo_fast import machine
 from bpo_fast.cli import app
 from bpo_fast.config import KNOBS, load
 from bpo_fast.pairs import read_pairs
@@ -214,6 +215,18 @@ def test_the_summary_says_what_a_run_was_and_what_it_gave(trained):
     names = {"task", "method", "pairs", "steps", "win_rate_before", "win_rate_after", "judge", "seconds"}
     assert names | {"tokens_per_s", "peak_memory_gib"} <= summary.keys()
     assert {"ref", "loss", "phases"} <= summary["method"].keys()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="peaks are those of the GPU")
+def test_the_peak_of_a_phase_begins_with_it(tiny_args, tmp_path):
+    held = bytearray(2**29)  # what was held and freed before counts for the run, not for its phases
+    del held
+    before_gib = machine.peak_memory_gib()
+    assert call(*tiny_args, "--out", tmp_path / "run")[0] == 0
+    phases = [line for line in lines_of(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "phase"]
+    assert len(phases) == 2
+    assert all(line["perf/peak_memory_gib"] < before_gib - 0.25 for line in phases)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["peak_memory_gib"] >= before_gib
 
 
 def test_every_step_says_how_much_it_computed(trained):

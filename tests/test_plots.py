@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from bpo_fast import plots
 from bpo_fast.metrics import Metrics
-from bpo_fast.run_folder import read_run
+from bpo_fast.run_folder import read_run, stage_seconds
 
 TITLES = [
     "Win rate by judge",
@@ -131,10 +131,10 @@ def test_evaluations_on_the_way(tmp_path):
 
 def test_stage_seconds_add_up_to_the_total(tmp_path):
     run = read_run(write_fake_run(tmp_path / "whole"))
-    assert sum(plots.stage_seconds(run).values()) == pytest.approx(run.summary["seconds"]["total"])
-    assert plots.stage_seconds(run)["other"] == pytest.approx(4.5)
+    assert sum(stage_seconds(run).values()) == pytest.approx(run.summary["seconds"]["total"])
+    assert stage_seconds(run)["other"] == pytest.approx(4.5)
     killed = read_run(write_fake_run(tmp_path / "killed", finished=False))
-    assert plots.stage_seconds(killed)["rollout"] == pytest.approx(28.4)
+    assert stage_seconds(killed)["rollout"] == pytest.approx(28.4)
 
 
 def test_smoothing_keeps_lines_straight_and_ignores_gaps():

@@ -39,6 +39,7 @@ TITLES = (
     "Two judges",
     "Margins and lengths",
     "Time and memory",
+    "Time and memory by phase",
 )
 
 
@@ -149,6 +150,15 @@ def overlaps(plot: Plot) -> list[tuple[str, str]]:
 def test_no_text_covers_another(groups):
     for plot in sweep_plots(groups):
         assert overlaps(plot) == [], plot.title
+
+
+def test_long_labels_stay_in_their_panels(tmp_path):
+    folder = write_fake_sweep(tmp_path / "s", "[grid]\noptim.learning_rate = [1e-3, 0.01]\n")
+    (plot,) = (p for p in sweep_plots(read_groups(find_runs([folder])[0])) if p.title == "Time and memory by phase")
+    assert overlaps(plot) == []
+    titles = [(axis, t) for axis in plot.figure.axes for t in axis.findobj(Text) if "learning_rate" in t.get_text()]
+    assert len(titles) == 2
+    assert all(title.get_window_extent().x1 <= axis.bbox.x1 for axis, title in titles)
 
 
 def test_paired_takes_the_seeds_that_both_have():
