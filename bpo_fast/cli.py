@@ -16,6 +16,8 @@ from bpo_fast.cli_errors import check_alone, reports_errors
 from bpo_fast.config import KNOBS, Config
 from bpo_fast.stage_config import RewardConfig, SftConfig
 
+SOURCE_HELP = "run folder, checkpoint, model or adapter folder, Hub id"
+
 app = typer.Typer(
     help="Train language models online from preferences, against the behavior policy that sampled the pairs (BPO).",
     no_args_is_help=True,
@@ -144,9 +146,7 @@ def doctor() -> None:
 @app.command("eval")
 @reports_errors
 def evaluate(
-    source: Annotated[
-        str | None, typer.Argument(help="run folder, checkpoint, model or adapter folder, Hub id", show_default=False)
-    ] = None,
+    source: Annotated[str | None, typer.Argument(help=SOURCE_HELP, show_default=False)] = None,
     outputs: Annotated[
         str | None, typer.Option("--outputs", help="judge these texts instead: a line a row of the data, or JSONL")
     ] = None,
@@ -185,9 +185,9 @@ def evaluate(
     _quiet_libraries()
     from rich.console import Console
 
-    from bpo_fast.contest import base_config
     from bpo_fast.contest import evaluate as run_evaluate
     from bpo_fast.contest_table import print_evaluation
+    from bpo_fast.source import base_config
 
     settings = configs.replace(base_config(*filter(None, (source, against))), given)
     found = run_evaluate(settings, source or str(outputs), against, out)
@@ -264,10 +264,10 @@ def export(
 @app.command()
 @reports_errors
 def sample(
-    model: Annotated[str, typer.Option("--model", help="model folder or Hub id")],
+    model: Annotated[str, typer.Option("--model", help=SOURCE_HELP)],
     data: Annotated[str, typer.Option("--data", help="prompts: file, folder or Hub id, `name[:n]` for the first n")],
     out: Annotated[Path, typer.Option("--out", help="JSONL to write, a completion a row")],
-    task: Annotated[str, _flag("--task", "task")] = "helpfulness",
+    task: Annotated[str | None, _flag("--task", "task")] = None,
     n: Annotated[int, typer.Option("--n", help="completions a prompt", min=1)] = 1,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy", min=0)] = 1.0,
     max_new_tokens: Annotated[str | None, _flag("--max-new-tokens", "sampling.max_new_tokens")] = None,
@@ -275,11 +275,11 @@ def sample(
     engine: Annotated[str | None, _flag("--engine", "sampling.engine")] = None,
     device: Annotated[str | None, _flag("--device", "run.device")] = None,
     seed: Annotated[str | None, _flag("--seed", "run.seed")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="any knob, as NAME=VALUE; see bpo-fast knobs")] = None,
 ) -> None:
-    """Sample completions of a model to prompts."""
+    """Sample completions of a model to prompts; a run's own settings hold where no flag says otherwise."""
     flags = {
         "task": task,
-        "model.path": model,
         "data.path": data,
         "sampling.max_new_tokens": max_new_tokens,
         "data.max_prompt_length": max_prompt_tokens,
@@ -287,11 +287,12 @@ def sample(
         "run.device": device,
         "run.seed": seed,
     }
-    settings = _settings(flags, None, [], None)
+    given = configs.parse_assignments(set_ or []) | {k: v for k, v in flags.items() if v is not None}
     _quiet_libraries()
     from bpo_fast.sample import sample as run_sample
+    from bpo_fast.source import base_config
 
-    run_sample(settings, out, n=n, temperature=temperature)
+    run_sample(configs.replace(base_config(model), given), model, out, n=n, temperature=temperature)
     print(out)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from bpo_fast import prompts as data
 from bpo_fast.annotate import Checked
-from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.config import Config
 from bpo_fast.engine import SamplingParams
 from bpo_fast.evaluate import against_labels, whole
@@ -23,15 +22,15 @@ from bpo_fast.files import write_atomic
 from bpo_fast.loading import pick_device
 from bpo_fast.progress import Progress
 from bpo_fast.run import check_free, saved_config
-from bpo_fast.setup import held_out_prompts, judge_specs, load_learner, load_scorer, train_prompts
+from bpo_fast.setup import held_out_prompts, judge_specs, load_scorer, train_prompts
+from bpo_fast.source import load_source, resolved, run_of
 from bpo_fast.stats import bootstrap, length_controlled
-from bpo_fast.tasks import get_task, resolve
+from bpo_fast.tasks import get_task
 from bpo_fast.tokenizer import with_leading_space
 from bpo_fast.types import Completion, Prompt
 
 RESULT_FILE = "eval.json"
 OUTPUT_COLUMNS = ("completion", "output")
-ADAPTER_FILE = "adapter_config.json"
 Score = float | None
 Summary = dict[str, Any]
 
@@ -64,17 +63,11 @@ class Judged:
         return [None if a is None or b is None else float(a > b) for a, b in self.scores]
 
 
-def base_config(*sources: str) -> Config:
-    """The settings that an evaluation starts from: those of the first source that is a run or a checkpoint of one."""
-    runs = filter(None, map(_run_of, sources))
-    return next(map(saved_config, runs), Config())
-
-
 def evaluate(config: Config, source: str, against: str | None, out: Path | None) -> Summary:
     """Decodes, judges and compares.
 
     Args:
-        config: judges, data, lengths; see `base_config`.
+        config: judges, data, lengths; see `source.base_config`.
         source: a run folder, a checkpoint, a model or adapter folder, a Hub id, or a file of outputs: text with a line
             a row of the data, or JSONL with `completion` (null: not judged).
         against: the same, for a head-to-head comparison.
@@ -86,7 +79,7 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
     Raises:
         ValueError: bad models, data or judges by name; outputs that do not line up with the data, with both counts.
     """
-    config = _resolved(config, source)
+    config = resolved(config, source)
     out = out or Path("evals") / time.strftime("%Y%m%d-%H%M%S")
     check_free(out)
     specs = judge_specs(config)
@@ -204,20 +197,6 @@ def _output(row: Mapping[str, Any], number: int, source: str) -> str | None:
     return row[column]
 
 
-def _run_of(source: str) -> Path | None:
-    """The run folder that a source is, or is a checkpoint of."""
-    path = Path(source)
-    candidates = (path, path.parent) if path.name.startswith("checkpoint-") else (path,)
-    return next((p for p in candidates if (p / "config.toml").is_file()), None)
-
-
-def _resolved(config: Config, source: str) -> Config:
-    """Settings without holes. What is evaluated names the model: without it, the embedded one would be filled in."""
-    if config.model.path is None:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=source))
-    return resolve(config)
-
-
 def _contestant(source: str, config: Config, progress: Progress) -> Contestant:
     name = Path(source).name or source
     if Path(source).is_file():
@@ -231,17 +210,14 @@ def _contestant(source: str, config: Config, progress: Progress) -> Contestant:
         }
         outputs = {i: _bare_output(prompt, texts[i] or "") for i, prompt in prompts.items()}
         return Contestant(name, prompts, outputs, sampled=False)
-    config = dataclasses.replace(config, model=_form(source, config))
-    assert config.data.max_prompt_length, "resolve() has set it"
-    assert config.sampling.max_new_tokens, "resolve() has set it"
-    max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
-    policy, engine = load_learner(config, pick_device("run.device", config.run.device), max_length, progress.print)
-    run = _run_of(source)
+    policy, engine = load_source(source, config, progress.print)
+    run = run_of(source)
     train = train_prompts(saved_config(run), policy.tokenizer, progress) if run else ()
     prompts = held_out_prompts(config, policy.tokenizer, train, progress)
     if not prompts:
         raise ValueError("data.eval_path: no held-out data; name some with --data")
     sampling = config.sampling
+    assert sampling.max_new_tokens, "resolve() has set it"
     params = SamplingParams(max_new_tokens=sampling.max_new_tokens, temperature=0.0, stop=sampling.stop or ())
     engine.refresh(0)
     with progress.task(f"decoding {name}", len(prompts)) as task:
@@ -253,38 +229,6 @@ def _contestant(source: str, config: Config, progress: Progress) -> Contestant:
     if len(answered) < len(prompts):
         progress.print(f"{name}: left out: {len(prompts) - len(answered)} that the engine gave up")
     return Contestant(name, {p.id: p for p in answered}, {c.prompt_id: c for c in outputs}, sampled=True)
-
-
-def _form(source: str, config: Config) -> Any:
-    """How a source is loaded: a checkpoint of LoRA is an adapter on its base, any other a model as it is."""
-    path, model = Path(source), config.model
-    run = _run_of(source)
-    if run == path:
-        checkpoints = complete_checkpoints(path)
-        if not checkpoints:
-            raise ValueError(f"{source}: no complete checkpoint there")
-        path = checkpoints[-1]
-    kept = dataclasses.replace(model, members=1, adapters=(), lora_dropout=0.0, lora_targets=(), full=False)
-    if not (path / ADAPTER_FILE).is_file():
-        # one fresh adapter of rank 1 adds exactly nothing, and costs less than a second copy of all weights
-        return dataclasses.replace(kept, path=str(path) if path.exists() else source, lora_r=1, lora_alpha=2.0)
-    adapter = json.loads((path / ADAPTER_FILE).read_text(encoding="utf-8"))
-    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
-        if adapter.get(key):
-            raise ValueError(
-                f"{source}: {key} in {ADAPTER_FILE} is not supported; merge the adapter into a model folder"
-            )
-    if not all(adapter.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha")):
-        raise ValueError(f"{source}: {ADAPTER_FILE} names no base model, r or lora_alpha")
-    targets = adapter.get("target_modules")
-    return dataclasses.replace(
-        kept,
-        path=adapter["base_model_name_or_path"],
-        adapters=(str(path),),
-        lora_r=adapter["r"],
-        lora_alpha=float(adapter["lora_alpha"]),
-        lora_targets=tuple(sorted({t.rpartition(".")[2] for t in targets})) if isinstance(targets, list) else (),
-    )
 
 
 def _bare_prompt(row: Mapping[str, Any], index: int, config: Config) -> Prompt:

@@ -8,17 +8,17 @@ from bpo_fast.config import Config
 from bpo_fast.engine import SamplingParams
 from bpo_fast.evaluate import whole
 from bpo_fast.files import write_atomic
-from bpo_fast.loading import pick_device
 from bpo_fast.progress import Progress
-from bpo_fast.setup import load_learner
-from bpo_fast.tasks import get_task, resolve
+from bpo_fast.source import load_source, resolved
+from bpo_fast.tasks import get_task
 
 
-def sample(config: Config, out: Path, *, n: int, temperature: float) -> None:
+def sample(config: Config, source: str, out: Path, *, n: int, temperature: float) -> None:
     """Writes one row a completion: {"prompt", "completion", "label", "truncated", "num_tokens"}.
 
     Args:
-        config: model, data, lengths, engine, seed.
+        config: data, lengths, engine, seed; see `source.base_config`.
+        source: a run folder, a checkpoint, a model or adapter folder, or a Hub id.
         out: JSONL to write, all or nothing.
         n: completions a prompt.
         temperature: 0 is greedy.
@@ -28,16 +28,14 @@ def sample(config: Config, out: Path, *, n: int, temperature: float) -> None:
     """
     if out.exists():
         raise ValueError(f"--out {out}: already there")
-    config = resolve(config)
-    assert config.data.max_prompt_length, "resolve() has set it"
+    config = resolved(config, source)
     assert config.sampling.max_new_tokens, "resolve() has set it"
-    max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
-    source = str(config.data.path)
+    where = str(config.data.path)
     with Progress() as progress:
-        rows = data.read_rows(source, config.data.split)
-        policy, engine = load_learner(config, pick_device("run.device", config.run.device), max_length, progress.print)
+        rows = data.read_rows(where, config.data.split)
+        policy, engine = load_source(source, config, progress.print)
         prompts = data.load_prompts(
-            rows, config.data, get_task(config.task), policy.tokenizer, source=source, seed=None
+            rows, config.data, get_task(config.task), policy.tokenizer, source=where, seed=None
         ).prompts
         params = SamplingParams(
             max_new_tokens=config.sampling.max_new_tokens,

@@ -225,13 +225,12 @@ def _sample(build: Build, name: str, *, n: int, temperature: float) -> list[dict
     out = build.root / f"{name}.jsonl"
     out.unlink(missing_ok=True)
     settings = {
-        "model.path": str(build.assets / "policy"),
         "data.path": str(build.assets / "eval.jsonl"),
         "sampling.max_new_tokens": 64,
         "sampling.engine": "hf",
         "run.device": "cpu",
     }
-    sample(load(None, settings), out, n=n, temperature=temperature)
+    sample(load(None, settings), str(build.assets / "policy"), out, n=n, temperature=temperature)
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 

@@ -16,11 +16,12 @@ from bpo_fast import scoring
 from bpo_fast.annotate import Checked
 from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.config import replace, to_toml
-from bpo_fast.contest import base_config, evaluate
+from bpo_fast.contest import evaluate
 from bpo_fast.engine.session import Session
 from bpo_fast.engine.vllm import VllmEngine
 from bpo_fast.metrics import read_metrics
 from bpo_fast.run import Run
+from bpo_fast.source import base_config
 from bpo_fast.train import train
 
 
