@@ -39,13 +39,17 @@ def test_left_by_an_exception_it_begins_nothing_more(monkeypatch):
         begun.append(i)
         goes_on.wait(30)
 
+    def interrupted():
+        with Pool(1, "t") as threads:
+            for i in range(3):
+                threads.submit(call, i)
+            while not begun:
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+
     start = time.perf_counter()
-    with pytest.raises(KeyboardInterrupt), Pool(1, "t") as threads:
-        for i in range(3):
-            threads.submit(call, i)
-        while not begun:
-            time.sleep(0.001)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert time.perf_counter() - start < 5
     goes_on.set()
     time.sleep(0.1)
