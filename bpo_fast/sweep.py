@@ -48,15 +48,18 @@ class Sweep:
     def __init__(self, specs: Sequence[RunSpec], folder: Path):
         self.specs, self.folder = list(specs), folder
         self.rows: dict[str, Row] = {}
+        self._asked_pairs: dict[str, int] = {}  # by run
         self._lock = threading.Condition()
         self._running: set[str] = set()
         self._stopped = False
         results = folder / RESULTS_FILE
         before = {row["run"]: row for row in read_results(results)} if results.exists() else {}
         for spec in self.specs:
-            _check_same(spec, self.run_dir(spec.name), before.get(spec.name, {}).get(ASKED))
+            wanted = configs.to_flat(resolve(configs.replace(Config(), spec.values)))
+            _check_same(wanted, self.run_dir(spec.name), before.get(spec.name, {}).get(ASKED))
+            self._asked_pairs[spec.name] = wanted[PAIRS]
             if (summary := _summary(self.run_dir(spec.name))) is not None:
-                self.rows[spec.name] = _row(spec, FINISHED, summary=summary)
+                self.rows[spec.name] = self._row(spec, FINISHED, summary=summary)
 
     @property
     def waiting(self) -> list[RunSpec]:
@@ -120,7 +123,7 @@ class Sweep:
             with self._lock:
                 self._running.discard(spec.name)
                 if answer["status"] in (FINISHED, FAILED) and not self._stopped:
-                    self._done(_row(spec, **answer), tell)
+                    self._done(self._row(spec, **answer), tell)
                 self._lock.notify_all()
 
     def _next(self) -> RunSpec | None:
@@ -144,7 +147,13 @@ class Sweep:
         tell(row)
         for other in self.waiting if row["status"] == FAILED else ():
             if other.needs == row["run"]:
-                self._done(_row(other, FAILED, error=f"it needs {row['run']}, which failed"), tell)
+                self._done(self._row(other, FAILED, error=f"it needs {row['run']}, which failed"), tell)
+
+    def _row(
+        self, spec: RunSpec, status: str, *, error: str | None = None, summary: Mapping[str, Any] | None = None
+    ) -> Row:
+        row = spec.place() | {"status": status, "error": error, ASKED: self._asked_pairs[spec.name]}
+        return row | {key: (summary or {}).get(key) for key in KEPT}
 
     def _write(self) -> None:
         done = [self.rows[s.name] for s in self.specs if s.name in self.rows]
@@ -240,25 +249,16 @@ def row_words(row: Row) -> str:
     return f"{row['run']}: {', '.join(words)}"
 
 
-def _row(spec: RunSpec, status: str, *, error: str | None = None, summary: Mapping[str, Any] | None = None) -> Row:
-    row = spec.place() | {"status": status, "error": error, ASKED: _wanted(spec)[PAIRS]}
-    return row | {key: (summary or {}).get(key) for key in KEPT}
-
-
 def _summary(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _wanted(spec: RunSpec) -> dict[str, Any]:
-    return configs.to_flat(resolve(configs.replace(Config(), spec.values)))
-
-
-def _check_same(spec: RunSpec, run_dir: Path, asked_pairs: int | None) -> None:
+def _check_same(wanted: Mapping[str, Any], run_dir: Path, asked_pairs: int | None) -> None:
     """Raises ValueError if the run has other settings; it may have fewer pairs than it was asked for, as data allow."""
     if not (run_dir / "config.toml").is_file():
         return
-    there, wanted = configs.to_flat(configs.load(run_dir / "config.toml")), _wanted(spec)
+    there = configs.to_flat(configs.load(run_dir / "config.toml"))
     if there[PAIRS] < wanted[PAIRS] and asked_pairs in (None, wanted[PAIRS]):
         there[PAIRS] = wanted[PAIRS]
     for name, value in wanted.items():

@@ -2,6 +2,7 @@ import pytest
 import torch
 from test_reward import bert_scorer, llama_scorer
 
+from bpo_fast.annotate import pair_scores
 from bpo_fast.annotate.pair_scores import PairScores, num_common
 
 # one pair whose answers begin alike, one answer that is the other's beginning, one pair that shares the prompt alone
@@ -38,6 +39,15 @@ def test_packed_pairs_have_the_scores_and_gradients_of_padded_ones(changes):
     # the exchanged attention still scores padded texts
     texts = [a for a, _ in pairs]
     torch.testing.assert_close(scorer.forward(texts), apart[0], rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_pair_shares_is_found_once(monkeypatch):
+    scorer = llama_scorer()
+    pairs, found = encoded(scorer), []
+    scores = PairScores(scorer, pairs)
+    monkeypatch.setattr(pair_scores, "num_common", lambda *ids: found.append(ids) or num_common(*ids))
+    scores(pairs)
+    assert found == [(one.ids, other.ids) for one, other in pairs]
 
 
 def test_texts_that_begin_apart_are_padded():

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 from tiny_world import run_cli
 
+from bpo_fast import sweep
+from bpo_fast.config import Config, replace, to_toml
 from bpo_fast.grid import RunSpec
 from bpo_fast.sweep import Sweep, read_results, row_words
+from bpo_fast.tasks import resolve
 
 SPEC = RunSpec("a", "helpfulness", "dpo", "bpo", 2, 1, 42, values={"method.beta": 0.1})
 
@@ -182,5 +185,16 @@ def test_what_is_no_results_file(tmp_path, text):
 
 
 def test_a_sweep_of_nothing_yet(tmp_path):
-    sweep = Sweep([SPEC], tmp_path)
-    assert (sweep.waiting, sweep.num_failed) == ([SPEC], 0)
+    found = Sweep([SPEC], tmp_path)
+    assert (found.waiting, found.num_failed) == ([SPEC], 0)
+
+
+def test_settings_are_resolved_once_a_run(tmp_path, monkeypatch):
+    resolved = []
+    monkeypatch.setattr(sweep, "resolve", lambda config: resolved.append(config) or resolve(config))
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "config.toml").write_text(to_toml(resolve(replace(Config(), SPEC.values))))
+    (tmp_path / "runs" / "a" / "summary.json").write_text("{}")
+    found = Sweep([SPEC], tmp_path)
+    assert (found.rows["a"]["status"], found.rows["a"]["asked_pairs"]) == ("finished", 1024)
+    assert len(resolved) == 1

@@ -34,8 +34,8 @@ class PairScores:
 
     def __call__(self, pairs: Sequence[tuple[Encoded, Encoded]]) -> Tensor:
         """[2, P] scores of P encoded pairs: the first texts', then the second ones'."""
-        if self.packed and all(num_common(one.ids, other.ids) for one, other in pairs):
-            return self._packed(pairs)
+        if self.packed and all(common := [num_common(one.ids, other.ids) for one, other in pairs]):
+            return self._packed(pairs, common)
         return self._scorer.forward([one for one, _ in pairs] + [other for _, other in pairs]).view(2, -1)
 
     def num_tokens(self, pair: tuple[Encoded, Encoded]) -> int:
@@ -61,7 +61,7 @@ class PairScores:
                 reason = exchange_attention_(
                     model,
                     lambda: self._scorer.forward(texts).view(2, -1),
-                    lambda: self._packed(pairs),
+                    lambda: self._packed(pairs, [num_common(one.ids, other.ids) for one, other in pairs]),
                     tolerance=1e-3 if model.dtype == torch.float32 else 0.1,
                 )
             model.train(was_training)
@@ -69,12 +69,11 @@ class PairScores:
             log.warning("%s: pairs are padded, not packed (%s)", type(model).__name__, reason)
         return not reason
 
-    def _packed(self, pairs: Sequence[tuple[Encoded, Encoded]]) -> Tensor:
+    def _packed(self, pairs: Sequence[tuple[Encoded, Encoded]], nums_common: Sequence[int]) -> Tensor:
         model = self._scorer.model
         device = next(model.parameters()).device
         ids, lengths, last, total = [], [], ([], []), 0
-        for one, other in pairs:
-            common = num_common(one.ids, other.ids)
+        for (one, other), common in zip(pairs, nums_common, strict=True):
             ids += [*one.ids, *other.ids[common:]]
             lengths.append((common, len(one.ids) - common, len(other.ids) - common))
             last[0].append(total + len(one.ids) - 1)
