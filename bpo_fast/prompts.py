@@ -49,6 +49,20 @@ class PromptSet:
     num_truncated: int = 0
     num_excluded: int = 0
 
+    def words(self, max_tokens: int | None) -> str:
+        """How many prompts there are, and what became of the other rows; the limit was `max_tokens`."""
+        reasons = {
+            "repeated": self.num_duplicates,
+            f"over {max_tokens} tokens": self.num_too_long,
+            "also in the training data": self.num_excluded,
+        }
+        left_out = ", ".join(f"{n} {reason}" for reason, n in reasons.items() if n)
+        return (
+            f"{len(self.prompts)} prompts of {self.num_rows} rows"
+            + (f"; left out: {left_out}" if left_out else "")
+            + (f"; {self.num_truncated} cut from the left" if self.num_truncated else "")
+        )
+
 
 def read_rows(source: str, split: str = "train") -> list[Row]:
     """Reads the rows of a file, a folder or a Hub data set.

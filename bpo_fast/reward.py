@@ -53,7 +53,7 @@ def train_reward(config: RewardConfig, *, progress: Progress | None = None) -> d
     progress = progress or Progress()
     started = time.monotonic()
     with new_folder(check_new("reward.out", config.out)) as folder, progress:
-        train, held_out = _load_pairs(config)
+        train, held_out = _load_pairs(config, progress)
         if not train:
             raise ValueError(f"reward.data = {config.data}: no training rows left after reward.eval_fraction")
         torch.manual_seed(config.seed)
@@ -248,12 +248,12 @@ def _close_pairs_with_eos(tokenizer: Any) -> None:
     )
 
 
-def _load_pairs(config: RewardConfig) -> tuple[list[TextPair], list[TextPair]]:
+def _load_pairs(config: RewardConfig, progress: Progress) -> tuple[list[TextPair], list[TextPair]]:
     rows = read_rows(config.data)
     if config.samples is None:
         pairs = _preference_pairs(rows, config, config.data)
     else:
-        pairs = _sample_pairs(rows, config)
+        pairs = _sample_pairs(rows, config, progress)
     if config.eval_data:
         return pairs, _preference_pairs(read_rows(config.eval_data, "test"), config, config.eval_data)
     train, held_out = split_by_prompt([p.prompt for p in pairs], config.eval_fraction, config.seed)
@@ -279,19 +279,22 @@ def _prompt_and_answer(row: dict, index: int, config: RewardConfig, column: str 
     return prompt, with_leading_space(prompt, answer)
 
 
-def _sample_pairs(rows: Sequence[dict], config: RewardConfig) -> list[TextPair]:
-    """One pair a sample: the reference text of its prompt against the sample."""
+def _sample_pairs(rows: Sequence[dict], config: RewardConfig, progress: Progress) -> list[TextPair]:
+    """One pair a sample: the reference text of its prompt against the sample. Samples of other prompts are left out."""
     assert config.samples is not None
     column = None if config.chosen_column == "chosen" else config.chosen_column
     references = dict(_prompt_and_answer(row, i, config, column, config.data) for i, row in enumerate(rows))
-    pairs = []
-    for index, row in enumerate(read_rows(config.samples)):
+    pairs, samples = [], read_rows(config.samples)
+    for index, row in enumerate(samples):
         columns = DataConfig(prompt_column=config.prompt_column)
         prompt, _, _ = row_text(row, index, columns, get_task(config.task), None, config.samples)
         sample = row.get("completion")  # may be empty: EOS can be the first token
         if not isinstance(sample, str):
             raise ValueError(f"{config.samples}: row {index + 1} has no completion")
-        if prompt not in references:
-            raise ValueError(f"{config.samples}: row {index + 1}: its prompt is not in {config.data}")
-        pairs.append(TextPair(prompt, references[prompt], with_leading_space(prompt, sample)))
+        if prompt in references:
+            pairs.append(TextPair(prompt, references[prompt], with_leading_space(prompt, sample)))
+    if not pairs:
+        raise ValueError(f"{config.samples}: no sample has a prompt of {config.data}")
+    if len(pairs) < len(samples):
+        progress.print(f"samples: {len(pairs)} of {len(samples)} rows have a prompt of {config.data}")
     return pairs

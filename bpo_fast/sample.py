@@ -34,9 +34,9 @@ def sample(config: Config, source: str, out: Path, *, n: int, temperature: float
     with Progress() as progress:
         rows = data.read_rows(where, config.data.split)
         policy, engine = load_source(source, config, progress.print)
-        prompts = data.load_prompts(
-            rows, config.data, get_task(config.task), policy.tokenizer, source=where, seed=None
-        ).prompts
+        found = data.load_prompts(rows, config.data, get_task(config.task), policy.tokenizer, source=where, seed=None)
+        progress.print(f"{where}: {found.words(config.data.max_prompt_length)}")
+        prompts = found.prompts
         params = SamplingParams(
             max_new_tokens=config.sampling.max_new_tokens,
             n=n,

@@ -200,7 +200,7 @@ def train_prompts(config: Config, tokenizer: Any, progress: Progress) -> tuple[P
         source=source,
         seed=config.run.seed,
     )
-    _say_left_out(progress, "training data", found, config)
+    progress.print(f"training data: {found.words(config.data.max_prompt_length)}")
     return found.prompts
 
 
@@ -220,23 +220,8 @@ def held_out_prompts(config: Config, tokenizer: Any, train: Sequence[Prompt], pr
         seed=None,
         exclude=(p.text for p in train),
     )
-    _say_left_out(progress, "evaluation data", found, config)
+    progress.print(f"evaluation data: {found.words(config.data.max_prompt_length)}")
     return found.prompts[:num_wanted]
-
-
-def _say_left_out(progress: Progress, name: str, found: data.PromptSet, config: Config) -> None:
-    reasons = {
-        "repeated": found.num_duplicates,
-        f"over {config.data.max_prompt_length} tokens": found.num_too_long,
-        "also in the training data": found.num_excluded,
-    }
-    left_out = ", ".join(f"{n} {reason}" for reason, n in reasons.items() if n)
-    cut = f"; {found.num_truncated} cut from the left" if found.num_truncated else ""
-    progress.print(
-        f"{name}: {len(found.prompts)} prompts of {found.num_rows} rows"
-        + (f"; left out: {left_out}" if left_out else "")
-        + cut
-    )
 
 
 def _replayed(config: Config, policy: Policy, source: str, progress: Progress) -> tuple[list[Pair], PairCounts]:

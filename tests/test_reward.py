@@ -1,8 +1,11 @@
+import dataclasses
+import io
 import json
 import math
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -220,6 +223,11 @@ def test_reference_text_against_samples(tmp_path):
     )
     result = train_reward(config, progress=QUIET)
     assert (result["num_train"], result["num_held_out"]) == (90, 30)
+    part = dataclasses.replace(config, data=f"{config.data}[40:]", out=str(tmp_path / "part"), epochs=1)
+    said = io.StringIO()
+    part_result = train_reward(part, progress=Progress(console=Console(file=said, width=500)))
+    assert (part_result["num_train"], part_result["num_held_out"]) == (30, 10)
+    assert "samples: 40 of 120 rows have a prompt of" in said.getvalue()
     assert result["held_out"]["accuracy"] >= 0.95
     good, bad = RewardModel(str(tmp_path / "rm")).score_texts(
         [("Number 7? Assistant:", "a careful answer"), ("Number 7? Assistant:", "")]
@@ -318,7 +326,7 @@ def test_bad_data_is_named_and_leaves_nothing(tmp_path, data):
     cases = [
         (settings(no_chosen, tmp_path / "o"), "c.jsonl: row 1 has no chosen"),
         (settings(no_rejected, tmp_path / "o"), "r.jsonl: row 1 has no rejected"),
-        (settings(labels, tmp_path / "o", samples=stranger), "s.jsonl: row 1: its prompt is not in .*l.jsonl"),
+        (settings(labels, tmp_path / "o", samples=stranger), "s.jsonl: no sample has a prompt of .*l.jsonl"),
         (settings(labels, tmp_path / "o", samples=no_text), "t.jsonl: row 1 has no completion"),
         (settings(no_text, tmp_path / "o", samples=stranger), "t.jsonl: row 1 has no label"),
         (settings(data, tmp_path), "reward.out = .*: already there"),

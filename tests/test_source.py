@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tiny_world import write_rows
 from typer.testing import CliRunner
 
 from bpo_fast.checkpoint import complete_checkpoints
@@ -47,6 +48,14 @@ def test_a_run_in_every_form_gives_the_same_samples(run, tiny_data, tiny_model_d
         assert code == 0, err
         found = [(r["prompt"], r["completion"]) for r in rows_of(out)]
         assert (found == after) == (source != tiny_model_dir), source
+
+
+def test_rows_that_are_left_out_are_counted(tiny_model_dir, tiny_data, tmp_path):
+    rows = rows_of(tiny_data.eval)[:2]
+    data = write_rows(tmp_path / "rows.jsonl", [*rows, rows[0]])
+    args = ["--model", tiny_model_dir, "--data", data, "--max-new-tokens", 2, "--engine", "hf"]
+    code, _, err = call("sample", *args, "--out", tmp_path / "s.jsonl")
+    assert (code, "2 prompts of 3 rows; left out: 1 repeated" in err) == (0, True), err
 
 
 def test_flags_are_stronger_than_the_settings_of_the_run(run, tiny_data, tmp_path):
