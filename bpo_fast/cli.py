@@ -15,6 +15,7 @@ from bpo_fast.cli_bench import bench
 from bpo_fast.cli_errors import check_alone, reports_errors
 from bpo_fast.config import KNOBS, Config
 from bpo_fast.stage_config import RewardConfig, SftConfig
+from bpo_fast.threads import leaves_threads
 
 SOURCE_HELP = "run folder, checkpoint, model or adapter folder, Hub id"
 
@@ -28,7 +29,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of `bpo-fast`."""
-    app(prog_name="bpo-fast")
+    with leaves_threads():
+        app(prog_name="bpo-fast")
 
 
 def _flag(name: str, knob: str, **extra: Any) -> Any:

@@ -6,11 +6,12 @@ annotator is asked the same questions in the same order, and its scores are the 
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Self
 
 from bpo_fast.annotate import Checked
 from bpo_fast.engine import by_length
+from bpo_fast.threads import Threads
 from bpo_fast.types import Completion, Prompt
 
 # a group is over when its longest completion is: small ones are done early, large ones fill a reward model's batch
@@ -38,7 +39,7 @@ class PairScorer:
         self._groups = [ordered[i : i + GROUP_PAIRS] for i in range(0, len(ordered), GROUP_PAIRS)]
         self._found: dict[tuple[int, int], Completion] = {}  # by prompt id and sample id
         self._scored: list[Future[Scores]] = []
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="annotator") if overlap else None
+        self._worker = Threads(1) if overlap else None
         self.busy_s = 0.0
 
     def __enter__(self) -> Self:
@@ -46,8 +47,7 @@ class PairScorer:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self._worker:
-            # what has failed or was interrupted does not wait for an annotator, which may hang
-            self._worker.shutdown(wait=kind is None, cancel_futures=True)
+            self._worker.__exit__(kind, *exception)
 
     def add(self, completions: Sequence[Completion]) -> None:
         """Takes finished completions, in any order.

@@ -22,6 +22,7 @@ from bpo_fast import machine
 from bpo_fast.config import Config
 from bpo_fast.export import export
 from bpo_fast.sweep import FAILED, FINISHED, INTERRUPTED
+from bpo_fast.threads import leaves_threads
 from bpo_fast.train import train
 
 
@@ -83,4 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with leaves_threads():
+        main()

@@ -13,10 +13,10 @@ import re
 import ssl
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from bpo_fast.threads import Threads
 from bpo_fast.types import Completion, Prompt
 
 log = logging.getLogger(__name__)
@@ -113,13 +113,9 @@ class HttpJudge:
         """
         self._num_failed_in_a_row = 0
         pairs = list(zip(prompts, firsts, seconds, strict=True))
-        with ThreadPoolExecutor(self._requests) as pool:
+        with Threads(self._requests) as pool:
             waiting = [pool.submit(self._preference, p.text, a.text.strip(), b.text.strip()) for p, a, b in pairs]
-            try:
-                return [self._counted(*future.result()) for future in waiting]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            return [self._counted(*future.result()) for future in waiting]
 
     def notes(self) -> list[str]:
         """What a reader of the results must know about this judge, one sentence each."""

@@ -1,0 +1,44 @@
+"""Threads for work that may hang, such as a request to a judge: what goes wrong elsewhere does not wait for them."""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+PREFIX = "bpo-fast"
+
+
+class Threads(ThreadPoolExecutor):
+    """A pool that is left behind, its waiting work dropped, if the `with` block ends with an exception.
+
+    Args:
+        num: threads.
+    """
+
+    def __init__(self, num: int):
+        super().__init__(num, thread_name_prefix=PREFIX)
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self.shutdown(wait=kind is None, cancel_futures=True)
+
+
+@contextmanager
+def leaves_threads() -> Iterator[None]:
+    """Ends the process with the block if threads are left behind, by the exit code of its exception, if any."""
+    try:
+        yield
+    finally:
+        if any(thread.name.startswith(PREFIX) for thread in threading.enumerate()):
+            error, code = sys.exc_info()[1], 0
+            if isinstance(error, SystemExit):
+                assert isinstance(error.code, int), "typer exits with numbers"
+                code = error.code
+            elif error:
+                sys.excepthook(type(error), error, error.__traceback__)
+                code = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # an orderly end would wait for them, and daemons that are in torch just then abort the process (SIGABRT)
+            os._exit(code)

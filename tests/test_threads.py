@@ -1,0 +1,109 @@
+"""Processes that end while work hangs in a thread, as a user sees it: they are gone at once, with their exit code."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from judge_server import by_length, endpoint
+
+from bpo_fast import config as configs
+from bpo_fast.checkpoint import complete_checkpoints
+
+HERE = Path(__file__).parent
+NUM_ANSWERED = 16  # requests of the first of two phases: 8 pairs, in both orders
+BUSY = """
+import threading, torch
+from bpo_fast.threads import Threads, leaves_threads
+
+def multiply(begun):
+    matrix = torch.eye(1000)
+    while True:
+        matrix @ matrix
+        begun.set()
+
+begun = threading.Event()
+with leaves_threads(), Threads(1) as threads:
+    threads.submit(multiply, begun)
+    begun.wait()
+    print("the last words")
+    raise {error}
+"""
+
+
+def start(command, cwd):
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("knobs", "num_answered", "step"),
+    [
+        ({"annotator.overlap": True}, NUM_ANSWERED, 2),
+        ({"annotator.overlap": False}, NUM_ANSWERED, 2),
+        ({"eval.prompts": 4}, 0, 0),
+    ],
+    ids=["annotator", "annotator-after-sampling", "judge"],
+)
+def test_an_interrupt_does_not_wait_for_an_endpoint_that_hangs(
+    tiny_model_dir, tiny_data, tmp_path, knobs, num_answered, step
+):
+    over = threading.Event()
+
+    def silent_later(question, number):
+        if number >= num_answered:
+            over.wait(60)
+        return by_length(question, number)
+
+    with endpoint(silent_later) as server:
+        values = {
+            "model.path": str(tiny_model_dir),
+            "model.lora_r": 4,
+            "data.path": str(tiny_data.train),
+            "data.eval_path": str(tiny_data.eval),
+            "annotator.path": server.spec,
+            "sampling.engine": "hf",
+            "sampling.max_new_tokens": 8,
+            "method.pairs": 16,
+            "method.batch_pairs": 4,
+            "method.phases": 2,
+            "eval.prompts": 0,
+            "eval.judges": (server.spec,),
+            "run.device": "cpu",
+            "run.output_dir": str(tmp_path / "run"),
+        } | knobs
+        (tmp_path / "run.toml").write_text(configs.to_toml(configs.load(None, values)))
+        process = start(["-m", "bpo_fast", "train", "--config", "run.toml"], tmp_path)
+        deadline = time.monotonic() + 120
+        while len(server.seen) <= num_answered:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        try:
+            errors = process.communicate(timeout=8)[1]
+        finally:
+            process.kill()
+            over.set()
+    assert process.returncode == 130, errors
+    assert f"interrupted at step {step}; go on with --resume" in errors
+    assert [path.name for path in complete_checkpoints(tmp_path / "run")] == [f"checkpoint-{step}"]
+
+
+@pytest.mark.parametrize(("error", "code", "words"), [("SystemExit(130)", 130, ""), ("KeyError('x')", 1, "KeyError: ")])
+def test_a_thread_that_is_busy_in_torch_changes_no_exit_code(tmp_path, error, code, words):
+    process = start(["-c", BUSY.format(error=error)], tmp_path)
+    try:
+        out, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (code, "the last words\n"), errors
+    assert words in errors
+    assert "terminate called" not in errors
