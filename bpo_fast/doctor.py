@@ -86,8 +86,7 @@ def diagnose() -> list[Check]:
         _flash_attn(packages["flash-attn"], machine),
         _compiler(),
         _nvcc(machine),
-        *_vllm_self_test(packages["vllm"], machine),
-        _sampling_path(packages["vllm"]),
+        *_sampling(packages["vllm"], machine),
         _kernel_path(machine),
         _attention_path(machine, packages["flash-attn"]),
     ]
@@ -349,29 +348,29 @@ def _nvcc(machine: Machine) -> Check:
     return Check("nvcc", "ok", release.group(1))
 
 
-def _sampling_path(vllm: Check) -> Check:
-    if vllm.status == "ok" and find_spec("bpo_fast.engine.vllm") is not None:
-        return Check("sampling path", "ok", "vllm, in this process")
-    return Check("sampling path", "ok", "hf: the transformers model with its KV cache")
-
-
-def _vllm_self_test(vllm: Check, machine: Machine) -> list[Check]:
-    """Opens vLLM on a tiny model, where it is installed; takes some seconds."""
-    if vllm.status != "ok" or not machine.torch_imports or find_spec("bpo_fast.engine.self_test") is None:
-        return []
+def _sampling(vllm: Check, machine: Machine) -> list[Check]:
+    """What a run samples with; where that is vLLM, opens it on a tiny model first, which takes some seconds."""
+    hf = Check("sampling path", "ok", "hf: the transformers model with its KV cache")
+    if vllm.status != "ok" or find_spec("bpo_fast.engine.vllm") is None:
+        return [hf]
+    path = Check("sampling path", "ok", "vllm, in this process")
+    if not machine.torch_imports or find_spec("bpo_fast.engine.self_test") is None:
+        return [path]
     import torch
 
-    advice = f"sample with sampling.engine = hf, or pip install {_requirement('vllm')}"
+    name, advice = "vllm self-test", f"sample with sampling.engine = hf, or pip install {_requirement('vllm')}"
+    fails = Check("sampling path", "warn", f"vllm, and a run fails: see {name}")
     try:
         from bpo_fast.engine.self_test import self_test
     except (ImportError, OSError) as error:
-        return [Check("vllm self-test", "warn", f"does not import: {_first_line(str(error))}", advice)]
+        return [Check(name, "warn", f"does not import: {_first_line(str(error))}", advice), fails]
 
     verdicts = self_test(torch.device("cuda" if machine.cuda_works else "cpu"))
     failed = [v for v in verdicts if not v.ok]
     if failed:
-        return [Check("vllm self-test", "warn", f"{failed[0].name}: {failed[0].detail}", advice)]
-    return [Check("vllm self-test", "ok", "; ".join(v.detail for v in verdicts))]
+        found = Check(name, "warn", f"{failed[0].name}: {failed[0].detail}", advice)
+        return [found, hf if failed[0].auto_is_hf else fails]
+    return [Check(name, "ok", "; ".join(v.detail for v in verdicts)), path]
 
 
 def _kernel_path(machine: Machine) -> Check:

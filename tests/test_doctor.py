@@ -216,6 +216,30 @@ def test_torch_that_does_not_import(tmp_path):
     assert 'torch: pip install --force-reinstall "torch>=2.11,<2.14"' in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("error", "seen", "path"),
+    [
+        (
+            "ImportError('no libcudart.so.13')",
+            "ImportError: no libcudart.so.13",
+            "hf: the transformers model with its KV cache",
+        ),
+        ("KeyError('platform')", "KeyError: 'platform'", "vllm, and a run fails: see vllm self-test"),
+    ],
+)
+def test_sampling_path_is_what_a_run_takes_where_vllm_does_not_work(tmp_path, error, seen, path):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text(f"raise {error}\n")
+    (tmp_path / "vllm-0.32.0.dist-info").mkdir()
+    (tmp_path / "vllm-0.32.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    script = "from bpo_fast import doctor\nfor check in doctor.diagnose(): print(check.name, check.detail, sep=': ')"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert f"vllm self-test: import: {seen}" in lines
+    assert f"sampling path: {path}" in lines
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_printed_plain_and_within_the_width(bare_machine, width):
     text = _plain(width)

@@ -24,11 +24,13 @@ class Verdict:
         name: what.
         ok: whether it worked.
         detail: what was seen.
+        auto_is_hf: of what did not work: sampling.engine = auto then samples with transformers, else the run fails.
     """
 
     name: str
     ok: bool
     detail: str
+    auto_is_hf: bool = False
 
 
 def self_test(device: torch.device) -> list[Verdict]:
@@ -39,20 +41,22 @@ def self_test(device: torch.device) -> list[Verdict]:
     """
     version, trouble = versions.installed(), versions.trouble()
     if trouble:
-        return [Verdict("version", False, trouble)]
+        return [Verdict("version", False, trouble, auto_is_hf=True)]
     tested = versions.TESTED.get(str(version))
     found = [
         Verdict("version", True, f"{version}, {f'tested ({tested})' if tested else 'in range, not itself tested'}")
     ]
+    try:
+        from bpo_fast.engine.vllm import load_learner
+    except Exception as error:
+        return [*found, _failed("import", error, auto_is_hf=isinstance(error, ImportError | OSError))]
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         knobs = {"model.path": folder, "model.full": True, "sampling.max_new_tokens": 8}
         try:
-            from bpo_fast.engine.vllm import load_learner
-
             policy, engine = load_learner(configs.load(None, knobs), device, MAX_LENGTH, lambda line: None)
         except Exception as error:
-            return [*found, _failed("start", error)]
+            return [*found, _failed("start", error, auto_is_hf=isinstance(error, versions.UnusableError))]
     found.append(Verdict("start", True, "opened in this process"))
     try:
         with closing(engine):
@@ -75,8 +79,8 @@ def self_test(device: torch.device) -> list[Verdict]:
     return found
 
 
-def _failed(name: str, error: Exception) -> Verdict:
-    return Verdict(name, False, " ".join(f"{type(error).__name__}: {error}".split()))
+def _failed(name: str, error: Exception, *, auto_is_hf: bool = False) -> Verdict:
+    return Verdict(name, False, " ".join(f"{type(error).__name__}: {error}".split()), auto_is_hf)
 
 
 def _greedy(engine, policy_version: int) -> list[tuple[int, ...]]:

@@ -25,7 +25,7 @@ def test_every_verdict_is_good_here():
 def test_a_vllm_that_does_not_start_or_does_not_follow_is_told(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(versions, "trouble", lambda: "vLLM is not installed")
-        assert [(v.name, v.ok) for v in self_test(CPU)] == [("version", False)]
+        assert [(v.name, v.ok, v.auto_is_hf) for v in self_test(CPU)] == [("version", False, True)]
     with monkeypatch.context() as patch:
         patch.setattr(Session, "copy_weights", lambda self: 7)
         patch.setattr(Probe, "_trainer_logps", lambda self, drawn: torch.zeros(len(drawn), len(drawn[0])))
@@ -53,7 +53,14 @@ def test_whatever_is_raised_is_a_verdict(monkeypatch, place, error, verdict):
 
     monkeypatch.setattr(place, refuse)
     last = self_test(CPU)[-1]
-    assert (last.name, last.detail, last.ok) == (*verdict, False)
+    assert (last.name, last.detail, last.ok, last.auto_is_hf) == (*verdict, False, False)
+
+
+def test_a_model_that_vllm_does_not_run_goes_to_transformers(monkeypatch):
+    monkeypatch.setattr("bpo_fast.engine.session.unsupported", lambda model, device: "another attention")
+    last = self_test(CPU)[-1]
+    assert (last.name, last.ok, last.auto_is_hf) == ("start", False, True)
+    assert "another attention" in last.detail
 
 
 def test_doctor_runs_it(monkeypatch):
@@ -63,9 +70,11 @@ def test_doctor_runs_it(monkeypatch):
     assert line.startswith("ok")
     assert "0 bytes copied at a refresh" in line
     monkeypatch.setattr(module, "self_test", lambda device: [module.Verdict("start", False, "AttributeError: gone")])
-    check = {check.name: check for check in doctor.diagnose()}["vllm self-test"]
+    checks = {check.name: check for check in doctor.diagnose()}
+    check = checks["vllm self-test"]
     assert (check.status, check.detail) == ("warn", "start: AttributeError: gone")
     assert "sampling.engine = hf" in check.advice
+    assert (checks["sampling path"].status, checks["sampling path"].detail[:21]) == ("warn", "vllm, and a run fails")
     monkeypatch.delattr(module, "self_test")
     check = {check.name: check for check in doctor.diagnose()}["vllm self-test"]
     assert (check.status, check.detail[:16]) == ("warn", "does not import:")
