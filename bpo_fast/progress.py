@@ -101,16 +101,19 @@ class Progress:
             self._bars.stop()
 
     @contextmanager
-    def task(self, name: str, total: int) -> Iterator[Task]:
+    def task(self, name: str, total: int, *, done: int = 0) -> Iterator[Task]:
         """Open a task.
 
         Args:
             name: what is being done, for example "sampling" or "phase 2 of 4: training".
             total: number of parts, >= 0.
+            done: how many of them were done before.
         """
         task = Task(self, name, total)
+        if done:
+            task.advance(done, note=f"{done} already done")
         if self._bars is None and not task._expected_short():
-            task._line(f"0/{total}")
+            task._line(f"{done}/{total}")
         finished = False
         try:
             yield task

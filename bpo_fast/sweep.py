@@ -88,8 +88,7 @@ class Sweep:
         remove_temporaries(self.folder)
         self._write()
         todo = self.waiting
-        with progress.task("sweep", len(self.specs)) as task:
-            task.advance(len(self.specs) - len(todo))
+        with progress.task("sweep", len(self.specs), done=len(self.specs) - len(todo)) as task:
             workers = [_Worker(self.folder / "logs" / f"worker-{n}.log") for n in range(min(num_jobs, len(todo)))]
 
             def tell(row: Row) -> None:

@@ -46,6 +46,21 @@ def test_plain_lines_are_rare_and_carry_the_latest_note(clock):
     assert _lines(console) == expected
 
 
+def test_parts_done_before_are_counted_from_the_start(clock):
+    console = _console()
+    with Progress(console) as progress, progress.task("sweep", total=4, done=3) as task:
+        clock.now += 1.5
+        task.advance(note="")
+    with Progress(console) as progress, progress.task("again", total=4, done=4):
+        pass
+    assert _lines(console) == [
+        "sweep: 3/4  3 already done",
+        "sweep: 4/4 in 1.5 s",
+        "again: 4/4  4 already done",
+        "again: 4/4 in 0.0 s  4 already done",
+    ]
+
+
 def test_plain_task_that_fails_says_where(clock):
     console = _console()
 

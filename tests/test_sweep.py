@@ -91,6 +91,7 @@ def test_finished_runs_are_skipped_and_failed_ones_tried_again(swept):
     assert "helpfulness-dpo-offline-F1-M1-s42: letters " in listed.stdout
     done = run_cli(["sweep", "g.toml", "--jobs", "2"], folder)
     assert done.returncode == 1
+    assert "sweep: 4/6  4 already done\n" in done.stderr
     assert {p: p.stat().st_mtime_ns for p in summaries} == summaries
 
 
