@@ -37,6 +37,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
     "savefig.transparent": True,
+    "lines.solid_capstyle": "butt",  # an interval's bar ends where the interval does
     "svg.fonttype": "none",
     "text.color": INK,
     "text.parse_math": False,

@@ -109,7 +109,9 @@ def test_points_are_those_of_the_file(tmp_path):
 def test_win_rates_show_the_share_of_prompts_won(tmp_path):
     run = read_run(write_fake_run(tmp_path))
     drawn, _ = _drawn(tmp_path)
-    texts = [text.get_text() for text in drawn["Win rate by judge"].figure.axes[0].texts]
+    axis = drawn["Win rate by judge"].figure.axes[0]
+    assert {line.get_solid_capstyle() for line in axis.lines} == {"butt"}  # a bar ends where its interval does
+    texts = [text.get_text() for text in axis.texts]
     expected = []
     for judge in run.summary["judges"]:
         rates = [run.summary[when]["win_rate"][judge] for when in ("before", "after")]
