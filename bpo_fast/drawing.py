@@ -8,11 +8,12 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by every common kind of color vision; the page swaps in its variables.
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-AMBER, SKY = "#b58900", "#3d8fd1"
+AMBER, VIOLET = "#b58900", "#7b4fa3"
 GRAY, INK, GRID = "#7a7f87", "#1b1f24", "#d5d9de"
 PAGE_COLORS = {BLUE: "c0", ORANGE: "c1", GREEN: "c2", PINK: "c3", GRAY: "c4", INK: "ink", GRID: "grid"}
 STYLE: dict[Any, Any] = {
@@ -36,8 +37,8 @@ STYLE: dict[Any, Any] = {
     "legend.labelcolor": INK,
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
-    "savefig.transparent": True,
     "lines.solid_capstyle": "butt",  # an interval's bar ends where the interval does
+    "savefig.transparent": True,
     "svg.fonttype": "none",
     "text.color": INK,
     "text.parse_math": False,
@@ -92,9 +93,20 @@ class Plot:
         return svg.replace("<svg ", f'<svg role="img" aria-label="{self.title}" ', 1)
 
 
-def legend_below(figure: Figure, axis: Axes) -> None:
-    """The legend of a panel under the whole figure."""
-    handles, labels = axis.get_legend_handles_labels()
+def paler(color: str, share: float) -> str:
+    """A color mixed with that share of white."""
+    return to_hex([(1 - share) * x + share for x in to_rgb(color)]) if share else color
+
+
+def rows_left_out(num_rows: int) -> str:
+    """A sentence on the rows that a figure of one row a group has no room for, or ""."""
+    return f"There is room for the first {MAX_ROWS} of {num_rows} rows." if num_rows > MAX_ROWS else ""
+
+
+def legend_below(figure: Figure, *axes: Axes) -> None:
+    """One legend of some panels under the whole figure; what several of them have is there once."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    labels, handles = list(found), list(found.values())
     if handles:
         ncols = min(len(labels), 4 if figure.get_figwidth() > HALF_WIDTH_IN + 1 else 3)
-        figure.legend(handles, labels, loc="outside lower center", ncols=ncols, columnspacing=1.2)
+        figure.legend(handles, labels, loc="outside lower center", ncols=ncols, columnspacing=1.2, handlelength=2)

@@ -23,7 +23,7 @@ METHOD_WORDS = {
     "moving-ref": "moving reference",
 }
 ORDER = list(METHOD_WORDS)
-MAX_CURVES = 7
+MAX_CURVES = 12
 MEASURES = ("kl", "mean_length", "clipped_ratio", "distinct_2", "unique")
 
 
@@ -60,10 +60,11 @@ class Place:
 
 @dataclass
 class Group:
-    """Runs that differ in their seed alone: {seed: run}."""
+    """Runs that differ in their seed alone: {seed: run}; further runs of those seeds are doubles and do not count."""
 
     place: Place
     runs: dict[int, RunFolder] = field(default_factory=dict)
+    doubles: list[tuple[int, RunFolder]] = field(default_factory=list)
 
     def values(self, *keys: str, when: str = "after") -> dict[int, float]:
         """A number of every run that has it, by seed; `keys` lead to it in the results, as ("win_rate", "rubric")."""
@@ -118,10 +119,12 @@ def read_groups(folders: Iterable[Path]) -> list[Group]:
     varying = _varying(runs for runs in found.values() if len(runs) > 1)
     groups: dict[Place, Group] = {}
     for (place, seed), runs in found.items():
-        for run, flat in runs:
+        for run, flat in sorted(runs, key=lambda found: not found[0].summary):  # of doubles, one that has finished
             words = " ".join(f"{k.rpartition('.')[2]}={_text(flat[k])}" for k in varying)
             own = Place(place.task, place.loss, place.method, place.phases, place.members, words)
-            groups.setdefault(own, Group(own)).runs.setdefault(seed, run)
+            group = groups.setdefault(own, Group(own))
+            if group.runs.setdefault(seed, run) is not run:
+                group.doubles.append((seed, run))
     return sorted(groups.values(), key=lambda g: g.place.order())
 
 
@@ -136,18 +139,47 @@ def tasks_and_losses(groups: Sequence[Group]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((g.place.task, g.place.loss) for g in groups))
 
 
-def main_groups(groups: Sequence[Group]) -> list[Group]:
-    """The groups that curves are drawn of: the first task and loss, few phases and all phases before those between."""
-    task, loss = tasks_and_losses(groups)[0]
-    own = [g for g in groups if (g.place.task, g.place.loss) == (task, loss)]
-    ranked = sorted(own, key=lambda g: (g.place.phases not in (1, 2, EVERY_STEP), g.place.members > 1))
-    return sorted(ranked[:MAX_CURVES], key=lambda g: g.place.order())
+def of_place(groups: Sequence[Group], place: tuple[str, str]) -> list[Group]:
+    """The groups of one task and loss."""
+    return [g for g in groups if (g.place.task, g.place.loss) == place]
 
 
-def main_place(groups: Sequence[Group]) -> str:
-    """Task and loss of the curves, where there are several."""
+def place_words(groups: Sequence[Group], place: tuple[str, str]) -> str:
+    """Task and loss as a title names them: "" if the groups have no other, the loss alone if there is one task."""
     places = tasks_and_losses(groups)
-    return f"{places[0][0]}, {places[0][1].upper()}: " if len(places) > 1 else ""
+    words = [place[0]] if len({task for task, _ in places}) > 1 else []
+    words += [place[1].upper()] if len(places) > 1 else []
+    return ", ".join(words)
+
+
+def group_words(groups: Sequence[Group], some: Sequence[Group]) -> str:
+    """Some of the groups by name: "DPO: offline, BPO F=2; IPO: offline"."""
+    found = []
+    for place in tasks_and_losses(some):
+        labels = ", ".join(g.place.label for g in of_place(some, place))
+        words = place_words(groups, place)
+        found.append(f"{words}: {labels}" if words else labels)
+    return "; ".join(found)
+
+
+def curve_groups(groups: Sequence[Group], num: int = MAX_CURVES) -> list[Group]:
+    """The groups that curves are drawn of: of each task and loss the first `num` by this rule, in their own order.
+
+    BPO of every F comes first and is kept however many there are. Then come the other methods with each of their F,
+    those of one, two and all phases before those between; then ensembles and further settings of all of these.
+    """
+    kept = []
+    for place in tasks_and_losses(groups):
+        own = of_place(groups, place)
+        plain = {id(g) for g in {(g.place.method, g.place.phases): g for g in reversed(own)}.values()}
+
+        def rank(group: Group, plain: set[int] = plain) -> tuple[bool, bool, bool]:
+            between = group.place.phases not in (1, 2, EVERY_STEP)
+            return id(group) not in plain, group.place.method != "bpo", between
+
+        num_bpo = sum(rank(g)[:2] == (False, False) for g in own)
+        kept += sorted(sorted(own, key=rank)[: max(num, num_bpo)], key=lambda g: g.place.order())
+    return kept
 
 
 def judge_names(groups: Sequence[Group]) -> list[str]:

@@ -21,8 +21,9 @@ from bpo_fast.drawing import (
     ORANGE,
     PINK,
     legend_below,
+    rows_left_out,
 )
-from bpo_fast.groups import Group, main_groups, main_place, tasks_and_losses
+from bpo_fast.groups import Group, curve_groups, group_words, of_place, place_words, tasks_and_losses
 from bpo_fast.run_folder import stage_seconds
 
 PHASE_STAGES = ("rollout", "annotate", "ref", "train")
@@ -66,14 +67,13 @@ def phase_costs(group: Group) -> PhaseCosts | None:
 
 def costs_of_runs(groups: Sequence[Group]) -> Figure | None:
     """Seconds by stage and peak memory of whole runs, a row a group."""
-    tasks, losses = (len({place[n] for place in tasks_and_losses(groups)}) for n in (0, 1))
     rows = []
     for group in groups:
         stages = [stage_seconds(run) for run in group.runs.values()]
         peaks = [r.summary["peak_memory_gib"] for r in group.runs.values() if r.summary.get("peak_memory_gib")]
         if any(stages):
             mean = {name: float(np.mean([s.get(name, 0.0) for s in stages])) for name in STAGES}
-            words = [group.place.task] * (tasks > 1) + [group.place.loss.upper()] * (losses > 1) + [group.place.label]
+            words = filter(None, [place_words(groups, (group.place.task, group.place.loss)), group.place.label])
             rows.append((", ".join(words), mean, float(np.mean(peaks)) if peaks else None))
     rows = rows[:MAX_ROWS]
     if not rows:
@@ -101,9 +101,15 @@ def costs_of_runs(groups: Sequence[Group]) -> Figure | None:
     return figure
 
 
+def costs_left_out(groups: Sequence[Group]) -> str:
+    """Rows that costs_of_runs has no room for."""
+    return rows_left_out(sum(any(stage_seconds(run) for run in group.runs.values()) for group in groups))
+
+
 def costs_by_phase(groups: Sequence[Group]) -> Figure | None:
-    """Two panels a group, of the same groups as the curves: stacked seconds, and below them peak memory."""
-    shown = [(g.place.label, costs) for g in main_groups(groups) if (costs := phase_costs(g))]
+    """Two panels a group of one task and loss: stacked seconds, and below them peak memory."""
+    kept = _phase_groups(groups)
+    shown = [(g.place.label, costs) for g in kept if (costs := phase_costs(g))]
     if not shown:
         return None
     num_columns = min(NUM_COLUMNS, len(shown))
@@ -128,10 +134,23 @@ def costs_by_phase(groups: Sequence[Group]) -> Figure | None:
         if n % num_columns == 0:
             upper.set_ylabel("seconds")
             lower.set_ylabel("peak (GiB)")
-    if place := main_place(groups):
-        figure.suptitle(place.removesuffix(": "), x=0.01, ha="left", fontsize=9.5)
+    if words := place_words(groups, (kept[0].place.task, kept[0].place.loss)):
+        figure.suptitle(words, x=0.01, ha="left", fontsize=9.5)
     legend_below(figure, columns[0][0])
     return figure
+
+
+def phases_left_out(groups: Sequence[Group]) -> str:
+    """Groups that costs_by_phase does not draw though it could."""
+    shown = {id(g) for g in _phase_groups(groups)}
+    left = group_words(groups, [g for g in groups if id(g) not in shown and phase_costs(g)])
+    return f"For want of room one task and loss; the table of the phases has these as well: {left}." if left else ""
+
+
+def _phase_groups(groups: Sequence[Group]) -> list[Group]:
+    """The curves' groups of the first task and loss that have recorded what a phase cost."""
+    known = [g for g in groups if phase_costs(g)]
+    return of_place(curve_groups(known), tasks_and_losses(known)[0]) if known else []
 
 
 def _stack(axis: Axes, costs: PhaseCosts) -> None:

@@ -10,7 +10,18 @@ from typing import Any
 import numpy as np
 
 from bpo_fast.files import write_atomic
-from bpo_fast.groups import MEASURES, Group, find_runs, judge_names, main_groups, paired, read_groups
+from bpo_fast.groups import (
+    MEASURES,
+    Group,
+    curve_groups,
+    find_runs,
+    group_words,
+    judge_names,
+    of_place,
+    paired,
+    read_groups,
+    tasks_and_losses,
+)
 from bpo_fast.report import REPORT_FILE, badges, figures, html, html_page, html_text, notice, score_notes
 from bpo_fast.run_folder import number_text
 from bpo_fast.stats import Interval
@@ -18,7 +29,7 @@ from bpo_fast.sweep_costs import PHASE_STAGES, PhaseCosts, phase_costs
 from bpo_fast.sweep_plots import aggregate_rows, sweep_plots
 
 SUMMARY_FILE = "summary.json"
-NUM_PROMPTS, MAX_SIDES = 5, 5
+NUM_PROMPTS, MAX_SIDES = 5, 6
 MAX_PHASE_ROWS = 4
 KINDS = {"kl": "score", "mean_length": "tenth", "clipped_ratio": "share", "distinct_2": "score", "unique": "share"}
 WORDS = {"kl": "KL", "mean_length": "tokens", "clipped_ratio": "truncated", "distinct_2": "distinct-2"}
@@ -44,7 +55,8 @@ def write_sweep_report(paths: Sequence[Path], out: Path) -> Path:
     groups = [g for g in read_groups(folders) if any(run.summary for run in g.runs.values())]
     if not groups:
         raise ValueError(f"{', '.join(map(str, paths))}: no finished run there")
-    unfinished = [f"{run.path.name}: not finished" for g in groups for run in g.runs.values() if not run.summary]
+    runs = [run for g in groups for run in [*g.runs.values(), *(double for _, double in g.doubles)]]
+    unfinished = [f"{run.path.name}: not finished" for run in runs if not run.summary]
     for group in groups:
         group.runs = {seed: run for seed, run in group.runs.items() if run.summary}
     drawn = sweep_plots(groups)
@@ -53,11 +65,11 @@ def write_sweep_report(paths: Sequence[Path], out: Path) -> Path:
         plot.save(out / "figures" / re.sub(r"\W+", "-", plot.title.lower()))
     summary = summarise_groups(groups)
     write_atomic(out / SUMMARY_FILE, json.dumps(summary | {"not_finished": failed + unfinished}, indent=1) + "\n")
-    num = sum(len(g.runs) for g in groups)
-    title = f"bpo-fast: {num} runs"
+    num, doubles = sum(len(g.runs) for g in groups), _double_notes(groups)
+    title = f"bpo-fast: {num + len(doubles)} runs" + (f", {num} of them told apart" if doubles else "")
     sections = [
         f"<h1>{html(title)}</h1>\n<p class=soft>{html(', '.join(map(str, paths)))}</p>",
-        notice(failed + unfinished),
+        notice(failed + unfinished + doubles),
         _result_table(groups),
         figures(drawn),
         _comparison_table(summary),
@@ -124,6 +136,16 @@ def _phases_asdict(costs: PhaseCosts) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in found.items()}
 
 
+def _double_notes(groups: Sequence[Group]) -> list[str]:
+    """Runs that the numbers have under another name already, as online at F = 2 is on-policy where T = 2."""
+    return [
+        f"{run.path.name}: the same settings and seed as {group.runs[seed].path.name}, which stands for both"
+        for group in groups
+        for seed, run in group.doubles
+        if run.summary
+    ]
+
+
 def _result_table(groups: Sequence[Group]) -> str:
     judges = judge_names(groups)
     heads = ["task, loss", "method", "seeds", *(f"win rate, {j}" for j in judges), *(f"score, {j}" for j in judges)]
@@ -179,7 +201,8 @@ def _comparison_table(summary: Mapping[str, Any]) -> str:
 
 def _completions(groups: Sequence[Group]) -> str:
     """The first held-out prompts, answered before training and after by several methods, from the first seed."""
-    shown = main_groups(groups)[:MAX_SIDES]
+    own = of_place(groups, tasks_and_losses(groups)[0])
+    shown = curve_groups(own, MAX_SIDES)
     runs = [(g.place.label, next(iter(g.runs.values()))) for g in shown]
     befores = {row["prompt_id"]: row for _, run in runs for row in run.eval_rows if row["when"] == "before"}
     afters = [(label, {r["prompt_id"]: r for r in run.eval_rows if r["when"] == "after"}) for label, run in runs]
@@ -189,7 +212,13 @@ def _completions(groups: Sequence[Group]) -> str:
         cells = "".join(f'<div class="side"><h4>{html(when)}</h4>{_answer(row)}</div>' for when, row in sides)
         prompt = f'<div class="prompt">{html_text(before["prompt"])}</div>'
         found.append(f'<div class="example">{prompt}<div class="sides">{cells}</div></div>\n')
-    return "<h2>Completions before and after</h2>\n" + "".join(found) if found else ""
+    if not found:
+        return ""
+    kept = {id(g) for g in shown}
+    left = group_words(groups, [g for g in groups if id(g) not in kept])
+    note = f"The first {len(found)} held-out prompts, each method with its first seed."
+    note += f" For want of room left out: {left}." if left else ""
+    return f'<h2>Completions before and after</h2>\n<p class="soft">{html(note)}</p>\n{"".join(found)}'
 
 
 def _answer(row: Mapping[str, Any]) -> str:

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from fake_sweep import write_fake_sweep
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from typer.testing import CliRunner
 
 from bpo_fast.cli import app
-from bpo_fast.groups import find_runs, paired, read_groups
+from bpo_fast.groups import curve_groups, find_runs, group_words, paired, read_groups
 from bpo_fast.plots import Plot
+from bpo_fast.sweep_curves import looks
 from bpo_fast.sweep_plots import aggregate_rows, frequency_series, sweep_plots
 from bpo_fast.sweep_report import write_sweep_report
 
@@ -159,6 +161,120 @@ def test_long_labels_stay_in_their_panels(tmp_path):
     titles = [(axis, t) for axis in plot.figure.axes for t in axis.findobj(Text) if "learning_rate" in t.get_text()]
     assert len(titles) == 2
     assert all(title.get_window_extent().x1 <= axis.bbox.x1 for axis, title in titles)
+
+
+def plot_of(groups, title: str) -> Plot:
+    return next(plot for plot in sweep_plots(groups) if plot.title == title)
+
+
+def titles_of(plot: Plot) -> list[str]:
+    return [axis.get_title(loc="left") for axis in plot.figure.axes]
+
+
+def test_every_task_and_loss_has_its_panels_and_every_group_its_curve(groups):
+    own = {loss: {g.place.label for g in groups if g.place.loss == loss} for loss in ("dpo", "ipo")}
+    plot = plot_of(groups, "Reward and KL")
+    assert titles_of(plot) == [f"{loss}: win rate, {j}" for loss in ("DPO", "IPO") for j in ("rubric", "annotator")]
+    for n, axis in enumerate(plot.figure.axes):
+        assert set(axis.get_legend_handles_labels()[1]) == own["dpo" if n < 2 else "ipo"]
+    plot = plot_of(groups, "Margins and lengths")
+    assert titles_of(plot)[::2] == ["DPO: margin, chosen - rejected", "IPO: margin, chosen - rejected"]
+    assert [set(a.get_legend_handles_labels()[1]) for a in plot.figure.axes] == [
+        own[x] for x in ("dpo", "dpo", "ipo", "ipo")
+    ]
+    assert titles_of(plot_of(groups, "Reference ablation"))[::2] == [
+        f"win rate, rubric ({x}, F=2)" for x in ("DPO", "IPO")
+    ]
+    (legend,) = plot.figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert sorted(labels) == sorted(own["dpo"] | own["ipo"])
+
+
+def test_what_has_no_curve_is_named(tmp_path):
+    grid = "[[grid]]\nmethod = ['offline', 'online', 'bpo', 'ema']\nF = [1, 2, 3, 4, 5, 6]\nM = [1, 5]\n"
+    found = read_groups(find_runs([write_fake_sweep(tmp_path / "s", grid)])[0])
+    plot = plot_of(found, "Reward and KL")
+    shown = set(plot.figure.axes[0].get_legend_handles_labels()[1])
+    left = plot.caption.removesuffix(".").partition("left out: ")[2].split(", ")
+    assert sorted([*shown, *left]) == sorted(g.place.label for g in found)
+    assert (len(shown), len(left)) == (12, 20)
+    assert {f"BPO F={n}" for n in range(2, 7)} <= shown
+    assert {"offline", "online F=2", "EMA reference F=2"} <= shown
+    by_phase = plot_of(found, "Time and memory by phase").caption
+    assert by_phase.endswith("the table of the phases has these as well: " + ", ".join(left) + ".")
+    reference = plot_of(found, "Reference ablation")
+    assert titles_of(reference)[0] == "win rate, rubric (DPO, F=2)"
+    assert "left out: online F=2 M=5, BPO F=2 M=5, " in reference.caption
+
+
+def test_bpo_of_every_f_has_a_curve_however_many_there_are(tmp_path):
+    grid = "[[grid]]\nmethod = ['offline', 'bpo']\nF = [1, 2, 3, 4, 'T']\nM = [1, 5]\nloss = ['dpo', 'ipo']\n"
+    found = read_groups(find_runs([write_fake_sweep(tmp_path / "s", grid)])[0])
+    kept = group_words(found, curve_groups(found, 2))
+    assert kept == "; ".join(f"{x}: BPO F=2, BPO F=3, BPO F=4, BPO F=T" for x in ("DPO", "IPO"))
+    kept = group_words(found, curve_groups(found, 6))
+    assert kept.startswith("DPO: offline, BPO F=2, BPO F=2 M=5, BPO F=3, BPO F=4, BPO F=T; ")
+
+
+def test_no_two_curves_look_the_same(groups):
+    found = looks(groups)
+    assert len({tuple(style.values()) for style in found.values()}) == len(found) == 7
+    for a, b in (("online F=2", "BPO F=2"), ("on-policy", "BPO F=2"), ("online F=2", "on-policy")):
+        assert np.linalg.norm(np.subtract(to_rgb(found[a]["color"]), to_rgb(found[b]["color"]))) > 0.3
+    alone = looks([g for g in groups if g.place.method == "bpo"])
+    assert len({style["color"] for style in alone.values()}) == len(alone) == 3
+
+
+def test_bars_end_where_their_intervals_do(groups):
+    plot = plot_of(groups, "Aggregates")
+    bars = [line for axis in plot.figure.axes for line in axis.lines if len(line.get_xdata()) == 2]
+    assert len(bars) == 4 * len(groups)
+    assert {bar.get_solid_capstyle() for bar in bars} == {"butt"}
+
+
+def test_bars_of_a_share_stay_within_0_and_1(sweep):
+    found = read_groups(find_runs([sweep])[0])
+    for n, run in enumerate(run for g in found for run in g.runs.values()):
+        run.summary["after"]["win_rate"]["rubric"] = (0.0, 0.02, 1.0)[n % 3]
+    for title in ("Win rate against F", "Stability"):
+        bars = [c for axis in plot_of(found, title).figure.axes for c in axis.containers]
+        ends = [y for bar in bars for lines in bar.lines[2] for segment in lines.get_segments() for y in segment[:, 1]]
+        assert len(ends) > 2
+        assert min(ends) >= 0.0
+        assert max(ends) <= 1.0
+
+
+def test_one_run_that_collapses_leaves_the_curves_of_kl_readable(sweep):
+    found = read_groups(find_runs([sweep])[0])
+    for group in found:
+        for line in next(iter(group.runs.values())).evals[1:]:
+            line["eval/kl"] = 1500.0
+    plot = plot_of(found, "Reference ablation")
+    kl = plot.figure.axes[1]
+    assert (kl.get_yscale(), kl.get_ylim()[0]) == ("symlog", 0.0)
+    bands = [path.vertices[:, 1] for band in kl.collections for path in band.get_paths()]
+    assert min(y.min() for y in bands) >= 0.0
+    online = next(line for line in kl.lines if line.get_label() == "online")
+    assert max(online.get_ydata()) < 10.0  # the median of three
+    axis = plot_of(found, "Reward and KL").figure.axes[0]
+    assert axis.get_xscale() == "symlog"
+    line = next(line for line in axis.lines if line.get_label() == "online F=2")
+    runs = next(g for g in found if g.place.label == "online F=2").runs.values()
+    assert line.get_xdata()[-1] == statistics.median(run.evals[-1]["eval/kl"] for run in runs)
+
+
+def test_two_runs_of_the_same_settings_are_not_lost_without_a_word(tmp_path):
+    grid = "[set]\n'method.pairs' = 32\n[[grid]]\nmethod = ['online', 'bpo']\nF = [2, 'T']\nseed = [1, 2]\n"
+    folder = write_fake_sweep(tmp_path / "s", grid)
+    page = write_sweep_report([folder], folder).read_text(encoding="utf-8")
+    assert "<h1>bpo-fast: 8 runs, 4 of them told apart</h1>" in page
+    names = re.findall(r"<li>(helpfulness[^:]*): the same settings and seed as (helpfulness[^<]*), which", page)
+    assert sorted(names) == [
+        ("helpfulness-dpo-bpo-FT-M1-s1", "helpfulness-dpo-bpo-F2-M1-s1"),
+        ("helpfulness-dpo-bpo-FT-M1-s2", "helpfulness-dpo-bpo-F2-M1-s2"),
+        ("helpfulness-dpo-on-policy-FT-M1-s1", "helpfulness-dpo-online-F2-M1-s1"),
+        ("helpfulness-dpo-on-policy-FT-M1-s2", "helpfulness-dpo-online-F2-M1-s2"),
+    ]
 
 
 def test_paired_takes_the_seeds_that_both_have():
