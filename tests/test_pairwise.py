@@ -64,6 +64,8 @@ def test_half_a_preference():
         (200, json.dumps({"choices": []})),
         (200, json.dumps({"choices": [{"message": {"content": None}}]})),
         (200, json.dumps([1])),
+        (200, "[" * 200_000),
+        (200, said("DIGITS")[1].replace('"DIGITS"', "9" * 5000)),
         (500, "busy"),
         (429, "slow down", {"Retry-After": "0"}),
     ],
@@ -76,6 +78,12 @@ def test_nonsense_is_asked_again_then_left_unjudged(nonsense):
     assert sum("Q1" in body["messages"][-1]["content"] for *_, body in server.seen) == 3
     assert (asked.tally.judged, asked.tally.unjudged, asked.tally.retries) == (2, 1, 2)
     assert asked.notes()[0].startswith("1 pairs unjudged, the last because: ")
+
+
+def test_a_judge_without_verdicts_warns_once(caplog):
+    with endpoint(lambda q, n: said("no idea")) as server:
+        assert judge(server.spec, retries=0).compare(PROMPTS * 4, FIRST * 4, SECOND * 4) == [None] * 12
+    assert [r.getMessage().partition(": ")[2] for r in caplog.records] == ["no clear verdict in 'no idea'"]
 
 
 def test_a_verdict_on_the_second_try_counts():

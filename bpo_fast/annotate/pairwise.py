@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import ssl
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ class HttpJudge:
         self._timeout_s, self._retries, self._requests, self._backoff_s = timeout_s, retries, requests, backoff_s
         self.tally = Tally()
         self._num_failed_in_a_row = 0
+        self._unwarned = threading.Lock()  # held from the one warning on
 
     def compare(
         self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
@@ -137,7 +139,7 @@ class HttpJudge:
             back = self._share(prompt, second, first)
         except _NoVerdictError as error:
             self._num_failed_in_a_row += error.again
-            if not self.tally.unjudged:
+            if self._unwarned.acquire(blocking=False):
                 log.warning("judge %s: %s", self.name, error)
             return None, False, str(error)
         self._num_failed_in_a_row = 0
@@ -215,9 +217,9 @@ def read_verdict(text: str) -> str:
     """A, B or C from the body of a chat completion; anything but one clear verdict raises _NoVerdictError."""
     try:
         content = json.loads(text)["choices"][0]["message"]["content"]
-    except (json.JSONDecodeError, KeyError, IndexError, TypeError):
+        said = str(content or "").strip()
+    except (ValueError, RecursionError, KeyError, IndexError, TypeError):
         raise _NoVerdictError(f"not a chat completion: {' '.join(text.split())[:80]!r}", again=True) from None
-    said = str(content or "").strip()
     found = set(_VERDICT.findall(said)) or ({said} & set(SHARES))
     if len(found) != 1:
         raise _NoVerdictError(f"no clear verdict in {' '.join(said.split())[-80:]!r}", again=True)
