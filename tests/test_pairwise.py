@@ -147,6 +147,13 @@ def test_a_redirect_is_not_followed():
         ("http://host/v1", "expected http://HOST/v1#MODEL"),
         ("http://#m", "expected http://HOST/v1#MODEL"),
         ("http://host:x/v1#m", "not a port"),
+        ("http://me:abc@host:x/v1#m", "not a port"),
+        ("http://me:abc@[::1/v1?key=abc#m", "judge .*: not an address"),
+        ("http://[::1/v1#m", "judge .*: not an address"),
+        ("http://a..host/v1#m", "judge .*: not an address"),
+        ("http://ho st/v1#m", "judge .*: not an address"),
+        ("http://host/v 1#m", "judge .*: not an address"),
+        ("http://host/v\u0131#m", "judge .*: not an address"),
         ("https://host/v1?api_key=abc#m", f"no credentials or queries in the address; set {KEY_VARIABLE}"),
     ],
 )
@@ -154,6 +161,13 @@ def test_bad_addresses(spec, words):
     with pytest.raises(ValueError, match=words) as error:
         load_annotator(spec, AnnotatorConfig())
     assert "abc" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["sk-secret\n", "sk secret", "sk-secr\u00e9t"])
+def test_a_key_that_no_header_can_carry(monkeypatch, key):
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(ValueError, match=f"^{KEY_VARIABLE}: holds a blank or a letter that no key has$"):
+        judge("http://host/v1#m")
 
 
 def test_names():

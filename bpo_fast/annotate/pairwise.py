@@ -78,21 +78,31 @@ class HttpJudge:
         backoff_s: the first of these waits.
 
     Raises:
-        ValueError: no model named, or credentials in the address.
+        ValueError: no model named, credentials in the address or letters that it cannot have, or a key that no header
+            can carry.
     """
 
     def __init__(
         self, spec: str, *, timeout_s: float = 60.0, retries: int = 4, requests: int = 8, backoff_s: float = 1.0
     ):
-        url = urlsplit(spec)
+        shown = re.sub(r"//.*@|\?[^#]*", "***", spec)  # whatever is wrong with it, no credentials
+        try:
+            url = urlsplit(spec)
+            (url.hostname or "").encode("idna")
+        except ValueError:
+            raise ValueError(f"judge {shown}: not an address") from None
         try:
             port = url.port
         except ValueError:
-            raise ValueError(f"judge {spec}: not a port") from None
+            raise ValueError(f"judge {shown}: not a port") from None
         if url.username or url.password or url.query:
             raise ValueError(f"judge {url.hostname}: no credentials or queries in the address; set {KEY_VARIABLE}")
         if not url.hostname or not url.fragment:
-            raise ValueError(f"judge {spec}: expected http://HOST/v1#MODEL")
+            raise ValueError(f"judge {shown}: expected http://HOST/v1#MODEL")
+        if " " in url.netloc or not re.fullmatch(r"[!-~]*", url.path):
+            raise ValueError(f"judge {shown}: not an address")
+        if not re.fullmatch(r"[!-~]*", os.environ.get(KEY_VARIABLE, "")):
+            raise ValueError(f"{KEY_VARIABLE}: holds a blank or a letter that no key has")
         self.name = f"{url.scheme}://{url.netloc}{url.path}#{url.fragment}"
         self._host, self._port, self._secure = url.hostname, port, url.scheme == "https"
         self._path = url.path.rstrip("/") + "/chat/completions"
