@@ -1,13 +1,15 @@
 """`bpo-fast eval`: greedy answers of a model, or published ones, judged against the reference text and head to head.
 
 EVAL/outputs.jsonl  against.jsonl  rows.jsonl  eval.json
-Answers are on disk before the first judge is asked.
+Answers are on disk before the first judge is asked, and verdicts as soon as a judge has gone through the answers of one
+contestant.
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +32,8 @@ from bpo_fast.tokenizer import with_leading_space
 from bpo_fast.types import Completion, Prompt
 
 RESULT_FILE = "eval.json"
+ROWS_FILE = "rows.jsonl"
+OUTPUT_FILES = ("outputs.jsonl", "against.jsonl")
 OUTPUT_COLUMNS = ("completion", "output")
 Score = float | None
 Summary = dict[str, Any]
@@ -63,6 +67,39 @@ class Judged:
         return [None if a is None or b is None else float(a > b) for a, b in self.scores]
 
 
+class Verdicts:
+    """What the judges have said so far, on disk after every piece of work: one contestant, or head to head.
+
+    Args:
+        path: JSONL, a row a prompt; missing there are judges that were not reached.
+        sides: one or two contestants.
+        ids: the prompts that count.
+
+    Attributes:
+        judged: by name of the judge, the contestants that it is done with.
+        duels: by name of the judge.
+    """
+
+    def __init__(self, path: Path, sides: Sequence[Contestant], ids: Sequence[int]):
+        self._path, self._sides, self._ids = path, sides, ids
+        self.judged: dict[str, list[Judged]] = {}
+        self.duels: dict[str, list[tuple[Score, Score]]] = {}
+
+    def ask(self, judge: Checked) -> None:
+        """Lets a judge judge every contestant, then the two against each other."""
+        for side in self._sides:
+            found = _judge(judge, side, self._ids)
+            self.judged.setdefault(judge.name, []).append(found)
+            self._write()
+        if len(self._sides) == 2:
+            self.duels[judge.name] = _duel(judge, self._sides, self.judged[judge.name], self._ids)
+            self._write()
+
+    def _write(self) -> None:
+        rows = [_row(i, at, self._sides, self.judged, self.duels) for at, i in enumerate(self._ids)]
+        write_atomic(self._path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
 def evaluate(config: Config, source: str, against: str | None, out: Path | None) -> Summary:
     """Decodes, judges and compares.
 
@@ -88,19 +125,17 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
     with Progress() as progress:
         sides = [_contestant(s, config, progress) for s in (source, against) if s is not None]
         ids = _common(sides, config)
-        for side, name in zip(sides, ("outputs", "against"), strict=False):
-            _write_outputs(out / f"{name}.jsonl", side, config)
+        for side, name in zip(sides, OUTPUT_FILES, strict=False):
+            _write_outputs(out / name, side, config)
         progress.print(f"answers: {out}")
         device = pick_device("run.device", config.run.device)
         judges = [load_scorer(j, config, device) for j in specs]
-        judged: dict[str, list[Judged]] = {}
-        duels: dict[str, list[tuple[Score, Score]]] = {}
-        with progress.task("judging", len(judges)) as task:
+        verdicts = Verdicts(out / ROWS_FILE, sides, ids)
+        with _kept(out, verdicts, progress), progress.task("judging", len(judges)) as task:
             for judge in judges:
-                judged[judge.name] = [_judge(judge, side, ids) for side in sides]
-                if len(sides) == 2:
-                    duels[judge.name] = _duel(judge, sides, judged[judge.name], ids)
+                verdicts.ask(judge)
                 task.advance()
+    judged, duels = verdicts.judged, verdicts.duels
     found = {
         "data": config.data.eval_path,
         "task": config.task,
@@ -117,8 +152,6 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
     }
     if len(sides) == 2:
         found["head_to_head"] = {n: head_to_head(duels[n], judged[n], sides, ids) for n in duels}
-    rows = [_row(i, at, sides, judged, duels) for at, i in enumerate(ids)]
-    write_atomic(out / "rows.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     write_atomic(out / RESULT_FILE, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     return found | {"out": str(out)}
 
@@ -289,9 +322,27 @@ def _row(
     row: Summary = {"prompt_id": i, "prompt": prompt.text, "label": prompt.label}
     for n, (side, prefix) in enumerate(zip(sides, ("", "against_"), strict=False)):
         row[f"{prefix}output"] = side.outputs[i].text.strip()
-        row[f"{prefix}scores"] = {name: both[n].scores[at][0] for name, both in judged.items()}
-        row[f"{prefix}label_scores"] = {name: both[n].scores[at][1] for name, both in judged.items()}
+        known = {name: both[n].scores[at] for name, both in judged.items() if n < len(both)}
+        row[f"{prefix}scores"] = {name: score for name, (score, _) in known.items()}
+        row[f"{prefix}label_scores"] = {name: score for name, (_, score) in known.items()}
     return row | ({"duels": {name: list(found[at]) for name, found in duels.items()}} if duels else {})
+
+
+@contextmanager
+def _kept(out: Path, verdicts: Verdicts, progress: Progress) -> Iterator[None]:
+    """Says what stays and how to go on if the block ends early."""
+    try:
+        yield
+    except BaseException:
+        said = f"the verdicts of {', '.join(verdicts.judged)} in {out / ROWS_FILE}; " if verdicts.judged else ""
+        progress.print(f"kept: {said}the answers, to be judged anew with {_flags(out)}")
+        raise
+
+
+def _flags(out: Path) -> str:
+    """The flags that judge the answers in a folder."""
+    pairs = zip(("--outputs", "--against"), (out / name for name in OUTPUT_FILES), strict=True)
+    return " ".join(f"{flag} {path}" for flag, path in pairs if path.is_file())
 
 
 def _write_outputs(path: Path, side: Contestant, config: Config) -> None:

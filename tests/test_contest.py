@@ -1,7 +1,9 @@
 """`bpo-fast eval` as a user runs it, on the tiny model."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 from judge_server import by_length, endpoint, said
@@ -132,6 +134,41 @@ def test_answers_survive_a_judge_that_refuses(run, tmp_path):
     assert code == 2
     assert "status 401 Unauthorized: who are you? (BPO_FAST_JUDGE_KEY is not set)" in err
     assert sum(r["completion"] is not None for r in rows_of(tmp_path / "e" / "outputs.jsonl")) == 6
+    assert f"kept: the answers, to be judged anew with --outputs {tmp_path / 'e' / 'outputs.jsonl'}\n" in err
+    assert not (tmp_path / "e" / "rows.jsonl").exists()
+
+
+def test_verdicts_survive_a_judge_that_refuses_after_them(run, tmp_path):
+    out, letters = tmp_path / "e", ["--judge", "toy_annotator:letters"]
+    whole, _ = evaluated(tmp_path / "whole", run, "--against", run, *letters)
+    num_pairs = whole["num_prompts"]
+    # the second contestant's last question is not reached
+    with endpoint(lambda q, n: by_length(q, n) if n < 2 * num_pairs else (401, "quota")) as server:
+        code, _, err = call("eval", run, "--against", run, *letters, "--judge", f"llm={server.spec}", "--out", out)
+    assert code == 2
+    flags = f"--outputs {out / 'outputs.jsonl'} --against {out / 'against.jsonl'}"
+    kept = f"kept: the verdicts of letters, llm in {out / 'rows.jsonl'}; the answers, to be judged anew with {flags}\n"
+    assert kept in err
+    rows = rows_of(out / "rows.jsonl")
+    for row, wanted in zip(rows, rows_of(tmp_path / "whole" / "rows.jsonl"), strict=True):
+        assert set(row.pop("scores")) == {"letters", "llm"}
+        assert set(row.pop("label_scores")) == {"letters", "llm"}
+        assert row.items() <= wanted.items()
+    assert not (out / "eval.json").exists()
+
+
+def test_verdicts_survive_ctrl_c(run, tmp_path):
+    def interrupt(question, number):
+        os.kill(os.getpid(), signal.SIGINT)
+        return by_length(question, number)
+
+    with endpoint(interrupt) as server:
+        code, _, err = call(
+            *("eval", run, "--judge", "toy_annotator:letters", "--judge", f"llm={server.spec}", "--out", tmp_path / "e")
+        )
+    assert code == 130
+    assert f"kept: the verdicts of letters in {tmp_path / 'e' / 'rows.jsonl'}; the answers" in err
+    assert [set(r["scores"]) for r in rows_of(tmp_path / "e" / "rows.jsonl")] == [{"letters"}] * 6
 
 
 @pytest.fixture
