@@ -1,8 +1,8 @@
 """`bpo-fast eval`: greedy answers of a model, or published ones, judged against the reference text and head to head.
 
 EVAL/outputs.jsonl  against.jsonl  rows.jsonl  eval.json
-Answers are on disk before the first judge is asked, and verdicts as soon as a judge has gone through the answers of one
-contestant.
+Whatever can be checked is checked before anything is decoded. Answers are on disk as soon as a contestant has given
+them, and verdicts as soon as a judge has gone through the answers of one contestant.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from bpo_fast.files import write_atomic
 from bpo_fast.loading import pick_device
 from bpo_fast.progress import Progress
 from bpo_fast.run import check_free, saved_config
-from bpo_fast.setup import held_out_prompts, judge_specs, load_scorer, train_prompts
-from bpo_fast.source import load_source, resolved, run_of
+from bpo_fast.setup import check_scorer, held_out_prompts, judge_specs, load_scorer, train_prompts
+from bpo_fast.source import check_source, load_source, resolved, run_of
 from bpo_fast.stats import bootstrap, length_controlled
 from bpo_fast.tasks import get_task
 from bpo_fast.tokenizer import with_leading_space
@@ -118,20 +118,29 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
     """
     config = resolved(config, source)
     out = out or Path("evals") / time.strftime("%Y%m%d-%H%M%S")
-    check_free(out)
+    _check_out(out)
+    device = pick_device("run.device", config.run.device)
+    rows = _rows(config)
+    sources = [s for s in (source, against) if s is not None]
+    published = {s: _published(s, rows, config) for s in sources if Path(s).is_file()}
+    for name in sources:
+        if name not in published:
+            check_source(name, config)
     specs = judge_specs(config)
     if not specs:
         raise ValueError("eval.judges: no judge; name one with --judge")
-    with Progress() as progress:
-        sides = [_contestant(s, config, progress) for s in (source, against) if s is not None]
+    for spec in specs:
+        check_scorer(spec, config)
+    with Progress() as progress, _kept(out, config, progress):
+        sides = []
+        for name, file in zip(sources, OUTPUT_FILES, strict=False):
+            sides.append(published.get(name) or _decoded(name, config, progress))
+            _write_outputs(out / file, sides[-1], len(rows))
         ids = _common(sides, config)
-        for side, name in zip(sides, OUTPUT_FILES, strict=False):
-            _write_outputs(out / name, side, config)
         progress.print(f"answers: {out}")
-        device = pick_device("run.device", config.run.device)
         judges = [load_scorer(j, config, device) for j in specs]
         verdicts = Verdicts(out / ROWS_FILE, sides, ids)
-        with _kept(out, verdicts, progress), progress.task("judging", len(judges)) as task:
+        with progress.task("judging", len(judges)) as task:
             for judge in judges:
                 verdicts.ask(judge)
                 task.advance()
@@ -144,6 +153,7 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
         "contestants": [
             {
                 "name": side.name,
+                "sampled": side.sampled,
                 **shape(side, ids),
                 "judges": {n: _rates(side, both[i], ids) for n, both in judged.items()},
             }
@@ -230,25 +240,43 @@ def _output(row: Mapping[str, Any], number: int, source: str) -> str | None:
     return row[column]
 
 
-def _contestant(source: str, config: Config, progress: Progress) -> Contestant:
+def _check_out(out: Path) -> None:
+    """ValueError if `out` is not free; answers without their result are there to be used."""
+    if (flags := _flags(out)) and not (out / RESULT_FILE).exists():
+        raise ValueError(
+            f"--out {out}: holds answers of an eval that did not end; judge them with {flags} and another --out"
+        )
+    check_free(out)
+
+
+def _rows(config: Config) -> list[data.Row]:
+    """The rows to evaluate on; ValueError without any."""
+    if config.data.eval_path is None:
+        raise ValueError("data.eval_path: no held-out data; name some with --data")
+    if config.eval.prompts == 0:
+        raise ValueError("eval.prompts = 0: nothing to evaluate")
+    return data.read_rows(config.data.eval_path, config.data.eval_split)
+
+
+def _published(source: str, rows: Sequence[data.Row], config: Config) -> Contestant:
+    texts = read_outputs(source, len(rows), str(config.data.eval_path))
+    prompts = {
+        i: _bare_prompt(row, i, config)
+        for i, (row, text) in enumerate(zip(rows, texts, strict=True))
+        if text is not None
+    }
+    outputs = {i: _bare_output(prompt, texts[i] or "") for i, prompt in prompts.items()}
+    return Contestant(Path(source).name, prompts, outputs, sampled=False)
+
+
+def _decoded(source: str, config: Config, progress: Progress) -> Contestant:
     name = Path(source).name or source
-    if Path(source).is_file():
-        where = str(config.data.eval_path)
-        rows = data.read_rows(where, config.data.eval_split)
-        texts = read_outputs(source, len(rows), where)
-        prompts = {
-            i: _bare_prompt(row, i, config)
-            for i, (row, text) in enumerate(zip(rows, texts, strict=True))
-            if text is not None
-        }
-        outputs = {i: _bare_output(prompt, texts[i] or "") for i, prompt in prompts.items()}
-        return Contestant(name, prompts, outputs, sampled=False)
     policy, engine = load_source(source, config, progress.print)
     run = run_of(source)
     train = train_prompts(saved_config(run), policy.tokenizer, progress) if run else ()
     prompts = held_out_prompts(config, policy.tokenizer, train, progress)
     if not prompts:
-        raise ValueError("data.eval_path: no held-out data; name some with --data")
+        raise ValueError(f"data.eval_path = {config.data.eval_path}: no prompt of it is left")
     sampling = config.sampling
     assert sampling.max_new_tokens, "resolve() has set it"
     params = SamplingParams(max_new_tokens=sampling.max_new_tokens, temperature=0.0, stop=sampling.stop or ())
@@ -329,13 +357,15 @@ def _row(
 
 
 @contextmanager
-def _kept(out: Path, verdicts: Verdicts, progress: Progress) -> Iterator[None]:
-    """Says what stays and how to go on if the block ends early."""
+def _kept(out: Path, config: Config, progress: Progress) -> Iterator[None]:
+    """Says what is there and how to go on if the block ends early."""
     try:
         yield
     except BaseException:
-        said = f"the verdicts of {', '.join(verdicts.judged)} in {out / ROWS_FILE}; " if verdicts.judged else ""
-        progress.print(f"kept: {said}the answers, to be judged anew with {_flags(out)}")
+        if flags := _flags(out):
+            names = [name for name in (*OUTPUT_FILES, ROWS_FILE) if (out / name).is_file()]
+            again = f"{flags} --task {config.task} --data {config.data.eval_path}"
+            progress.print(f"kept in {out}: {', '.join(names)}; judge these answers with {again}")
         raise
 
 
@@ -345,9 +375,8 @@ def _flags(out: Path) -> str:
     return " ".join(f"{flag} {path}" for flag, path in pairs if path.is_file())
 
 
-def _write_outputs(path: Path, side: Contestant, config: Config) -> None:
+def _write_outputs(path: Path, side: Contestant, num_rows: int) -> None:
     """One line a row of the data, in the form that `read_outputs` takes."""
-    num_rows = len(data.read_rows(str(config.data.eval_path), config.data.eval_split))
     lines = []
     for i in range(num_rows):
         output = side.outputs.get(i)

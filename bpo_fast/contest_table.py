@@ -29,7 +29,8 @@ def print_evaluation(found: Mapping[str, Any], console: Console) -> None:
     """Prints what `contest.evaluate` returned: a column a contestant, intervals in brackets, then head to head."""
     sides = found["contestants"]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(f"{found['num_prompts']} prompts, greedy, [95% interval]", overflow="fold")
+    greedy = ", greedy" if all(side["sampled"] for side in sides) else ""
+    table.add_column(f"{found['num_prompts']} prompts{greedy}, [95% interval]", overflow="fold")
     for side in sides:
         table.add_column(Text(printable(side["name"])), justify="right", overflow="fold")
     for judge in found["judges"]:

@@ -16,7 +16,14 @@ import torch
 from bpo_fast_kernels import PairLoss, linear_logps, linear_pair_loss, linear_token_logps, pair_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from bpo_fast.attention import exchange_attention_, packed_arguments
 from bpo_fast.config import MethodConfig, ModelConfig
@@ -307,11 +314,7 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedMod
     name = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, name)
     options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"model.path = {path}: not a model folder (no config.json)")
-    with named_load_errors(f"model.path = {path}"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        stored = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    tokenizer, stored = load_tokenizer(config)
     quantised = quantised_by(stored)
     with named_load_errors(f"model.path = {path}"), quietly() if quantised else nullcontext():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -333,6 +336,16 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedMod
     if quantised:
         log.warning("model.path = %s: its %s weights are dequantised to %s", path, quantised, name)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
+    """(tokenizer, settings) of a model, without its weights; ValueError names `model.path`."""
+    path = str(config.path)
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"model.path = {path}: not a model folder (no config.json)")
+    with named_load_errors(f"model.path = {path}"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        return tokenizer, AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
 
 
 @torch.no_grad()

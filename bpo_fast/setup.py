@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bpo_fast import prompts as data
-from bpo_fast.annotate import Checked, judge_name, load_annotator
+from bpo_fast.annotate import Checked, check_annotator, judge_name, load_annotator
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, versions
 from bpo_fast.engine.hf import HfEngine
@@ -179,6 +179,11 @@ def _annotator(config: Config, device: torch.device) -> Checked:
 def load_scorer(spec: str, config: Config, device: torch.device) -> Checked:
     """The annotator or judge called `spec`."""
     return load_annotator(spec, config.annotator, device=str(device), trust_remote_code=config.model.trust_remote_code)
+
+
+def check_scorer(spec: str, config: Config) -> None:
+    """Raises what `load_scorer` does, as far as it is known without weights."""
+    check_annotator(spec, config.annotator, trust_remote_code=config.model.trust_remote_code)
 
 
 def judge_specs(config: Config) -> tuple[str, ...]:

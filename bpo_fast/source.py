@@ -10,7 +10,7 @@ from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.config import Config, ModelConfig
 from bpo_fast.engine import Engine
 from bpo_fast.loading import pick_device
-from bpo_fast.policy import Policy
+from bpo_fast.policy import Policy, load_tokenizer
 from bpo_fast.run import saved_config
 from bpo_fast.setup import load_learner
 from bpo_fast.tasks import resolve
@@ -48,6 +48,11 @@ def load_source(source: str, config: Config, say: Callable[[str], None]) -> tupl
     assert config.sampling.max_new_tokens, "resolve() has set it"
     max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
     return load_learner(config, pick_device("run.device", config.run.device), max_length, say)
+
+
+def check_source(source: str, config: Config) -> None:
+    """Raises what `load_source` does, as far as it is known without weights."""
+    load_tokenizer(_form(source, config))
 
 
 def run_of(source: str) -> Path | None:

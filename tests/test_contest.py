@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -54,6 +55,7 @@ def test_a_run_is_evaluated_as_it_was_at_its_end(run, tmp_path):
     low, high = (side["judges"]["letters"]["win_rate"][k] for k in ("low", "high"))
     assert 0 <= low <= side["judges"]["letters"]["win_rate"]["mean"] <= high <= 1
     assert "win rate, letters" in text
+    assert "6 prompts, greedy, [95% interval]" in text
     assert text.splitlines()[-1] == str(tmp_path / "e")
 
 
@@ -134,7 +136,7 @@ def test_answers_survive_a_judge_that_refuses(run, tmp_path):
     assert code == 2
     assert "status 401 Unauthorized: who are you? (BPO_FAST_JUDGE_KEY is not set)" in err
     assert sum(r["completion"] is not None for r in rows_of(tmp_path / "e" / "outputs.jsonl")) == 6
-    assert f"kept: the answers, to be judged anew with --outputs {tmp_path / 'e' / 'outputs.jsonl'}\n" in err
+    assert f"kept in {tmp_path / 'e'}: outputs.jsonl; judge these answers with --outputs " in err
     assert not (tmp_path / "e" / "rows.jsonl").exists()
 
 
@@ -146,20 +148,28 @@ def test_verdicts_survive_a_judge_that_refuses_after_them(run, tmp_path):
     with endpoint(lambda q, n: by_length(q, n) if n < 2 * num_pairs else (401, "quota")) as server:
         code, _, err = call("eval", run, "--against", run, *letters, "--judge", f"llm={server.spec}", "--out", out)
     assert code == 2
-    flags = f"--outputs {out / 'outputs.jsonl'} --against {out / 'against.jsonl'}"
-    kept = f"kept: the verdicts of letters, llm in {out / 'rows.jsonl'}; the answers, to be judged anew with {flags}\n"
-    assert kept in err
+    assert err.count("kept in ") == 1
+    assert f"kept in {out}: outputs.jsonl, against.jsonl, rows.jsonl; judge these answers with --outputs " in err
     rows = rows_of(out / "rows.jsonl")
     for row, wanted in zip(rows, rows_of(tmp_path / "whole" / "rows.jsonl"), strict=True):
         assert set(row.pop("scores")) == {"letters", "llm"}
         assert set(row.pop("label_scores")) == {"letters", "llm"}
         assert row.items() <= wanted.items()
     assert not (out / "eval.json").exists()
+    flags = f"--outputs {out / 'outputs.jsonl'} --against {out / 'against.jsonl'}"
+    code, _, refused = call("eval", run, *letters, "--out", out)
+    assert (code, f"judge them with {flags} and another --out" in refused) == (2, True)
+    said = re.search(r"judge these answers with (.*)\n", err)
+    assert said
+    assert said[1].startswith(flags)
+    again, _ = evaluated(tmp_path / "again", *said[1].split(), *letters)
+    assert (again["num_prompts"], again["task"], again["data"]) == (num_pairs, whole["task"], whole["data"])
 
 
 def test_verdicts_survive_ctrl_c(run, tmp_path):
     def interrupt(question, number):
-        os.kill(os.getpid(), signal.SIGINT)
+        if number == 0:
+            os.kill(os.getpid(), signal.SIGINT)
         return by_length(question, number)
 
     with endpoint(interrupt) as server:
@@ -167,8 +177,48 @@ def test_verdicts_survive_ctrl_c(run, tmp_path):
             *("eval", run, "--judge", "toy_annotator:letters", "--judge", f"llm={server.spec}", "--out", tmp_path / "e")
         )
     assert code == 130
-    assert f"kept: the verdicts of letters in {tmp_path / 'e' / 'rows.jsonl'}; the answers" in err
+    assert f"kept in {tmp_path / 'e'}: outputs.jsonl, rows.jsonl; judge" in err
     assert [set(r["scores"]) for r in rows_of(tmp_path / "e" / "rows.jsonl")] == [{"letters"}] * 6
+
+
+@pytest.fixture
+def short(tmp_path):
+    (tmp_path / "short.txt").write_text("one\ntwo\n", encoding="utf-8")
+    return tmp_path / "short.txt"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--against", "SHORT"], "short.txt: 2 outputs, but "),
+        (["--against", "nosuch"], "model.path = nosuch: cannot be loaded as a model"),
+        (["--judge", "nope:func"], "annotator nope:func: ModuleNotFoundError"),
+        (["--judge", "toy_annotator:nothing"], "annotator toy_annotator:nothing: module toy_annotator has no function"),
+        (["--judge", "nosuch.jsonl"], "annotator nosuch.jsonl: no such file"),
+        (["--judge", "http://[::1/v1#m"], "not an address"),
+        (["--judge", "rm=no/such/folder"], "reward model no/such/folder: cannot be loaded as a model"),
+        (["--judge", "MODEL"], "is not a sequence-classification model"),
+        (["--data", "nosuch.jsonl"], "nosuch.jsonl"),
+        (["--prompts", "0"], "eval.prompts = 0: nothing to evaluate"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_bad_input_is_found_before_decoding(args, message, run, short, tiny_model_dir, tmp_path):
+    args = [{"SHORT": short, "MODEL": tiny_model_dir}.get(a, a) for a in args]
+    code, _, err = call("eval", run, *args, "--out", tmp_path / "e")
+    assert code == 2
+    assert message in err
+    assert "decoding" not in err
+    assert not (tmp_path / "e").exists()
+
+
+def test_answers_survive_a_rival_that_cannot_be_loaded(run, tiny_model_dir, tmp_path):
+    rival = tmp_path / "rival"
+    shutil.copytree(tiny_model_dir, rival)
+    (rival / "model.safetensors").write_bytes(b"no weights")
+    code, _, err = call("eval", run, "--against", rival, "--out", tmp_path / "e")
+    assert code == 2
+    assert f"kept in {tmp_path / 'e'}: outputs.jsonl; judge" in err
 
 
 @pytest.fixture
@@ -180,10 +230,11 @@ def published(tmp_path):
 
 def test_a_text_file_lines_up_by_its_lines(published, tmp_path):
     data, outputs = published
-    found, _ = evaluated(tmp_path / "e", "--outputs", outputs, "--data", data, "--judge", "toy_annotator:letters")
+    found, text = evaluated(tmp_path / "e", "--outputs", outputs, "--data", data, "--judge", "toy_annotator:letters")
     (side,) = found["contestants"]
     assert (found["num_prompts"], side["mean_words"], side["unique"]) == (3, (2 + 3 + 0) / 3, 1.0)
     assert "mean_tokens" not in side
+    assert "3 prompts, [95% interval]" in text
     assert [r["output"] for r in rows_of(tmp_path / "e" / "rows.jsonl")] == ["One\u2028line", "Two words here", ""]
 
 
@@ -216,6 +267,7 @@ def test_outputs_as_rows(tmp_path):
         ([], "name a model or run, or --outputs FILE, and not both"),
         (["there", "--outputs", "here"], "name a model or run, or --outputs FILE, and not both"),
         (["--outputs", "here.txt"], "--outputs here.txt: no such file"),
+        (["nosuch"], "model.path = nosuch: cannot be loaded as a model"),
         (["MODEL"], "eval.judges: no judge; name one with --judge"),
         (["DATA_FOLDER", "--judge", "toy_annotator:letters"], "not a model folder (no config.json)"),
         (["MODEL", "--judge", "toy_annotator:letters", "--set", "eval.prompst=3"], "did you mean eval.prompts?"),

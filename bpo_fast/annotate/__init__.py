@@ -154,6 +154,30 @@ def load_annotator(
     Raises:
         ValueError: nothing of that kind there.
     """
+    if found := _without_weights(spec, config):
+        return found
+    from bpo_fast.annotate.reward_model import RewardModel
+
+    name, path = _named(spec)
+    model = RewardModel(path, device=device, batch_tokens=config.batch_tokens, trust_remote_code=trust_remote_code)
+    return Checked(name, model)
+
+
+def check_annotator(spec: str, config: AnnotatorConfig, *, trust_remote_code: bool = False) -> None:
+    """Raises what `load_annotator` does, as far as it is known without the weights of a reward model."""
+    if not _without_weights(spec, config):
+        from bpo_fast.annotate.reward_model import check_reward_model
+
+        check_reward_model(_named(spec)[1], trust_remote_code=trust_remote_code)
+
+
+def judge_name(spec: str) -> str:
+    """The name a judge has in tables."""
+    return _named(spec)[0]
+
+
+def _without_weights(spec: str, config: AnnotatorConfig) -> Checked | None:
+    """The annotator, unless it is a reward model."""
     name, spec = _named(spec)
     if spec.startswith(("http://", "https://")):
         limits = {"timeout_s": config.timeout_s, "retries": config.retries, "requests": config.requests}
@@ -164,15 +188,7 @@ def load_annotator(
         raise ValueError(f"annotator {spec}: no such file")
     if _CALLABLE.match(spec) and not Path(spec).exists():
         return Checked(name, CallableAnnotator(_import(spec), name))
-    from bpo_fast.annotate.reward_model import RewardModel
-
-    model = RewardModel(spec, device=device, batch_tokens=config.batch_tokens, trust_remote_code=trust_remote_code)
-    return Checked(name, model)
-
-
-def judge_name(spec: str) -> str:
-    """The name a judge has in tables."""
-    return _named(spec)[0]
+    return None
 
 
 def _bare(prompt: str) -> str:

@@ -185,11 +185,7 @@ class RewardModel(RewardScorer):
         place = pick_device(f"{what}: device", device)
         if dtype == "auto":
             dtype = "bfloat16" if place.type == "cuda" else "float32"
-        with named_load_errors(what):
-            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        architecture = (config.architectures or ["none"])[0]
-        if "ForSequenceClassification" not in architecture and not trust_remote_code:
-            raise ValueError(f"{what}: {architecture} is not a sequence-classification model")
+        check_reward_model(path, trust_remote_code=trust_remote_code)
         with named_load_errors(what):
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
@@ -197,3 +193,13 @@ class RewardModel(RewardScorer):
         with named_load_errors(what, "tokenizer"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         super().__init__(model.to(place).eval(), tokenizer, name=what, batch_tokens=batch_tokens)
+
+
+def check_reward_model(path: str, *, trust_remote_code: bool = False) -> None:
+    """ValueError if the settings in a folder or on the Hub are not those of a sequence-classification model."""
+    what = f"reward model {path}"
+    with named_load_errors(what):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    architecture = (config.architectures or ["none"])[0]
+    if "ForSequenceClassification" not in architecture and not trust_remote_code:
+        raise ValueError(f"{what}: {architecture} is not a sequence-classification model")
