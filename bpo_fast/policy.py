@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from bpo_fast_kernels import PairLoss, linear_logps, linear_pair_loss, linear_token_logps, pair_loss
+from bpo_fast_kernels.backends import pick_backend
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import (
@@ -207,7 +208,7 @@ class Policy:
             reference = logps.detach() if ref_logps is None else ref_logps
             parts = pair_loss(logps, reference, **options)
             return parts.loss.sum() / num_pairs, parts
-        return linear_pair_loss(
+        found = linear_pair_loss(
             self.hidden(batch),
             self._weight(),
             batch.targets,
@@ -218,6 +219,9 @@ class Policy:
             **options,
             **self._head_options(),
         )
+        if self.model.is_gradient_checkpointing:  # memory is short, and the backward pass is about to need it
+            pick_backend("auto", self.device).release()
+        return found
 
     def hidden(self, batch: PairBatch) -> Tensor:
         """[T, H] rows of the trunk's output that predict completion tokens; the final norm sees only them."""

@@ -1,5 +1,6 @@
 """`bpo-fast bench kernels`: the fused operators against plain PyTorch and their peers, correctness first."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -13,6 +14,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.triton_config import INTERPRETED, with_tile
 
 from bpo_fast.doctor import environment
@@ -209,7 +211,10 @@ def extra_mib(call: Implementation, inputs: Inputs, device: torch.device) -> flo
         call(inputs)
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before - returned) / 2**20
-    # Free pages go back to the system first, else the peak could hide in them; "5" resets the kernel's peak counter.
+    # Free pages and what a backend keeps between calls go back to the system first, else the peak could hide in them;
+    # "5" resets the kernel's peak counter.
+    with contextlib.suppress(ValueError):
+        pick_backend("native", device).release()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")

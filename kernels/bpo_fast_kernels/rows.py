@@ -96,12 +96,10 @@ class WeightSums:
     Attributes:
         total: [V, H]. float32 or the weight's type.
         begun: whether `total` holds a sum; before that a backend may keep E in it.
-        room: memory that the E of one call after the other is kept in, where a backend has it.
     """
 
     total: torch.Tensor
     begun: bool
-    room: torch.Tensor | None = None
 
     def result(self) -> torch.Tensor:
         """dW; zeros where nothing was added."""
@@ -118,6 +116,10 @@ class Backend(Protocol):
 
     name: str
     chunk_bytes: int
+
+    def release(self) -> None:
+        """Gives back the memory that this thread's calls leave for the next one."""
+        ...
 
     def score(
         self, rows: Rows, *, dx: bool, keep: bool, behavior: Rows | None = None, sums: WeightSums | None = None

@@ -112,6 +112,9 @@ class TorchBackend:
     # E of 4,096 rows and a vocabulary of 128k in bfloat16.
     chunk_bytes = 1_074_000_000
 
+    def release(self) -> None:
+        """Nothing is kept."""
+
     def work_dtype(self, hidden: torch.Tensor) -> torch.dtype:
         """Type of E: bfloat16 for 16-bit inputs on a GPU (float16 could not hold E), else float32."""
         return torch.bfloat16 if hidden.is_cuda and hidden.dtype != torch.float32 else torch.float32

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from bpo_fast_kernels import LowRank, linear_logps, linear_pair_loss
@@ -391,3 +393,30 @@ def test_gradients_are_handed_out_once():
     scalar.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second time"):
         scalar.backward()
+
+
+def test_what_the_native_backend_keeps_between_calls_changes_nothing():
+    """E of a larger and of a smaller call, of both types and of two threads, in the memory of the calls before."""
+    backend = pick_backend("native", torch.device("cpu"))
+
+    def gradients(rows, dtype):
+        draw = torch.Generator().manual_seed(rows)
+        hidden, weight = (torch.randn(n, 40, generator=draw).to(dtype).requires_grad_() for n in (rows, 777))
+        targets, cu = torch.randint(777, (rows,), generator=draw), torch.linspace(0, rows, 9).int()
+        loss, _ = linear_pair_loss(
+            hidden, weight, targets, cu, ref_logps=torch.zeros(8), budget_bytes=200_000, backend="native"
+        )
+        loss.backward()
+        return hidden.grad, weight.grad
+
+    cases = [(400, torch.float32), (90, torch.bfloat16), (700, torch.float32), (400, torch.float32)]
+    fresh = []
+    for case in cases:
+        backend.release()
+        fresh.append(gradients(*case))
+    backend.release()
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(gradients, *case) for case in cases * 4]
+        found = [f.result() for f in futures]
+    for got, want in zip([gradients(*c) for c in cases] + found, fresh * 5, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
