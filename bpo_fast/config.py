@@ -51,6 +51,11 @@ class ModelConfig:
     lora_targets: tuple[str, ...] = knob((), "names of linear layers; empty: all of the trunk")
     adapters: tuple[str, ...] = knob((), "PEFT folders, one a member, that the members start from")
 
+    @property
+    def recomputed(self) -> str:
+        """What the backward pass recomputes, by either name: none, selective or full."""
+        return "full" if self.gradient_checkpointing else self.activation_checkpointing
+
 
 @dataclass(frozen=True)
 class DataConfig:

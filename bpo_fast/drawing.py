@@ -2,11 +2,13 @@
 
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -50,6 +52,7 @@ STYLE: dict[Any, Any] = {
 FULL_WIDTH_IN, HALF_WIDTH_IN = 9.0, 4.6
 WIDE_FROM_IN = 5.0
 MAX_ROWS = 40
+MAX_BARS = 48
 PNG_DPI = 160
 
 
@@ -96,6 +99,18 @@ class Plot:
 def paler(color: str, share: float) -> str:
     """A color mixed with that share of white."""
     return to_hex([(1 - share) * x + share for x in to_rgb(color)]) if share else color
+
+
+def stack(axis: Axes, positions: np.ndarray, parts: Sequence[tuple[str, str, np.ndarray]], *, width: float) -> None:
+    """Draws (label, color, [n] heights) on top of each other: bars, or an area where there are too many for bars."""
+    below = np.zeros(len(positions))
+    for label, color, values in parts:
+        if len(positions) <= MAX_BARS:
+            axis.bar(positions, values, bottom=below, color=color, label=label, width=width)
+        else:
+            axis.fill_between(positions, below, below + values, color=color, label=label, step="mid", linewidth=0)
+        below = below + values
+    axis.grid(axis="x", visible=False)
 
 
 def rows_left_out(num_rows: int) -> str:

@@ -85,7 +85,7 @@ def _suggest(config: Config, ledger: Ledger, free: int, *, longest: int, on_gpu:
 
 
 def _smaller_activations(config: Config, longest: int) -> list[str]:
-    recomputed = "full" if config.model.gradient_checkpointing else config.model.activation_checkpointing
+    recomputed = config.model.recomputed
     tokens = config.optim.microbatch_tokens
     remedies = ["model.activation_checkpointing = selective"] if recomputed == "none" else []
     remedies += [f"optim.microbatch_tokens = {max(tokens // 2, longest)}"] if tokens > longest else []

@@ -51,11 +51,20 @@ class Place:
         words += [f"M={self.members}"] if self.members > 1 else []
         return " ".join([*words, *filter(None, [self.extra])])
 
+    @property
+    def task_and_loss(self) -> tuple[str, str]:
+        """What its runs must share with others to be compared with them."""
+        return self.task, self.loss
+
+    @property
+    def heading(self) -> str:
+        """What a table calls task and loss."""
+        return f"{self.task}, {self.loss.upper()}"
+
     def order(self) -> tuple:
         """Sorts as people read: task, loss, method, F, M."""
         method = ORDER.index(self.method) if self.method in ORDER else len(ORDER)
-        phases = float("inf") if self.phases == EVERY_STEP else float(self.phases)
-        return self.task, self.loss, method, phases, self.members, self.extra
+        return self.task, self.loss, method, phase_order(self.phases), self.members, self.extra
 
 
 @dataclass
@@ -76,6 +85,11 @@ class Group:
             if isinstance(value, int | float):
                 found[seed] = float(value)
         return found
+
+
+def phase_order(phases: int | str) -> float:
+    """Sorts numbers of phases, with a phase a step at the end."""
+    return float("inf") if phases == EVERY_STEP else float(phases)
 
 
 def find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -136,12 +150,12 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
 
 def tasks_and_losses(groups: Sequence[Group]) -> list[tuple[str, str]]:
     """(task, loss) pairs in order."""
-    return list(dict.fromkeys((g.place.task, g.place.loss) for g in groups))
+    return list(dict.fromkeys(g.place.task_and_loss for g in groups))
 
 
 def of_place(groups: Sequence[Group], place: tuple[str, str]) -> list[Group]:
     """The groups of one task and loss."""
-    return [g for g in groups if (g.place.task, g.place.loss) == place]
+    return [g for g in groups if g.place.task_and_loss == place]
 
 
 def place_words(groups: Sequence[Group], place: tuple[str, str]) -> str:
@@ -160,6 +174,12 @@ def group_words(groups: Sequence[Group], some: Sequence[Group]) -> str:
         words = place_words(groups, place)
         found.append(f"{words}: {labels}" if words else labels)
     return "; ".join(found)
+
+
+def without(groups: Sequence[Group], some: Sequence[Group]) -> list[Group]:
+    """The groups but for these very ones."""
+    ids = {id(g) for g in some}
+    return [g for g in groups if id(g) not in ids]
 
 
 def curve_groups(groups: Sequence[Group], num: int = MAX_CURVES) -> list[Group]:
@@ -187,6 +207,11 @@ def judge_names(groups: Sequence[Group]) -> list[str]:
     return list(
         dict.fromkeys(j for g in groups for r in g.runs.values() for j in results(r, "after").get("win_rate") or {})
     )
+
+
+def main_judge(groups: Sequence[Group]) -> str | None:
+    """The first judge of any run; None if there is none."""
+    return next(iter(judge_names(groups)), None)
 
 
 def _place(flat: Mapping[str, Any]) -> Place:

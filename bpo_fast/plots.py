@@ -10,14 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from bpo_fast.drawing import BLUE, GRAY, GREEN, INK, ORANGE, PINK, STYLE, Plot
+from bpo_fast.drawing import BLUE, GRAY, GREEN, INK, ORANGE, PINK, STYLE, Plot, stack
 from bpo_fast.run_folder import RunFolder, judges, printable, results, stage_seconds, wins
 from bpo_fast.stats import bootstrap
 
 WIDTH_IN = 4.4
 MAX_POINTS = 1000
 MAX_MARKED_PHASES = 16
-MAX_BARS = 48
 SMOOTHED_FROM = 60
 
 
@@ -241,16 +240,9 @@ def _pairs(run: RunFolder) -> Figure | None:
         return None
     figure, (axis,) = _panels(1, height=2.4)
     positions = present[0][2][0]
-    below = np.zeros(len(positions))
-    for name, color, (_, values) in present:
-        if len(positions) <= MAX_BARS:
-            axis.bar(positions, values, bottom=below, color=color, label=name, width=0.7)
-        else:
-            axis.fill_between(positions, below, below + values, color=color, label=name, step="mid", linewidth=0)
-        below = below + values
+    stack(axis, positions, [(name, color, values) for name, color, (_, values) in present], width=0.7)
     axis.set_title("pairs")
     _legend(axis)
-    axis.grid(axis="x", visible=False)
     _phase_axis(axis, run)
     return figure
 

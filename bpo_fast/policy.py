@@ -82,9 +82,7 @@ class Policy:
         self.pad_id = _pad_id(tokenizer, model)
         self.eos_ids = _eos_ids(tokenizer, model)
         self.chunk_bytes = config.head_chunk_mib * 2**20 if config.head_chunk_mib else None
-        recomputed = "full" if config.gradient_checkpointing else config.activation_checkpointing
-        _checkpoint_activations(model, recomputed)
-        self._memory_is_short = recomputed != "none"
+        _checkpoint_activations(model, config.recomputed)
         self._rows: Tensor | None = None
         self._trunk: Any = trunk_of(model)
         norm = getattr(self._trunk, "norm", None)
@@ -221,7 +219,7 @@ class Policy:
             **options,
             **self._head_options(),
         )
-        if self._memory_is_short:  # and the backward pass is about to need it
+        if self.config.recomputed != "none":  # memory is short, and the backward pass is about to need it
             pick_backend("auto", self.device).release()
         return found
 

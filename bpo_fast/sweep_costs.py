@@ -22,15 +22,16 @@ from bpo_fast.drawing import (
     PINK,
     legend_below,
     rows_left_out,
+    stack,
 )
-from bpo_fast.groups import Group, curve_groups, group_words, of_place, place_words, tasks_and_losses
+from bpo_fast.groups import Group, curve_groups, group_words, of_place, place_words, tasks_and_losses, without
 from bpo_fast.run_folder import stage_seconds
 
 PHASE_STAGES = ("rollout", "annotate", "ref", "train")
 STAGES = {"rollout": BLUE, "annotate": ORANGE, "ref": GREEN, "train": PINK, "eval": GRAY, "other": AMBER}
 NUM_COLUMNS = 4
 NUM_TITLE_CHARS = 22
-MAX_BARS, MAX_MARKERS = 48, 24
+MAX_MARKERS = 24
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def costs_of_runs(groups: Sequence[Group]) -> Figure | None:
         peaks = [r.summary["peak_memory_gib"] for r in group.runs.values() if r.summary.get("peak_memory_gib")]
         if any(stages):
             mean = {name: float(np.mean([s.get(name, 0.0) for s in stages])) for name in STAGES}
-            words = filter(None, [place_words(groups, (group.place.task, group.place.loss)), group.place.label])
+            words = filter(None, [place_words(groups, group.place.task_and_loss), group.place.label])
             rows.append((", ".join(words), mean, float(np.mean(peaks)) if peaks else None))
     rows = rows[:MAX_ROWS]
     if not rows:
@@ -122,7 +123,8 @@ def costs_by_phase(groups: Sequence[Group]) -> Figure | None:
         upper.remove()
         lower.remove()
     for n, ((upper, lower), (label, costs)) in enumerate(zip(columns, shown, strict=False)):
-        _stack(upper, costs)
+        parts = [(stage, STAGES[stage], values) for stage, values in costs.seconds.items()]
+        stack(upper, costs.phases, parts, width=0.7 if len(costs.phases) <= 8 else 1.0)
         upper.set_title(textwrap.fill(label, NUM_TITLE_CHARS))
         if costs.peak_gib is not None:
             marker = "o" if len(costs.phases) <= MAX_MARKERS else None
@@ -134,7 +136,7 @@ def costs_by_phase(groups: Sequence[Group]) -> Figure | None:
         if n % num_columns == 0:
             upper.set_ylabel("seconds")
             lower.set_ylabel("peak (GiB)")
-    if words := place_words(groups, (kept[0].place.task, kept[0].place.loss)):
+    if words := place_words(groups, kept[0].place.task_and_loss):
         figure.suptitle(words, x=0.01, ha="left", fontsize=9.5)
     legend_below(figure, columns[0][0])
     return figure
@@ -142,8 +144,7 @@ def costs_by_phase(groups: Sequence[Group]) -> Figure | None:
 
 def phases_left_out(groups: Sequence[Group]) -> str:
     """Groups that costs_by_phase does not draw though it could."""
-    shown = {id(g) for g in _phase_groups(groups)}
-    left = group_words(groups, [g for g in groups if id(g) not in shown and phase_costs(g)])
+    left = group_words(groups, [g for g in without(groups, _phase_groups(groups)) if phase_costs(g)])
     return f"For want of room one task and loss; the table of the phases has these as well: {left}." if left else ""
 
 
@@ -151,20 +152,6 @@ def _phase_groups(groups: Sequence[Group]) -> list[Group]:
     """The curves' groups of the first task and loss that have recorded what a phase cost."""
     known = [g for g in groups if phase_costs(g)]
     return of_place(curve_groups(known), tasks_and_losses(known)[0]) if known else []
-
-
-def _stack(axis: Axes, costs: PhaseCosts) -> None:
-    below = np.zeros(len(costs.phases))
-    for stage, values in costs.seconds.items():
-        if len(below) <= MAX_BARS:
-            width = 0.7 if len(below) <= 8 else 1.0
-            axis.bar(costs.phases, values, bottom=below, color=STAGES[stage], label=stage, width=width)
-        else:
-            axis.fill_between(
-                costs.phases, below, below + values, color=STAGES[stage], label=stage, step="mid", linewidth=0
-            )
-        below = below + values
-    axis.grid(axis="x", visible=False)
 
 
 def _phase_axis(axis: Axes, phases: np.ndarray) -> None:

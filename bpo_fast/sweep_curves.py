@@ -30,9 +30,11 @@ from bpo_fast.groups import (
     curve_groups,
     group_words,
     judge_names,
+    main_judge,
     of_place,
     place_words,
     tasks_and_losses,
+    without,
 )
 
 COLORS = {"bpo": BLUE, "online": ORANGE, "on-policy": PINK, "offline": GRAY}
@@ -125,7 +127,7 @@ def stability(groups: Sequence[Group]) -> Figure | None:
             color = styles[group.place.label]["color"]
             row[1].plot(n + spread, rates, "o", color=color, alpha=0.6, linestyle="none")
             row[1].errorbar(n + 0.25, np.mean(rates), std_bars([rates]), color=color, marker="_", capsize=4)
-        place = place_words(groups, (found[0].place.task, found[0].place.loss))
+        place = place_words(groups, found[0].place.task_and_loss)
         row[0].set_title(f"win rate, {judge}" + (f" ({place})" if place else ""))
         row[1].set_title("final win rate by seed; bar: mean and std")
         row[1].set_xticks(range(len(found)), [labels[g.place] for g in found])
@@ -202,8 +204,7 @@ def margins_and_lengths(groups: Sequence[Group]) -> Figure | None:
 
 def curves_left_out(groups: Sequence[Group]) -> str:
     """Groups without a curve for want of room, and by what rule."""
-    kept = {id(g) for g in curve_groups(groups)}
-    left = group_words(groups, [g for g in groups if id(g) not in kept])
+    left = group_words(groups, without(groups, curve_groups(groups)))
     return f"For want of room BPO of every F goes first and these are left out: {left}." if left else ""
 
 
@@ -246,7 +247,7 @@ def _ensembles(groups: Sequence[Group]) -> tuple[list[list[Group]], list[list[Gr
 def _sets(groups: Sequence[Group], key: Callable[[Place], tuple]) -> list[list[Group]]:
     sets: dict[tuple, list[Group]] = {}
     for group in groups:
-        sets.setdefault((group.place.task, group.place.loss, *key(group.place)), []).append(group)
+        sets.setdefault((*group.place.task_and_loss, *key(group.place)), []).append(group)
     return list(sets.values())
 
 
@@ -256,7 +257,7 @@ def _best_of_each(
     """(the best set of each task and loss, the other sets)"""
     best: dict[tuple[str, str], list[Group]] = {}
     for found in sets:
-        place = found[0].place.task, found[0].place.loss
+        place = found[0].place.task_and_loss
         best[place] = max(best.get(place, found), found, key=rank)
     shown = list(best.values())
     return shown, [found for found in sets if not any(found is other for other in shown)]
@@ -295,11 +296,6 @@ def _kl_axis(axis: Axes, along: Axis) -> None:
         axis.set_yscale("symlog", linthresh=1.0)
         axis.set_ylim(0.0, 1.5 * top)
     along.set_major_formatter("{x:g}")
-
-
-def main_judge(groups: Sequence[Group]) -> str | None:
-    """The first judge of any run; None if there is none."""
-    return next(iter(judge_names(groups)), None)
 
 
 def _panels(

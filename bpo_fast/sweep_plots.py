@@ -10,8 +10,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from bpo_fast.drawing import FULL_WIDTH_IN, GRAY, HALF_WIDTH_IN, MAX_ROWS, STYLE, Plot, legend_below, rows_left_out
-from bpo_fast.grid import EVERY_STEP
-from bpo_fast.groups import METHOD_WORDS, Group, Place, group_words, judge_names, tasks_and_losses
+from bpo_fast.groups import (
+    METHOD_WORDS,
+    Group,
+    Place,
+    group_words,
+    judge_names,
+    main_judge,
+    phase_order,
+    tasks_and_losses,
+    without,
+)
 from bpo_fast.stats import AGGREGATES, aggregates
 from bpo_fast.sweep_costs import costs_by_phase, costs_left_out, costs_of_runs, phases_left_out
 from bpo_fast.sweep_curves import (
@@ -19,7 +28,6 @@ from bpo_fast.sweep_curves import (
     curves_left_out,
     ensembles_left_out,
     judges_left_out,
-    main_judge,
     margins_and_lengths,
     reference_ablation,
     references_left_out,
@@ -50,7 +58,7 @@ def frequency_series(groups: Sequence[Group], task: str, loss: str, judge: str) 
     found: dict[str, dict[Any, list[float]]] = {}
     for group in groups:
         place = group.place
-        if (place.task, place.loss) != (task, loss):
+        if place.task_and_loss != (task, loss):
             continue
         rates = list(group.values("win_rate", judge).values())
         for owner in _owners(place) if rates else ():
@@ -76,7 +84,7 @@ def _frequency(groups: Sequence[Group]) -> Figure | None:
     width = max(HALF_WIDTH_IN, 3.1 * len(losses))
     figure = Figure(figsize=(width, 2.7 * len(tasks) + 0.3))
     axes = figure.subplots(len(tasks), len(losses), sharey=True, squeeze=False)
-    phases = sorted({p for found in series.values() for by in found.values() for p in by}, key=_phase_order)
+    phases = sorted({p for found in series.values() for by in found.values() for p in by}, key=phase_order)
     for row, task in enumerate(tasks):
         for column, loss in enumerate(losses):
             axis = axes[row, column]
@@ -177,15 +185,11 @@ def _overoptimised(groups: Sequence[Group]) -> Figure | None:
     return figure
 
 
-def _phase_order(phases: Any) -> float:
-    return float("inf") if phases == EVERY_STEP else float(phases)
-
-
 def _off_the_frequency_curves(groups: Sequence[Group]) -> str:
     judge = main_judge(groups) or ""
     series = {place: frequency_series(groups, *place, judge) for place in tasks_and_losses(groups)}
-    drawn = {id(g) for g in groups if any(m in series[g.place.task, g.place.loss] for m in _owners(g.place))}
-    left = group_words(groups, [g for g in groups if id(g) not in drawn])
+    drawn = [g for g in groups if any(m in series[g.place.task_and_loss] for m in _owners(g.place))]
+    left = group_words(groups, without(groups, drawn))
     return f"A curve has one member, no further settings and several F; left out: {left}." if left else ""
 
 

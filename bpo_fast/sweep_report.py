@@ -21,6 +21,7 @@ from bpo_fast.groups import (
     paired,
     read_groups,
     tasks_and_losses,
+    without,
 )
 from bpo_fast.report import REPORT_FILE, badges, figures, html, html_page, html_text, notice, score_notes
 from bpo_fast.run_folder import number_text
@@ -153,7 +154,7 @@ def _result_table(groups: Sequence[Group]) -> str:
     body = ""
     last = ""
     for group in groups:
-        place = f"{group.place.task}, {group.place.loss.upper()}"
+        place = group.place.heading
         cells = [place if place != last else "", group.place.label, str(len(group.runs))]
         last = place
         cells += [_cell(group.values("win_rate", j), "share") for j in judges]
@@ -214,8 +215,7 @@ def _completions(groups: Sequence[Group]) -> str:
         found.append(f'<div class="example">{prompt}<div class="sides">{cells}</div></div>\n')
     if not found:
         return ""
-    kept = {id(g) for g in shown}
-    left = group_words(groups, [g for g in groups if id(g) not in kept])
+    left = group_words(groups, without(groups, shown))
     note = f"The first {len(found)} held-out prompts, each method with its first seed."
     note += f" For want of room left out: {left}." if left else ""
     return f'<h2>Completions before and after</h2>\n<p class="soft">{html(note)}</p>\n{"".join(found)}'
@@ -234,7 +234,7 @@ def _phase_table(groups: Sequence[Group]) -> str:
             continue
         for span in np.array_split(np.arange(len(costs.phases)), min(len(costs.phases), MAX_PHASE_ROWS)):
             first, final = costs.phases[span[0]], costs.phases[span[-1]]
-            place = f"{group.place.task}, {group.place.loss.upper()}", group.place.label
+            place = group.place.heading, group.place.label
             cells = [place[0] if place[0] != last[0] else "", place[1] if place != last else ""]
             last = place
             cells.append(str(first) if first == final else f"{first} to {final}")
