@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from bpo_fast import config as configs
+from bpo_fast.allocator import keep_freed_memory
 from bpo_fast.cli_bench import bench
 from bpo_fast.cli_errors import check_alone, reports_errors
 from bpo_fast.config import KNOBS, Config
@@ -29,6 +30,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of `bpo-fast`."""
+    keep_freed_memory()
     with leaves_threads():
         app(prog_name="bpo-fast")
 

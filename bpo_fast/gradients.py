@@ -13,7 +13,7 @@ import torch
 from bpo_fast_kernels import PairLoss
 from torch import Tensor
 
-from bpo_fast.config import MethodConfig
+from bpo_fast.config import MethodConfig, OptimConfig
 from bpo_fast.engine import request_seed
 from bpo_fast.packing import PairBatch, split
 from bpo_fast.policy import Policy
@@ -21,6 +21,15 @@ from bpo_fast.types import Pair
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
+
+# tokens of a micro-batch; on a CPU more of them gain next to nothing, and cost memory
+GPU_TOKENS, CPU_TOKENS = 8192, 2048
+
+
+def microbatch_tokens(config: OptimConfig, device: torch.device, longest: int) -> int:
+    """`optim.microbatch_tokens`, or what suits the device if that is 0: enough for the longest pair of all members."""
+    return config.microbatch_tokens or max(CPU_TOKENS if device.type == "cpu" else GPU_TOKENS, longest)
 
 
 class TokenBudget:

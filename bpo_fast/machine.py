@@ -1,10 +1,12 @@
 """What the machine is doing: memory."""
 
-import ctypes
 import resource
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from bpo_fast.allocator import give_back_freed_memory
 
 
 def peak_memory_gib() -> float:
@@ -24,11 +26,9 @@ def reset_peak() -> int:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed_memory()
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except (OSError, AttributeError):
-        pass
     return _status_bytes("VmRSS") - _status_bytes("RssFile")
 
 

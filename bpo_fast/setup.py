@@ -12,6 +12,7 @@ from bpo_fast.annotate import Checked, check_annotator, judge_name, load_annotat
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, versions
 from bpo_fast.engine.hf import HfEngine
+from bpo_fast.gradients import microbatch_tokens
 from bpo_fast.loading import pick_device
 from bpo_fast.memory import longest_pair_tokens
 from bpo_fast.optim import Optimizer
@@ -75,7 +76,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
         raise ValueError("optim.offload = true: on a CPU the moments are in host memory already")
     check_sampler_reference(config, from_pairs)
     policy, engine = load_learner(config, device, max_length, progress.print)
-    _check_microbatch(config, policy)
+    config = _with_microbatch(config, policy)
     budget = config.method.pairs
     assert budget, "resolve() has set it"
     if from_pairs is None:
@@ -116,14 +117,13 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     )
 
 
-def _check_microbatch(config: Config, policy: Policy) -> None:
-    """One pair of the longest lengths, for all members at once, fits a micro-batch."""
+def _with_microbatch(config: Config, policy: Policy) -> Config:
+    """With the tokens of a micro-batch, which one pair of the longest lengths fits, for all members at once."""
     longest = longest_pair_tokens(config, policy)
-    if longest > config.optim.microbatch_tokens:
-        raise ValueError(
-            f"optim.microbatch_tokens = {config.optim.microbatch_tokens}: one pair at the limits of length needs"
-            f" {longest}"
-        )
+    tokens = microbatch_tokens(config.optim, policy.device, longest)
+    if longest > tokens:
+        raise ValueError(f"optim.microbatch_tokens = {tokens}: one pair at the limits of length needs {longest}")
+    return replace(config, optim=replace(config.optim, microbatch_tokens=tokens))
 
 
 def load_learner(

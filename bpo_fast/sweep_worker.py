@@ -19,6 +19,7 @@ import torch
 
 from bpo_fast import config as configs
 from bpo_fast import machine
+from bpo_fast.allocator import keep_freed_memory
 from bpo_fast.config import Config
 from bpo_fast.export import export
 from bpo_fast.sweep import FAILED, FINISHED, INTERRUPTED
@@ -84,5 +85,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     with leaves_threads():
         main()

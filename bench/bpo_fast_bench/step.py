@@ -100,7 +100,7 @@ def _ours(case: Case) -> Iterator[Any]:
     from bpo_fast.collect import with_reference
     from bpo_fast.config import MethodConfig, ModelConfig, OptimConfig
     from bpo_fast.flops import StepFlop
-    from bpo_fast.gradients import TokenBudget, step_gradients
+    from bpo_fast.gradients import TokenBudget, microbatch_tokens, step_gradients
     from bpo_fast.optim import Optimizer
     from bpo_fast.pairs import PairCounts, PhasePairs
     from bpo_fast.policy import load_policy
@@ -123,7 +123,8 @@ def _ours(case: Case) -> Iterator[Any]:
     method = MethodConfig()
     reference = Reference(policy, method, form, max_length=length)
     pairs = _pairs(case, policy)
-    budget = TokenBudget(config.microbatch_tokens)
+    longest = (case.prompt_tokens + 2 * case.completion_tokens) * policy.num_members
+    budget = TokenBudget(microbatch_tokens(config, policy.device, longest))
     flop = StepFlop.of(policy)
     yield Work(float(flop.count(pairs[:1])), flop.peak_tflops)
     for block in range(case.num_blocks):
