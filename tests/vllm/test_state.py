@@ -114,7 +114,8 @@ def test_a_start_that_fails_half_way_leaves_nothing_behind(llama_dir, learner, m
         with monkeypatch.context() as patch:
             patch.setattr("bpo_fast.engine.session.kv_budget", lambda *args: 1000)
             with pytest.raises(
-                ValueError, match=r"^sampling\.engine = vllm: .*cache blocks.*; choose sampling\.engine = hf"
+                ValueError,
+                match=r"^sampling\.engine = vllm: .*(cache blocks|KV cache memory).*; choose sampling\.engine = hf",
             ):
                 learner(llama_dir, model__full=True)
         after = state()
