@@ -15,8 +15,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = (-1, 2**31 - 1), (-2, 2**26), (-3, 
 def keep_freed_memory() -> None:
     """Has blocks of up to 32 MiB, the most that glibc allows, come from a heap that does not shrink by itself.
 
-    Larger ones would leave holes in it: 2.36 finds no place for an aligned block where one of its size has been. Nothing
-    happens where the library is another.
+    Larger ones would leave holes in it: glibc 2.36 finds no place for an aligned block where one of its size has been.
+    Nothing happens where the library is another.
     """
     mallopt = _function("mallopt")
     if mallopt:

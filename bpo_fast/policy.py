@@ -7,7 +7,6 @@ the members, `initial()` is where the run began, `merged()` is the behavior as d
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from transformers import (
 from bpo_fast.attention import exchange_attention_, packed_arguments
 from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.dequantise import dense_, loading_options, quantised_by, quietly
+from bpo_fast.head import probe_head
 from bpo_fast.loading import check_vocabulary, named_load_errors, position_limit, trunk_of
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.packing import PairBatch, pack_apart, pack_shared
@@ -48,21 +48,6 @@ _COSTLY_OPS = (
 )
 
 
-@dataclass(frozen=True)
-class Head:
-    """How hidden rows become logits.
-
-    Attributes:
-        fused: logits are scale * softcap(hidden @ weight.T), so that the fused kernels apply.
-        softcap: c of c * tanh(z / c), or None.
-        scale: a constant factor, 1 for most models.
-    """
-
-    fused: bool
-    softcap: float | None = None
-    scale: float = 1.0
-
-
 class Policy:
     """The weights in training.
 
@@ -78,7 +63,7 @@ class Policy:
         self.model, self.tokenizer, self.config, self.temperature = model, tokenizer, config, temperature
         self.version = 0
         _disable_dropout(model)
-        self.head = _probe_head(model)
+        self.head = probe_head(model)
         self.pad_id = _pad_id(tokenizer, model)
         self.eos_ids = _eos_ids(tokenizer, model)
         self.chunk_bytes = config.head_chunk_mib * 2**20 if config.head_chunk_mib else None
@@ -350,29 +335,6 @@ def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, PreTra
     with named_load_errors(f"model.path = {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         return tokenizer, AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-
-
-@torch.no_grad()
-def _probe_head(model: PreTrainedModel) -> Head:
-    """Compares the model's own logits with scale * softcap(hidden @ weight.T) on a few tokens."""
-    was_training = model.training
-    model.eval()
-    ids = torch.arange(1, 6, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    own = model(input_ids=ids, use_cache=False).logits.double()
-    hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-    model.train(was_training)
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    plain = (hidden @ model.get_output_embeddings().weight.T).double()
-    if softcap:
-        plain = softcap * torch.tanh(plain / softcap)
-    scale = float((own * plain).sum() / (plain * plain).sum().clamp_min(1e-30))
-    tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2
-    unscaled = abs(scale - 1) < tolerance
-    same = torch.allclose(own, scale * plain, rtol=tolerance, atol=tolerance * float(own.abs().max()))
-    if same and scale > 0:
-        return Head(fused=True, softcap=softcap, scale=1.0 if unscaled else scale)
-    log.warning("%s: a head with a bias or a form of its own; logits are taken whole", type(model).__name__)
-    return Head(fused=False)
 
 
 def _share_prompts(policy: Policy) -> bool:

@@ -268,6 +268,45 @@ void write_dx(const H& head, int64_t row, float push, float factor, const float*
   for (int64_t h = 0; h < head.width; ++h) dx[row * head.width + h] = push * to_float(w[h]) + factor * pull[h * kPanel];
 }
 
+// Of every lane of a panel and the vocabulary blocks [begin, end): the largest logit, and the sum of exp(logit - largest).
+// `tokens` are packed panels, `tops` and `sums` [blocks][lanes of all panels].
+template <class H>
+void block_masses(const H& head, const typename H::Logits::Word* tokens, int64_t begin, int64_t end, float* tops, float* sums) {
+  Block<H> block(head, true, false);
+  const int64_t lanes = head.num_panels() * kPanel;
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t first = b * head.block(), rows = std::min(head.block(), head.vocab - first);
+    block.pack_logits(head, first, rows);
+    for (int64_t lane = 0; lane < lanes; lane += kPanel) {
+      block.multiply(head, tokens + lane * head.row_words(), rows);
+      for (int half = 0; half < kPanel; half += kLanes) {
+        float* z = block.logits.get() + half;
+        Vec top = splat(-std::numeric_limits<float>::infinity()), sum{};
+        for (int64_t v = 0; v < rows; ++v) {
+          Vec logit = load(z + v * kPanel);
+          if (head.softcap > 0) logit = tanh(logit * (1.0f / head.softcap)) * head.softcap;
+          logit *= head.scale;
+          top = logit > top ? logit : top;
+          store(z + v * kPanel, logit);
+        }
+        for (int64_t v = 0; v < rows; ++v) sum += exp(load(z + v * kPanel) - top);
+        store(tops + b * lanes + lane + half, top);
+        store(sums + b * lanes + lane + half, sum);
+      }
+    }
+  }
+}
+
+// Logits of `count` vocabulary rows from `first` on, for one row of hidden states.
+template <class H>
+void some_logits(const H& head, int64_t row, int64_t first, int64_t count, float* out) {
+  for (int64_t v = 0; v < count; ++v) {
+    float z = dot(head.hidden + row * head.width, head.weight + (first + v) * head.width, head.width);
+    if (head.softcap > 0) z = head.softcap * std::tanh(z / head.softcap);
+    out[v] = z * head.scale;
+  }
+}
+
 enum class Pass { kExp, kTop };
 
 // Sweep the vocabulary over the panels of `which`: E and S' (and dX before its scaling), or the largest logits.

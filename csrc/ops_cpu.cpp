@@ -129,21 +129,61 @@ void kept_dw(Tensor kept, std::optional<Tensor> inside, Tensor hidden, Tensor ta
   });
 }
 
+// [T, block] logits of the vocabulary block `blocks[t]` of row t; -inf past the end of the vocabulary.
+void block_logits(Tensor hidden, Tensor weight, double scale, double softcap, bool narrow, Tensor blocks, Tensor logits) {
+  dispatch(hidden, narrow, [&](auto type) {
+    const auto head = make_head<typename decltype(type)::type>(hidden, weight, nullptr, scale, softcap);
+    for (int64_t row = 0; row < head.num_rows; ++row) {
+      const int64_t first = ints(blocks)[row] * head.block(), count = std::min(head.block(), head.vocab - first);
+      float* out = floats(logits) + row * head.block();
+      bpo::some_logits(head, row, first, count, out);
+      std::fill(out + count, out + head.block(), -std::numeric_limits<float>::infinity());
+    }
+  });
+}
+
+template <class H>
+bpo::Array<typename H::Logits::Word> packed_tokens(const H& head) {
+  using Token = typename H::Logits::Word;
+  const int64_t panel_words = head.row_words() * bpo::kPanel;
+  auto tokens = bpo::make_array<Token>(head.num_panels() * panel_words);
+  const auto line = bpo::make_array<Token>(head.row_words());
+  for (int64_t p = 0; p < head.num_panels(); ++p) {
+    const int64_t row = p * bpo::kPanel;
+    bpo::pack_tokens<typename H::Logits>(head.hidden + row * head.width, head.num_rows - row, head.width, line.get(),
+                                         tokens.get() + p * panel_words);
+  }
+  return tokens;
+}
+
+int64_t mass_block(Tensor hidden, Tensor weight, bool narrow) {
+  int64_t rows = 0;
+  dispatch(hidden, narrow, [&](auto type) { rows = make_head<typename decltype(type)::type>(hidden, weight, nullptr, 1.0, 0.0).block(); });
+  return rows;
+}
+
+void block_masses(Tensor hidden, Tensor weight, double scale, double softcap, bool narrow, Tensor tops, Tensor sums) {
+  dispatch(hidden, narrow, [&](auto type) {
+    const auto head = make_head<typename decltype(type)::type>(hidden, weight, nullptr, scale, softcap);
+    const auto tokens = packed_tokens(head);
+    torch::stable::parallel_for(0, tops.size(0), 1, [&](int64_t begin, int64_t end) {
+      bpo::block_masses(head, tokens.get(), begin, end, floats(tops), floats(sums));
+    });
+  });
+}
+
 void recompute_dw(Tensor hidden, Tensor weight, Tensor targets, double scale, double softcap, bool narrow, Tensor shift,
                   Tensor factor, Tensor push, bool fresh, Tensor dw) {
   dispatch(hidden, narrow, [&](auto type) {
     using H = typename decltype(type)::type;
-    using Token = typename H::Logits::Word;
     const auto head = make_head<H>(hidden, weight, ints(targets), scale, softcap);
-    const int64_t count = head.num_panels(), panel_words = head.row_words() * bpo::kPanel;
+    const int64_t count = head.num_panels();
     std::vector<int64_t> all(count);
     std::vector<bpo::Panel> panels(count);
-    const auto tokens = bpo::make_array<Token>(count * panel_words), line = bpo::make_array<Token>(head.row_words());
+    const auto tokens = packed_tokens(head);
     for (int64_t p = 0; p < count; ++p) {
       const int64_t row = p * bpo::kPanel, lanes = std::min<int64_t>(bpo::kPanel, head.num_rows - row);
       all[p] = p;
-      bpo::pack_tokens<typename H::Logits>(head.hidden + row * head.width, lanes, head.width, line.get(),
-                                           tokens.get() + p * panel_words);
       bpo::start_panel(head, p, panels[p]);
       std::copy_n(floats(shift) + row, lanes, panels[p].shift);
     }
@@ -195,6 +235,13 @@ STABLE_TORCH_LIBRARY(bpo_fast_cpu, m) {
   m.def(
       "recompute_dw(Tensor hidden, Tensor weight, Tensor targets, float scale, float softcap, bool narrow, Tensor shift, "
       "Tensor factor, Tensor push, bool fresh, Tensor(a!) dw) -> ()");
+  m.def(
+      "block_masses(Tensor hidden, Tensor weight, float scale, float softcap, bool narrow, Tensor(a!) tops, Tensor(b!) sums) "
+      "-> ()");
+  m.def(
+      "block_logits(Tensor hidden, Tensor weight, float scale, float softcap, bool narrow, Tensor blocks, Tensor(a!) logits) "
+      "-> ()");
+  m.def("mass_block(Tensor hidden, Tensor weight, bool narrow) -> int");
   m.def("has_pairs() -> bool");
   m.def("panel_lanes() -> int");
   m.def("tile_rows() -> int");
@@ -205,6 +252,9 @@ STABLE_TORCH_LIBRARY_IMPL(bpo_fast_cpu, CPU, m) {
   m.impl("kept_dx", TORCH_BOX(&kept_dx));
   m.impl("kept_dw", TORCH_BOX(&kept_dw));
   m.impl("recompute_dw", TORCH_BOX(&recompute_dw));
+  m.impl("block_masses", TORCH_BOX(&block_masses));
+  m.impl("block_logits", TORCH_BOX(&block_logits));
+  m.impl("mass_block", TORCH_BOX(&mass_block));
   m.impl("use_large_pages", TORCH_BOX(&use_large_pages));
 }
 

@@ -23,7 +23,8 @@ def test_a_toy_run_writes_a_row(bench, tmp_path, monkeypatch):
         step.run(step.StepOptions(**options, compiled=True), said.append)
     else:
         loop.run(loop.LoopOptions(**options, steps=1), said.append)
-    old, new = json.loads(out.read_text())["rows"]
+    old, new, *others = json.loads(out.read_text())["rows"]
+    assert [r["form"] for r in others] == ([] if bench == "step" else ["full, ref_logps = sampler"])
     assert old == {"lengths": "tldr", "form": "full"}
     assert new["ours"]["pairs_per_s"] > 0
     assert new["ours"]["peak_extra_mib"] > 0

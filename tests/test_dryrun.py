@@ -15,7 +15,9 @@ ACTIVE, STATEFUL, SMALL = (1, 1, 1, 30, 1, 0), (1, 1, 30, 1, 1, 0), (1, 1, 1, 1,
 
 def suggest(parts, free_gib, *, num_microbatches=1, on_gpu=True, **settings):
     optim = {k: settings.pop(k) for k in ("states", "offload", "microbatch_tokens") if k in settings}
-    config = replace(Config(), model=ModelConfig(path="t", **settings), optim=OptimConfig(**{"microbatch_tokens": 8192, **optim}))
+    config = replace(
+        Config(), model=ModelConfig(path="t", **settings), optim=OptimConfig(**{"microbatch_tokens": 8192, **optim})
+    )
     ledger = Ledger(*(n * GIB for n in parts), kv_stays=False, num_microbatches=num_microbatches)
     words, _, room = _suggest(config, ledger, free_gib * GIB, longest=LONGEST, on_gpu=on_gpu).partition(" (")
     if "LoRA" in room:

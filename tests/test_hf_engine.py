@@ -2,12 +2,12 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from bpo_fast_kernels.inverse import draw
 from tiny_world import question
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from bpo_fast.config import ModelConfig
 from bpo_fast.engine import SamplingParams, request_seed
-from bpo_fast.engine.choose import draw
 from bpo_fast.engine.hf import HfEngine
 from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.policy import load_policy

@@ -2,6 +2,7 @@
 
 Same model, prompts, reward function, lengths and optimizer; both sample from the transformers model and its KV cache. A
 block is one phase: ours samples its prompts in one call and takes its steps on them; TRL samples anew at every step.
+Ours is measured as it is by default and with `method.ref_logps = sampler`, which needs no reference pass.
 """
 
 import json
@@ -34,6 +35,7 @@ from bpo_fast_bench.contenders import (
 from bpo_fast_bench.shapes import make_model, words
 
 PEERS = ("trl",)
+OURS = {"ours": "trainer", "ours by sampler": "sampler"}  # and whose log-probs the loss is against
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,25 @@ def run(options: LoopOptions, say: Callable[[str], None] = print) -> list[dict[s
         make_model(options.shape, Path(folder), DTYPES[options.device])
         for lengths in options.lengths:
             for form in options.forms:
-                row = _measure(options, lengths, form, folder)
-                rows.append(row)
-                say(line(row))
+                new = _measure(options, lengths, form, folder)
+                rows += new
+                say("\n".join(line(row) for row in new))
                 if options.out:
-                    write_rows(Path(options.out), options, [row])
+                    write_rows(Path(options.out), options, new)
     return rows
 
 
-def _measure(options: LoopOptions, lengths: str, form: str, folder: str) -> dict[str, Any]:
+def _measure(options: LoopOptions, lengths: str, form: str, folder: str) -> list[dict[str, Any]]:
     contenders = {}
-    for who in ("ours", *options.peers):
-        members = FORMS[form] if who == "ours" else min(1, FORMS[form])
+    for who in (*OURS, *options.peers):
+        members = FORMS[form] if who in OURS else min(1, FORMS[form])
         contenders[who] = options.contender("loop", who, lengths, members, folder)
     found = measure(contenders, options.rounds)
-    return compare(found, "ours", options.peers, runs=max(1, FORMS[form]), lengths=lengths, form=form)
+    rows = []
+    for who, ref_logps in OURS.items():
+        name = form if who == "ours" else f"{form}, ref_logps = {ref_logps}"
+        rows.append(compare(found, who, options.peers, runs=max(1, FORMS[form]), lengths=lengths, form=name))
+    return rows
 
 
 def reward(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -108,6 +114,7 @@ def _ours(case: Case) -> Iterator[Any]:
             "method.pairs": num_steps * case.pairs,
             "method.batch_pairs": case.pairs,
             "method.phases": case.num_blocks,
+            "method.ref_logps": OURS[case.who],
             "optim.learning_rate": 1e-5,
             "eval.prompts": 0,
             "eval.kl_prompts": 0,
@@ -151,4 +158,4 @@ def _prompts(case: Case) -> list[str]:
 
 if __name__ == "__main__":
     CASE = Case(**json.loads(sys.argv[1]))
-    serve(CASE, _ours(CASE) if CASE.who == "ours" else _trl(CASE))
+    serve(CASE, _ours(CASE) if CASE.who in OURS else _trl(CASE))

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from bpo_fast.engine.choose import Chooser
+from bpo_fast.loading import trunk_of
 
 # what cache and logits of a batch may take; how many rows it has at least (fewer leave matrix products waiting for the
 # weights) and at most (more gain nothing)
@@ -16,6 +18,8 @@ CPU_BYTES, GPU_BYTES = 2**27, 2**31
 MIN_ROWS, MAX_ROWS = 64, 512
 # rows that are done are dropped once they are this share of the batch: that copies the cache of the others
 DROPPED_SHARE = 1 / 8
+# places of the cache that are taken at a time: every time copies it
+PLACES = 64
 
 
 def cache_argument(model: Any) -> str:
@@ -52,41 +56,82 @@ def rows_together(model: Any, length: int) -> int:
     return min(max(rows, MIN_ROWS), MAX_ROWS)
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values that new tokens are written behind; `DynamicLayer` copies all of them at every token."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Takes a prompt's as they are: its rows are about to be picked, and room would be copied with them."""
+        super().lazy_initialization(key_states, value_states)
+        self._room: tuple[Tensor, Tensor] | None = None
+        self.keys, self.values = key_states, value_states
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends [B, heads, n, D] to what is there and returns all of it."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            return key_states, value_states
+        assert self.keys is not None, "initialized"
+        assert self.values is not None, "initialized"
+        length, total = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if self._room is None or self._room[0].shape[2] < total:
+            self._room = _with_room(self.keys, total + PLACES), _with_room(self.values, total + PLACES)
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, length:total] = new
+        self.keys, self.values = (room[:, :, :total] for room in self._room)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Goes on with these rows."""
+        super().reorder_cache(beam_idx)
+        self._room = None
+
+
+def _with_room(kept: Tensor, places: int) -> Tensor:
+    """[B, heads, L, D] -> [B, heads, places, D] that begins with it."""
+    room = kept.new_empty((*kept.shape[:2], places, kept.shape[3]))
+    room[:, :, : kept.shape[2]] = kept
+    return room
+
+
 class CachedRows:
     """Sequences of a batch that have gone through the model and go on token by token.
 
     Args:
         model: a causal LM that has a `cache_argument`.
         ids, mask: [U, L] int64. prompts, filled up on the left where the mask is 0.
+        hidden: whether hidden states are wanted and not logits.
 
     Attributes:
-        logits: [B, V] of the next token of each row.
+        last: of the next token of each row: [B, V] logits or [B, H] hidden states.
     """
 
-    def __init__(self, model: Any, ids: Tensor, mask: Tensor):
+    def __init__(self, model: Any, ids: Tensor, mask: Tensor, *, hidden: bool):
+        model = trunk_of(model) if hidden else model
         takes = inspect.signature(model.forward).parameters
         self._model, self._mask = model, mask
         self._takes_positions = "position_ids" in takes
         self._cache = DynamicCache(config=model.config)
+        self._cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self._cache.layers]
         self._options = {cache_argument(model): self._cache, "use_cache": True}
         first = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self.logits = self._forward(ids, (mask.cumsum(-1) - 1).clamp_min(0), **first)
+        self.last = self._forward(ids, (mask.cumsum(-1) - 1).clamp_min(0), **first)
 
     def pick(self, rows: Tensor) -> None:
         """Goes on with these rows of the batch; a row may be taken more than once or not at all."""
         self._cache.reorder_cache(rows)
-        self._mask, self.logits = self._mask.index_select(0, rows), self.logits.index_select(0, rows)
+        self._mask, self.last = self._mask.index_select(0, rows), self.last.index_select(0, rows)
 
     def append(self, tokens: Tensor) -> None:
         """Appends a token to every row: [B] int64."""
         positions = self._mask.sum(-1, keepdim=True)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
-        self.logits = self._forward(tokens[:, None], positions)
+        self.last = self._forward(tokens[:, None], positions)
 
     def _forward(self, ids: Tensor, positions: Tensor, **options: Any) -> Tensor:
         if self._takes_positions:
             options["position_ids"] = positions
-        return self._model(input_ids=ids, attention_mask=self._mask, **self._options, **options).logits[:, -1]
+        out = self._model(input_ids=ids, attention_mask=self._mask, **self._options, **options)
+        return (out.logits if "logits" in out else out.last_hidden_state)[:, -1]
 
 
 def decode(
@@ -114,12 +159,12 @@ def decode(
     device = model.device
     places: dict[tuple[int, ...], int] = {}
     rows = torch.tensor([places.setdefault(ids, len(places)) for ids in prompts], device=device)
-    batch = CachedRows(model, *_padded(list(places), pad_id, device))
+    batch = CachedRows(model, *_padded(list(places), pad_id, device), hidden=choose.reads_hidden)
     batch.pick(rows)
     out: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     requests, open_rows = list(range(len(prompts))), set(range(len(prompts)))
     for step in range(max_new_tokens):
-        tokens, logps = choose(batch.logits, torch.tensor(requests, device=device), step)
+        tokens, logps = choose(batch.last, torch.tensor(requests, device=device), step)
         values = None if logps is None else logps.tolist()
         for row, token in enumerate(tokens.tolist()):
             request = requests[row]

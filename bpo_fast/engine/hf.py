@@ -10,6 +10,7 @@ from bpo_fast.engine import OnDone, Request, SamplingParams, in_order, make_requ
 from bpo_fast.engine.choose import Chooser
 from bpo_fast.engine.decode import cache_argument, decode, rows_together
 from bpo_fast.engine.stopping import StopStrings
+from bpo_fast.head import Head
 from bpo_fast.policy import Policy
 from bpo_fast.types import Completion, Prompt
 
@@ -25,6 +26,7 @@ class HfEngine:
         eos_ids: ids that end a completion.
         pad_id: id that fills batches.
         batch_size: sequences decoded together; None: as many as `rows_together` says.
+        head: of the model; None: of a form that is not known.
 
     Raises:
         ValueError: a model without a KV cache of transformers' own kind.
@@ -45,10 +47,12 @@ class HfEngine:
         eos_ids: tuple[int, ...],
         pad_id: int,
         batch_size: int | None = None,
+        head: Head | None = None,
     ):
         self._model, self._tokenizer, self._view, self._num_members = model, tokenizer, view, num_members
         cache_argument(model)  # or there is none, and this says so
         self._eos_ids, self._pad_id, self._batch_size = eos_ids, pad_id, batch_size
+        self._head = head if head and head.fused else None
 
     @classmethod
     def of(cls, policy: Policy, batch_size: int | None) -> Self:
@@ -61,6 +65,7 @@ class HfEngine:
             eos_ids=policy.eos_ids,
             pad_id=policy.pad_id,
             batch_size=batch_size,
+            head=policy.head,
         )
 
     def refresh(self, policy_version: int) -> dict[str, float]:
@@ -114,7 +119,8 @@ class HfEngine:
     def _decode(
         self, requests: Sequence[Request], params: SamplingParams, stop: StopStrings
     ) -> list[tuple[tuple[int, ...], tuple[float, ...] | None]]:
-        choose = Chooser([r.seed for r in requests], params, self._model.device)
+        head = self._head and (self._head, self._model.get_output_embeddings().weight)
+        choose = Chooser([r.seed for r in requests], params, self._model.device, head)
         sampled = decode(
             self._model,
             [r.prompt.ids for r in requests],

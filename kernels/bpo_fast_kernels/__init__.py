@@ -1,7 +1,16 @@
 """Fused operators for preference training: sequence log-probs and the pair loss."""
 
+from bpo_fast_kernels.linear_draw import linear_draw
 from bpo_fast_kernels.linear_logps import linear_logps, linear_token_logps
 from bpo_fast_kernels.linear_pair_loss import LowRank, linear_pair_loss
 from bpo_fast_kernels.pair_loss import PairLoss, pair_loss
 
-__all__ = ["LowRank", "PairLoss", "linear_logps", "linear_pair_loss", "linear_token_logps", "pair_loss"]
+__all__ = [
+    "LowRank",
+    "PairLoss",
+    "linear_draw",
+    "linear_logps",
+    "linear_pair_loss",
+    "linear_token_logps",
+    "pair_loss",
+]

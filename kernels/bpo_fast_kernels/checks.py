@@ -16,12 +16,8 @@ def require(condition: bool, argument: str, value: object, expected: str) -> Non
         raise ValueError(f"{argument} = {value}: {expected}")
 
 
-def check_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
-    """Check [T, H], [V, H], [T].
-
-    Targets out of range are an error on the CPU. On a GPU the check would be a host sync: with BPO_FAST_DEBUG=1 it is a
-    device-side assertion instead.
-    """
+def check_head(hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    """Check [T, H], [V, H]."""
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         require(tensor.dim() == 2, f"{name}.shape", list(tensor.shape), "expected two dimensions")
         require(tensor.dtype in FLOATS, f"{name}.dtype", tensor.dtype, "expected float32, bfloat16 or float16")
@@ -30,6 +26,15 @@ def check_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     width = hidden.shape[1]
     require(weight.shape[1] == width, "weight.shape", list(weight.shape), f"expected [V, {width}]")
     require(weight.shape[0] >= 1, "weight.shape", list(weight.shape), "expected at least one row")
+
+
+def check_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
+    """Check [T, H], [V, H], [T].
+
+    Targets out of range are an error on the CPU. On a GPU the check would be a host sync: with BPO_FAST_DEBUG=1 it is a
+    device-side assertion instead.
+    """
+    check_head(hidden, weight)
     require(targets.dtype == torch.int64, "targets.dtype", targets.dtype, "expected torch.int64")
     require(targets.shape == hidden.shape[:1], "targets.shape", list(targets.shape), f"expected [{hidden.shape[0]}]")
     require(targets.device == hidden.device, "targets.device", targets.device, f"expected {hidden.device}")

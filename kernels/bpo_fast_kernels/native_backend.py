@@ -6,6 +6,7 @@ import threading
 import torch
 
 from bpo_fast_kernels.build import cxx_command, load_library
+from bpo_fast_kernels.inverse import invert
 from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums
 from bpo_fast_kernels.torch_backend import pair_slopes, sum_sequences
 
@@ -72,6 +73,30 @@ class NativeBackend:
         factors = row_factors(scored.stats, coefs, rows.head)
         self.ops.kept_dx(scored.e, scored.e_in_dw, weight, targets, narrow, *factors, dx)
         return dx
+
+    def draw(
+        self, hidden: torch.Tensor, head: Head, uniforms: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks first: a logit takes part in its block's largest one and mass, and is forgotten."""
+        hidden, weight, narrow = hidden.contiguous(), head.weight.contiguous(), self.narrow(hidden.dtype)
+        narrow = narrow and hidden.dtype == torch.bfloat16
+        size, scaling = self.ops.mass_block(hidden, weight, narrow), (head.scale, head.softcap or 0.0, narrow)
+        shape = (-(-len(weight) // size), self._panels(len(hidden)) * self.lanes)
+        tops, sums = torch.empty(shape), torch.empty(shape)
+        self.ops.block_masses(hidden, weight, *scaling, tops, sums)
+        tops, sums = tops[:, : len(hidden)].T, sums[:, : len(hidden)].T
+        highest = tops.amax(1, keepdim=True)
+        masses = sums.double().mul_((tops - highest).double().exp_())
+        if uniforms is None:
+            block, rest = tops.argmax(1), None
+        else:
+            block, rest = invert(masses, uniforms)
+        logits = torch.empty(len(hidden), size)
+        self.ops.block_logits(hidden, weight, *scaling, block, logits)
+        logits -= highest
+        inside = logits.argmax(1) if rest is None else invert(logits.exp(), rest)[0]
+        logps = logits.gather(1, inside[:, None]).squeeze(1) - masses.sum(1).log().float()
+        return (block * size + inside).clamp_max_(len(weight) - 1), logps
 
     def dw_sums(self, weight: torch.Tensor, visits: int) -> WeightSums:
         """In the gradient's own type for a few visits of bfloat16: the float32 sums would be the largest tensor."""

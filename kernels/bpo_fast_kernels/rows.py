@@ -138,6 +138,12 @@ class Backend(Protocol):
         """
         ...
 
+    def draw(
+        self, hidden: torch.Tensor, head: Head, uniforms: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """2THV: `linear_draw`."""
+        ...
+
     def dw_sums(self, weight: torch.Tensor, visits: int) -> WeightSums:
         """An empty sum [V, H] for so many calls of `kept_dw_` or `recompute_dw_`."""
         ...

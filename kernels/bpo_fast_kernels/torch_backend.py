@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from bpo_fast_kernels.inverse import draw
 from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums
 
 TILE_ROWS = 4096
 TILE_COLS = 4096
 # A shift moves when a logit passes it by more: E stays below e^60 and the products E @ W far below the float32 limit.
 SHIFT_SLACK = 60.0
+# Logits that tokens are drawn from at a time. On a CPU 4 MiB: temporaries of that size stay near the cores.
+CPU_LOGITS, GPU_LOGITS = 2**20, 2**26
 
 
 @dataclass
@@ -103,6 +106,17 @@ def blocks(num_rows: int) -> Iterator[slice]:
     """Row blocks; an empty batch has one empty block."""
     for start in range(0, max(num_rows, 1), TILE_ROWS):
         yield slice(start, min(start + TILE_ROWS, num_rows))
+
+
+def draw_rows(hidden: torch.Tensor, uniforms: torch.Tensor | None, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear_draw` by the logits of these rows."""
+    logits, _ = capped(mm_f32(hidden, head.weight.T), head)
+    total = logits.logsumexp(-1)
+    if uniforms is None:
+        tokens = logits.argmax(-1)
+    else:
+        tokens = draw((logits - logits.amax(-1, keepdim=True)).exp_(), uniforms)
+    return tokens, logits.gather(1, tokens[:, None]).squeeze(1) - total
 
 
 class TorchBackend:
@@ -224,6 +238,15 @@ class TorchBackend:
             return mm_f32(scored.e, weight) * row
         dx = torch.zeros(len(coefs), weight.shape[1], device=coefs.device)
         return dx.index_copy_(0, live, mm_f32(scored.e[live], weight) * row[live])
+
+    def draw(
+        self, hidden: torch.Tensor, head: Head, uniforms: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some rows of logits at a time."""
+        size = max(1, (GPU_LOGITS if hidden.is_cuda else CPU_LOGITS) // len(head.weight))
+        cuts = [slice(start, start + size) for start in range(0, max(len(hidden), 1), size)]
+        parts = [draw_rows(hidden[cut], None if uniforms is None else uniforms[cut], head) for cut in cuts]
+        return torch.cat([tokens for tokens, _ in parts]), torch.cat([logps for _, logps in parts])
 
     def dw_sums(self, weight: torch.Tensor, visits: int) -> WeightSums:
         """float32 whatever the visits."""

@@ -1,0 +1,49 @@
+"""The output head of a model: in which way its hidden rows become logits."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from bpo_fast.loading import trunk_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden rows become logits.
+
+    Attributes:
+        fused: logits are scale * softcap(hidden @ weight.T), so that the fused kernels apply.
+        softcap: c of c * tanh(z / c), or None.
+        scale: a constant factor, 1 for most models.
+    """
+
+    fused: bool
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+@torch.no_grad()
+def probe_head(model: PreTrainedModel) -> Head:
+    """Compares the model's own logits with scale * softcap(hidden @ weight.T) on a few tokens."""
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(1, 6, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    own = model(input_ids=ids, use_cache=False).logits.double()
+    hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    model.train(was_training)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    plain = (hidden @ model.get_output_embeddings().weight.T).double()
+    if softcap:
+        plain = softcap * torch.tanh(plain / softcap)
+    scale = float((own * plain).sum() / (plain * plain).sum().clamp_min(1e-30))
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2
+    unscaled = abs(scale - 1) < tolerance
+    same = torch.allclose(own, scale * plain, rtol=tolerance, atol=tolerance * float(own.abs().max()))
+    if same and scale > 0:
+        return Head(fused=True, softcap=softcap, scale=1.0 if unscaled else scale)
+    log.warning("%s: a head with a bias or a form of its own; logits are taken whole", type(model).__name__)
+    return Head(fused=False)
