@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 # tokens of a micro-batch; on a CPU more of them gain next to nothing, and cost memory
-GPU_TOKENS, CPU_TOKENS = 8192, 2048
+GPU_TOKENS, CPU_TOKENS = 8192, 1536
 
 
 def microbatch_tokens(config: OptimConfig, device: torch.device, longest: int) -> int:
