@@ -362,3 +362,27 @@ def test_completions_are_no_inference_tensors_and_need_no_gradient(model, tokeni
     out.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.zero_grad()
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"temperature": 0.6}, {"top_p": 0.9}, {"top_k": 5}])
+def test_tokens_from_hidden_states_are_those_from_logits(tiny_model_dir, params):
+    config = ModelConfig(path=str(tiny_model_dir), lora_r=4, lora_alpha=8.0)
+    policy = load_policy(config, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
+    by_logits = engine_of(policy.model, policy.tokenizer, view=policy.merged, eos_ids=policy.eos_ids)
+    questions = [Prompt(i, "", (3 + i, 7, 1)) for i in range(12)]
+    found = sample(HfEngine.of(policy, None), questions, n=2, logps=True, **params)
+    expected = sample(by_logits, questions, n=2, logps=True, **params)
+    assert ids_of(found) == ids_of(expected)
+    for both, others in zip(found, expected, strict=True):
+        for c, other in zip(both, others, strict=True):
+            torch.testing.assert_close(torch.tensor(c.logps), torch.tensor(other.logps), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.6}, {"temperature": 0.0}])
+def test_logits_are_not_made_where_none_are_cut_off(tiny_model_dir, monkeypatch, params):
+    config = ModelConfig(path=str(tiny_model_dir), lora_r=4, lora_alpha=8.0)
+    policy = load_policy(config, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
+    monkeypatch.setattr(policy.model.get_output_embeddings(), "forward", None)
+    assert sample(HfEngine.of(policy, None), [Prompt(0, "", (3, 7, 1))], n=2, **params)
+    with pytest.raises(TypeError):
+        sample(HfEngine.of(policy, None), [Prompt(0, "", (3, 7, 1))], n=2, top_k=5)

@@ -8,15 +8,11 @@ from collections.abc import Sequence
 
 import torch
 from bpo_fast_kernels import linear_draw
-from bpo_fast_kernels.inverse import draw
+from bpo_fast_kernels.inverse import cuts, draw
 from torch import Tensor
 
 from bpo_fast.engine import SamplingParams
 from bpo_fast.head import Head
-
-# scores looked at together. On a CPU 4 MiB: temporaries of that size stay in the allocator and near the cores; those of
-# a whole batch are mapped and given back at every step, which takes ten times as long as what is done on them
-CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
 
 
 class Chooser:
@@ -63,10 +59,9 @@ class Chooser:
         uniforms = None if self._uniforms is None else self._uniforms[step].index_select(0, requests)
         if self.reads_hidden:
             return self._draw(rows, uniforms)
-        size = max(1, (CPU_CHUNK if rows.device.type == "cpu" else GPU_CHUNK) // rows.shape[-1])
         parts = [
-            self._choose(rows[start : start + size], None if uniforms is None else uniforms[start : start + size])
-            for start in range(0, len(rows), size)
+            self._choose(rows[cut], None if uniforms is None else uniforms[cut])
+            for cut in cuts(len(rows), rows.shape[-1], rows.device)
         ]
         tokens = torch.cat([tokens for tokens, _ in parts])
         logps = [logps for _, logps in parts if logps is not None]

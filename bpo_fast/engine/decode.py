@@ -37,6 +37,14 @@ def cache_argument(model: Any) -> str:
     return names[0]
 
 
+def takes_cache(trunk: Any) -> bool:
+    """Whether hidden states can be had token by token."""
+    try:
+        return bool(cache_argument(trunk))
+    except ValueError:
+        return False
+
+
 def cache_bytes(model: Any, length: int) -> int:
     """Bytes of the KV cache of one sequence."""
     form = model.config.get_text_config()

@@ -8,9 +8,10 @@ import torch
 
 from bpo_fast.engine import OnDone, Request, SamplingParams, in_order, make_requests
 from bpo_fast.engine.choose import Chooser
-from bpo_fast.engine.decode import cache_argument, decode, rows_together
+from bpo_fast.engine.decode import cache_argument, decode, rows_together, takes_cache
 from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.head import Head
+from bpo_fast.loading import trunk_of
 from bpo_fast.policy import Policy
 from bpo_fast.types import Completion, Prompt
 
@@ -52,7 +53,7 @@ class HfEngine:
         self._model, self._tokenizer, self._view, self._num_members = model, tokenizer, view, num_members
         cache_argument(model)  # or there is none, and this says so
         self._eos_ids, self._pad_id, self._batch_size = eos_ids, pad_id, batch_size
-        self._head = head if head and head.fused else None
+        self._head = head if head and head.fused and takes_cache(trunk_of(model)) else None
 
     @classmethod
     def of(cls, policy: Policy, batch_size: int | None) -> Self:

@@ -5,6 +5,14 @@ import torch.nn.functional as F
 
 # indices whose masses are summed first: a draw finds the block, then the index in it, and never sums a row in float64
 BLOCK = 128
+# Scores that are looked at together. On a CPU 4 MiB: temporaries of that size stay near the cores.
+CPU_SCORES, GPU_SCORES = 2**20, 2**26
+
+
+def cuts(num_rows: int, width: int, device: torch.device) -> list[slice]:
+    """Runs of rows of so many scores that are drawn from together; at least one, which may be empty."""
+    size = max(1, (CPU_SCORES if device.type == "cpu" else GPU_SCORES) // width)
+    return [slice(start, start + size) for start in range(0, max(num_rows, 1), size)]
 
 
 def draw(masses: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -5,20 +5,18 @@ every mode cuts rows and vocabulary at the same places, so that all modes give t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from bpo_fast_kernels.inverse import draw
+from bpo_fast_kernels.inverse import cuts, draw
 from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums
 
 TILE_ROWS = 4096
 TILE_COLS = 4096
 # A shift moves when a logit passes it by more: E stays below e^60 and the products E @ W far below the float32 limit.
 SHIFT_SLACK = 60.0
-# Logits that tokens are drawn from at a time. On a CPU 4 MiB: temporaries of that size stay near the cores.
-CPU_LOGITS, GPU_LOGITS = 2**20, 2**26
 
 
 @dataclass
@@ -243,9 +241,12 @@ class TorchBackend:
         self, hidden: torch.Tensor, head: Head, uniforms: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Some rows of logits at a time."""
-        size = max(1, (GPU_LOGITS if hidden.is_cuda else CPU_LOGITS) // len(head.weight))
-        cuts = [slice(start, start + size) for start in range(0, max(len(hidden), 1), size)]
-        parts = [draw_rows(hidden[cut], None if uniforms is None else uniforms[cut], head) for cut in cuts]
+        if not hidden.is_cuda:  # once, and not for every cut
+            hidden, head = hidden.float(), replace(head, weight=head.weight.float())
+        parts = [
+            draw_rows(hidden[cut], None if uniforms is None else uniforms[cut], head)
+            for cut in cuts(len(hidden), len(head.weight), hidden.device)
+        ]
         return torch.cat([tokens for tokens, _ in parts]), torch.cat([logps for _, logps in parts])
 
     def dw_sums(self, weight: torch.Tensor, visits: int) -> WeightSums:
