@@ -159,7 +159,9 @@ class OptimConfig:
     max_grad_norm: float = knob(1.0, "clip by global norm, of each member alone", gt=0)
     states: str = knob("float32", "moments of AdamW; 8bit takes a quarter of the memory", choices=("float32", "8bit"))
     offload: bool = knob(False, "keep moments and float32 masters in host memory and step there")
-    microbatch_tokens: int = knob(0, "tokens of a micro-batch, all members counted; 0: 8192, on a CPU 1536", ge=0)
+    microbatch_tokens: int = knob(
+        0, "tokens of a micro-batch of all members; 0: 8192, on a CPU 1536, or the longest pair", ge=0
+    )
     max_bad_steps: int = knob(3, "steps in a row with NaN or Inf before the run stops", ge=1)
 
 

@@ -29,6 +29,10 @@ class Head:
 @torch.no_grad()
 def probe_head(model: PreTrainedModel) -> Head:
     """Compares the model's own logits with scale * softcap(hidden @ weight.T) on a few tokens."""
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None and bool(bias.any()):  # a small one would pass below in 16 bits
+        log.warning("%s: a head with a bias; logits are taken whole", type(model).__name__)
+        return Head(fused=False)
     was_training = model.training
     model.eval()
     ids = torch.arange(1, 6, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
@@ -45,5 +49,5 @@ def probe_head(model: PreTrainedModel) -> Head:
     same = torch.allclose(own, scale * plain, rtol=tolerance, atol=tolerance * float(own.abs().max()))
     if same and scale > 0:
         return Head(fused=True, softcap=softcap, scale=1.0 if unscaled else scale)
-    log.warning("%s: a head with a bias or a form of its own; logits are taken whole", type(model).__name__)
+    log.warning("%s: a head of a form of its own; logits are taken whole", type(model).__name__)
     return Head(fused=False)

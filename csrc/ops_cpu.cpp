@@ -133,12 +133,14 @@ void kept_dw(Tensor kept, std::optional<Tensor> inside, Tensor hidden, Tensor ta
 void block_logits(Tensor hidden, Tensor weight, double scale, double softcap, bool narrow, Tensor blocks, Tensor logits) {
   dispatch(hidden, narrow, [&](auto type) {
     const auto head = make_head<typename decltype(type)::type>(hidden, weight, nullptr, scale, softcap);
-    for (int64_t row = 0; row < head.num_rows; ++row) {
-      const int64_t first = ints(blocks)[row] * head.block(), count = std::min(head.block(), head.vocab - first);
-      float* out = floats(logits) + row * head.block();
-      bpo::some_logits(head, row, first, count, out);
-      std::fill(out + count, out + head.block(), -std::numeric_limits<float>::infinity());
-    }
+    torch::stable::parallel_for(0, head.num_rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = ints(blocks)[row] * head.block(), count = std::min(head.block(), head.vocab - first);
+        float* out = floats(logits) + row * head.block();
+        bpo::some_logits(head, row, first, count, out);
+        std::fill(out + count, out + head.block(), -std::numeric_limits<float>::infinity());
+      }
+    });
   });
 }
 

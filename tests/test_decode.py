@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from bpo_fast.attention import NAME as SHARED_PROMPTS
 from bpo_fast.engine import SamplingParams
+from bpo_fast.engine import decode as decoding
 from bpo_fast.engine.choose import Chooser
 from bpo_fast.engine.decode import CachedRows, cache_argument, cache_bytes, decode, rows_together
+from bpo_fast.head import probe_head
 
 BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "initializer_range": 0.2}
 ALL = {name: (kind, {**SMALL, **extra}) for name, (kind, extra) in CONFIGS.items()} | {
@@ -32,8 +34,9 @@ def make_prompts():
 
 
 @torch.inference_mode()
-def run(model, prompts, seeds, *, temperature=1.0, max_new_tokens=16):
-    choose = Chooser(seeds, SamplingParams(max_new_tokens, temperature=temperature, logps=True), torch.device("cpu"))
+def run(model, prompts, seeds, *, temperature=1.0, max_new_tokens=16, head=None):
+    params = SamplingParams(max_new_tokens, temperature=temperature, logps=True)
+    choose = Chooser(seeds, params, torch.device("cpu"), head)
     return decode(model, prompts, choose, ended=lambda ids: ids[-1] in ENDS, max_new_tokens=max_new_tokens, pad_id=0)
 
 
@@ -71,6 +74,22 @@ def test_a_row_is_what_it_is_alone(name, picks):
                 model(torch.tensor([(*prompt, *ids)]), use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             )
         assert logps == pytest.approx(rows.gather(1, torch.tensor(ids)[:, None]).squeeze(1).tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_hidden_states_give_the_tokens_of_logits(name, temperature, monkeypatch):
+    monkeypatch.setattr(decoding, "PLACES", 3)  # the cache grows time and again
+    model, prompts = make_model(name), make_prompts()
+    for scale in (1.0, 0.5):
+        model.get_output_embeddings().weight.data *= scale  # of a model with a cap it changes more than a factor
+        head = probe_head(model)
+        assert head.fused
+        found = run(model, prompts, range(10), temperature=temperature, head=(head, model.lm_head.weight))
+        expected = run(model, prompts, range(10), temperature=temperature)
+        assert [ids for ids, _ in found] == [ids for ids, _ in expected]
+        for (_, logps), (_, others) in zip(found, expected, strict=True):
+            assert logps == pytest.approx(others, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ALL)

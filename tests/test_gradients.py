@@ -8,7 +8,7 @@ import torch
 from tiny_policy import make_pairs, make_policy
 
 from bpo_fast.config import MethodConfig, ModelConfig, OptimConfig
-from bpo_fast.gradients import TokenBudget, microbatches, step_gradients
+from bpo_fast.gradients import TokenBudget, microbatch_tokens, microbatches, step_gradients
 from bpo_fast.optim import Optimizer
 
 LORA = {"path": "tiny", "lora_r": 4, "lora_alpha": 8.0}
@@ -130,3 +130,12 @@ def test_out_of_memory_for_the_second_time_is_one_clear_error():
     with pytest.raises(RuntimeError, match=r"out of memory with optim\.microbatch_tokens = 50 .*--dry-run") as caught:
         TokenBudget(100).run(work)
     assert type(caught.value) is RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("tokens", "device", "longest", "expected"),
+    [(0, "cpu", 100, 1536), (0, "cpu", 1900, 1900), (0, "cuda", 100, 8192), (700, "cpu", 900, 700)],
+)
+def test_tokens_of_a_microbatch_suit_the_device(tokens, device, longest, expected):
+    config = OptimConfig(microbatch_tokens=tokens)
+    assert microbatch_tokens(config, torch.device(device), longest) == expected

@@ -123,7 +123,7 @@ def _ours(case: Case) -> Iterator[Any]:
     method = MethodConfig()
     reference = Reference(policy, method, form, max_length=length)
     pairs = _pairs(case, policy)
-    longest = (case.prompt_tokens + 2 * case.completion_tokens) * policy.num_members
+    longest = 2 * length * policy.num_members  # where prompts are not shared
     budget = TokenBudget(microbatch_tokens(config, policy.device, longest))
     flop = StepFlop.of(policy)
     yield Work(float(flop.count(pairs[:1])), flop.peak_tflops)

@@ -69,7 +69,7 @@ class GrowingLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Takes a prompt's as they are: its rows are about to be picked, and room would be copied with them."""
-        super().lazy_initialization(key_states, value_states)
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self._room: tuple[Tensor, Tensor] | None = None
         self.keys, self.values = key_states, value_states
 

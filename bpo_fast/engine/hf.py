@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
+from bpo_fast_kernels.backends import pick_backend
 
 from bpo_fast.engine import OnDone, Request, SamplingParams, in_order, make_requests
 from bpo_fast.engine.choose import Chooser
@@ -53,7 +54,7 @@ class HfEngine:
         self._model, self._tokenizer, self._view, self._num_members = model, tokenizer, view, num_members
         cache_argument(model)  # or there is none, and this says so
         self._eos_ids, self._pad_id, self._batch_size = eos_ids, pad_id, batch_size
-        self._head = head if head and head.fused and takes_cache(trunk_of(model)) else None
+        self._head = head if head and head.fused and _draws_natively(model) else None
 
     @classmethod
     def of(cls, policy: Policy, batch_size: int | None) -> Self:
@@ -133,3 +134,9 @@ class HfEngine:
         if not choose.finite:
             raise RuntimeError("the policy's logits are NaN or infinite: nothing can be sampled from it")
         return [(tuple(ids), tuple(logps) if params.logps else None) for ids, logps in sampled]
+
+
+def _draws_natively(model: Any) -> bool:
+    """Whether tokens are drawn from hidden states: where a kernel for it is there and no rounding is in the way."""
+    on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
+    return on_cpu and pick_backend("auto", model.device).name == "native" and takes_cache(trunk_of(model))

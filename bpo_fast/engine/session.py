@@ -1,9 +1,10 @@
 """One vLLM inside this process: how it is opened on a policy, how the weights are held, how it is closed."""
 
 import gc
+import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from bpo_fast.engine.member_rows import MemberRows
 from bpo_fast.engine.shared_weights import NotShareableError, Views, adopt_, find_views, strays
 from bpo_fast.lora import find_linears
 from bpo_fast.policy import Policy
+
+log = logging.getLogger(__name__)
 
 ENVIRON = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -349,9 +352,12 @@ def _shut_down(llm: Any, own_group: bool) -> None:
     with preserved(ENVIRON), _group_spared(own_group):
         # vLLM unmaps the memory of the KV cache then, and where there is none its allocator fails the next engine; if
         # the process has no room for it, there will be no next engine
-        with suppress(RuntimeError):
+        try:
             _wake(llm)
-        llm.llm_engine.engine_core.shutdown()
+        except RuntimeError as error:
+            log.warning("the KV cache of vLLM could not be given its memory back before the end: %s", error)
+        finally:
+            llm.llm_engine.engine_core.shutdown()
 
 
 def _wake(llm: Any) -> None:

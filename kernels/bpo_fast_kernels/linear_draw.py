@@ -40,8 +40,9 @@ def linear_draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A token of each row from softmax(cap(hidden @ weight.T) / temperature), in the order of their ids.
 
-    "native" sweeps the head once (2THV), keeps the largest logit and the mass of every block of some hundred tokens,
-    and makes the logits of the one block that a row's number falls on again: no [T, V] array exists.
+    "native" sweeps the head once (2THV), keeps the largest logit and the mass of every block of 6 to 112
+    tokens (fewer the wider the head), and makes the logits of the one block that a row's number falls on again: no
+    [T, V] array of logits exists.
 
     Args:
         hidden: [T, H] float32, bfloat16 or float16. final hidden states.
@@ -51,8 +52,8 @@ def linear_draw(
         temperature, logit_softcap, backend: as in `linear_token_logps`.
 
     Returns:
-        (tokens: [T] int64; their log-probs: [T] float32, nats, not finite where a row's logits are not). Rows do not
-        depend on each other.
+        (tokens: [T] int64; their log-probs: [T] float32, nats, not finite where a row's logits are not). With
+        "native" rows do not depend on each other.
 
     Raises:
         ValueError: a wrong shape, dtype, device or range.

@@ -86,16 +86,16 @@ class NativeBackend:
         self.ops.block_masses(hidden, weight, *scaling, tops, sums)
         tops, sums = tops[:, : len(hidden)].T, sums[:, : len(hidden)].T
         highest = tops.amax(1, keepdim=True)
-        masses = sums.double().mul_((tops - highest).double().exp_())
+        masses = (tops - highest).double().exp_().mul_(sums)
         if uniforms is None:
             block, rest = tops.argmax(1), None
         else:
             block, rest = invert(masses, uniforms)
         logits = torch.empty(len(hidden), size)
         self.ops.block_logits(hidden, weight, *scaling, block, logits)
-        logits -= highest
-        inside = logits.argmax(1) if rest is None else invert(logits.exp(), rest)[0]
-        logps = logits.gather(1, inside[:, None]).squeeze(1) - masses.sum(1).log().float()
+        inside = logits.argmax(1) if rest is None else invert((logits - logits.amax(1, keepdim=True)).exp_(), rest)[0]
+        logps = logits.gather(1, inside[:, None]).sub_(highest).squeeze(1) - masses.sum(1).log().float()
+        logps.clamp_max_(0.0)  # made twice, a logit may be rounded otherwise
         return (block * size + inside).clamp_max_(len(weight) - 1), logps
 
     def dw_sums(self, weight: torch.Tensor, visits: int) -> WeightSums:

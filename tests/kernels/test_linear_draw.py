@@ -84,6 +84,17 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(backend):
         assert torch.equal(some[1], logps[40:47])
 
 
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
+def test_blocks_that_hold_next_to_nothing(uniform):
+    """All but one token lie as far below it as float32 can't hold; a number of 0 falls on the first of some mass."""
+    logits = torch.tensor([[-95.0], [-145.0]]).repeat(1, 300)
+    logits[:, 280] = 0.0
+    uniforms = torch.full((2,), uniform, dtype=torch.float64)
+    tokens, logps = linear_draw(logits, torch.eye(300), uniforms, backend="native")
+    assert [int(t) for t in tokens] == [0 if uniform == 0 else 280] * 2
+    assert bool((logps <= 0).all())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_show_in_the_log_prob(backend, value):
