@@ -32,7 +32,7 @@ struct Args {
   float* new_shift;
   float* miss_sum;
   float* factor;
-  const float* fill;  // null: the target's entry is 0
+  const float* gain;  // of the rows of E; null: 1
   int64_t first, stride_z, stride_e;
   int width;
   float scale, softcap, slack;  // softcap 0: none
@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(kThreads) exp_tile_kernel(Args a, T* e) {
     sum += logit[i];
   }
   sum = reduce(sum, Sum{}, shared);
+  const float gain = a.gain == nullptr ? 1.0f : a.gain[row];
   if (threadIdx.x == 0) {
     const float shrink = expf(old - shift);
     a.miss_sum[row] = a.miss_sum[row] * shrink + sum;
@@ -103,15 +104,14 @@ __global__ void __launch_bounds__(kThreads) exp_tile_kernel(Args a, T* e) {
   for (int i = 0; i < kPerThread; ++i) {
     const int col = threadIdx.x + i * kThreads;
     if (col >= a.width) break;
-    const bool filled = a.fill != nullptr && col == target;
-    put(e + row * a.stride_e + col, filled ? a.fill[row] : logit[i] * slope[i]);
+    put(e + row * a.stride_e + col, logit[i] * slope[i] * gain);
   }
 }
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 void exp_tile(Tensor z, Tensor e, Tensor targets, Tensor shift, Tensor new_shift, Tensor miss_sum, Tensor factor,
-              std::optional<Tensor> fill, int64_t first, double scale, double softcap, double slack) {
+              std::optional<Tensor> gain, int64_t first, double scale, double softcap, double slack) {
   STD_TORCH_CHECK(z.size(1) <= kMaxWidth, "exp_tile: the tile is wider than a block of threads can hold");
   const Args args{floats(z),
                   static_cast<const int64_t*>(targets.const_data_ptr()),
@@ -119,7 +119,7 @@ void exp_tile(Tensor z, Tensor e, Tensor targets, Tensor shift, Tensor new_shift
                   floats(new_shift),
                   floats(miss_sum),
                   floats(factor),
-                  fill ? floats(*fill) : nullptr,
+                  gain ? floats(*gain) : nullptr,
                   first,
                   z.stride(0),
                   e.stride(0),
@@ -146,7 +146,7 @@ void exp_tile(Tensor z, Tensor e, Tensor targets, Tensor shift, Tensor new_shift
 STABLE_TORCH_LIBRARY(bpo_fast_cuda, m) {
   m.def(
       "exp_tile(Tensor z, Tensor(a!) e, Tensor targets, Tensor shift, Tensor(b!) new_shift, Tensor(c!) miss_sum, "
-      "Tensor(d!) factor, Tensor? fill, int first, float scale, float softcap, float slack) -> ()");
+      "Tensor(d!) factor, Tensor? gain, int first, float scale, float softcap, float slack) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bpo_fast_cuda, CUDA, m) { m.impl("exp_tile", TORCH_BOX(&exp_tile)); }

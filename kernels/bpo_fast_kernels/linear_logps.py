@@ -82,10 +82,11 @@ def linear_token_logps(
 
     Promise: |d logp| <= 1e-4 a token, gradients <= 4e-3 relative (Frobenius) against float64 on the same inputs, as far
     as their own type can hold them:
-        bfloat16 rounds a number by up to 3.9e-3. On a GPU this happens three times, to E, to the scaled hidden states
-        and to the gradient: errors average out to 2.8e-3, but a dW that a dozen numbers make up (targets of
-        probability e^-80 and a sparse head) may be off by 5e-3, as emulated on a CPU. There "native" and "torch" round
-        what the targets' rows get once, with the gradient: 2.5e-3.
+        bfloat16 rounds a number by up to 3.9e-3. What a target's row gets, half of a gradient or more, is rounded once,
+        with the gradient: errors are 1.7e-3, up to 2.6e-3 where a dozen numbers make up dW (targets of probability
+        e^-80 and a sparse head), on a GPU as emulated on a CPU. What other tokens' rows get is rounded with E too and,
+        where E was kept, with the scaled hidden states: a dozen rows and fewer that are each sure of one wrong token
+        may be off by 5e-3, by 4e-3 with "recompute" on a GPU.
         float16 loses digits below 6e-5 and is 0 below 3e-8: with every target's probability above 1 - 1e-6 gradients
         were off by 3 to 20%. Scale the loss by 2^14, and they are off by 3e-4.
     """

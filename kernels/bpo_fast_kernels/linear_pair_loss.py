@@ -276,8 +276,9 @@ class _LinearPairLoss(torch.autograd.Function):
             raise RuntimeError("linear_pair_loss: backward for the second time; its gradients were handed out")
         # Handed out and scaled in place: a second [V, H] would be the largest tensor of the step.
         grads, ctx.grads = ctx.grads, None
-        scaled = grad.is_cuda or float(grad) != 1.0
+        # Two axes keep a factor on a GPU in float32: a tensor without axes would be rounded to the gradient's type.
+        factor = grad.view(1, 1) if grad.is_cuda else float(grad)
         for one in grads:
-            if one is not None and scaled:
-                one.mul_(grad.to(one.dtype))
+            if one is not None and (grad.is_cuda or factor != 1.0):
+                one.mul_(factor)
         return *grads, None

@@ -7,17 +7,12 @@ import torch
 
 from bpo_fast_kernels.build import cxx_command, load_library
 from bpo_fast_kernels.inverse import invert
-from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums
+from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums, row_factors
 from bpo_fast_kernels.torch_backend import pair_slopes, sum_sequences
 
 # Sums of dW of bfloat16 inputs are rounded once a visit; past so many visits they are float32 until the end. Eight
 # roundings on the way cost 0.0023 of the promised 0.004.
 ROUNDED_VISITS = 8
-
-
-def row_factors(stats: RowStats, coefs: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """What E of a row is multiplied by in the gradients, and its target's row: kept E is 0 at the target."""
-    return (stats.inv_sum * coefs).mul_(-head.scale), (stats.push * coefs).mul_(head.scale)
 
 
 class NativeBackend:

@@ -19,11 +19,11 @@ class NativeCudaBackend(TritonBackend):
         self.ops = torch.ops.bpo_fast_cuda
 
     def exp_tile_(
-        self, z: torch.Tensor, e: torch.Tensor, sweep: Sweep, first: int, head: Head, fill: torch.Tensor | None = None
+        self, z: torch.Tensor, e: torch.Tensor, sweep: Sweep, first: int, head: Head, gain: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One block of threads a row."""
         new_shift, factor = torch.empty_like(sweep.shift), torch.empty_like(sweep.shift)
         state = (sweep.targets, sweep.shift, new_shift, sweep.miss_sum, factor)
-        self.ops.exp_tile(z, e, *state, fill, first, head.scale, head.softcap or 0.0, SHIFT_SLACK)
+        self.ops.exp_tile(z, e, *state, gain, first, head.scale, head.softcap or 0.0, SHIFT_SLACK)
         sweep.shift = new_shift
         return factor

@@ -67,8 +67,7 @@ class Scored:
     Attributes:
         stats: the rows' statistics.
         unit_dx: [T, H] float32. d token_logp_t / d hidden_t, where it was formed.
-        e: E times the slope of the cap, where it was kept; laid out as the backend likes it, which also knows what
-            stands at the target.
+        e: E times the slope of the cap, 0 at the target, where it was kept; laid out as the backend likes it.
         behavior_logps: [T] float32. token log-probs of the behavior rows, where there were any.
         e_in_dw: `WeightSums.total`, where the first rows of E lie in it and not in `e`.
     """
@@ -78,6 +77,16 @@ class Scored:
     e: Any = None
     behavior_logps: torch.Tensor | None = None
     e_in_dw: torch.Tensor | None = None
+
+
+def row_factors(stats: RowStats, coefs: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """What E of a row is multiplied by in the gradients, and its target's row: kept E is 0 at the target.
+
+    The target's part is as large as all others together. Apart from E it is never bfloat16: where few numbers make up
+    dW, as with targets of tiny probability, the errors of rounding E, of rounding the factors and of rounding the
+    result would not average out.
+    """
+    return (stats.inv_sum * coefs).mul_(-head.scale), (stats.push * coefs).mul_(head.scale)
 
 
 @dataclass(frozen=True)

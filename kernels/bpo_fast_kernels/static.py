@@ -38,6 +38,7 @@ POINTERS = {
     "w_behavior": "*bf16",
     "e": "*bf16",
     "scaled": "*bf16",
+    "ids": "*i64",
     "order": "*i64",
     "num_live": "*i32",
 }
@@ -72,10 +73,9 @@ def builds(arch: int) -> Iterator[Build]:
     yield _gemm("exp_gemm_second_head", second, forms | {"SECOND_HEAD": True})
     for name in ("row_sums", "raise_shift"):
         yield Build(name, getattr(triton_gemm, f"{name}_kernel"), {"BLOCK_M": main.block_m})
-    yield Build("set_targets", triton_gemm.set_targets_kernel, {})
-    wide = {"HAS_CAP": False, "HAS_FILL": False, "COLS": 4096}
+    wide = {"HAS_CAP": False, "HAS_GAIN": False, "COLS": 4096}
     yield Build("exp_tile", triton_passes.exp_tile_kernel, wide, num_warps=8)
-    yield Build("exp_tile_cap_fill", triton_passes.exp_tile_kernel, dict.fromkeys(wide, True) | {"COLS": 4096}, 8)
+    yield Build("exp_tile_cap_gain", triton_passes.exp_tile_kernel, dict.fromkeys(wide, True) | {"COLS": 4096}, 8)
     yield Build("exp_tile_f32", triton_passes.exp_tile_kernel, wide, num_warps=8, float32=True)
     for cap in (False, True):
         name = "target_logit_cap" if cap else "target_logit"
@@ -85,8 +85,10 @@ def builds(arch: int) -> Iterator[Build]:
         yield Build(name, getattr(triton_passes, f"{name}_kernel"), {"BLOCK": 1024})
     for name in ("settle", "unit_dx"):
         yield Build(f"{name}_f32", getattr(triton_passes, f"{name}_kernel"), {"BLOCK": 1024}, float32=True)
+    yield Build("push_dw", triton_passes.push_dw_kernel, triton_passes.PUSH_BLOCKS)
+    yield Build("push_dw_f32", triton_passes.push_dw_kernel, triton_passes.PUSH_BLOCKS, float32=True)
     for suffix, dtype in (("", torch.bfloat16), ("_f32", torch.float32)):
-        for name in ("live_dx", "live_dw"):
+        for name in ("live_pull", "live_dw"):
             shape = live_config(dtype, cuda=True)
             warps, stages = shape.pop("num_warps"), shape.pop("num_stages")
             kernel = getattr(triton_live, f"{name}_kernel")

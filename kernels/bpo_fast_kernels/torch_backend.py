@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from bpo_fast_kernels.inverse import cuts, draw
-from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums
+from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums, row_factors
 
 TILE_ROWS = 4096
 TILE_COLS = 4096
@@ -44,6 +44,11 @@ def add_mm_f32(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.T
     if a.is_cuda and a.dtype != torch.float32:
         return torch.addmm(total, a, b, out_dtype=torch.float32)
     return total.addmm_(a.float(), b.float())
+
+
+def scale_rows(hidden: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """factor[t] * hidden[t], rounded once; one launch."""
+    return torch.mul(hidden.detach(), factor[:, None], out=hidden.new_empty(hidden.shape, dtype=dtype))
 
 
 def live_rows(coefs: torch.Tensor) -> torch.Tensor | None:
@@ -100,6 +105,12 @@ def columns(vocab: int) -> Iterator[slice]:
         yield slice(start, min(start + TILE_COLS, vocab))
 
 
+def add_dw_(dw: torch.Tensor, e: torch.Tensor, scaled: torch.Tensor) -> None:
+    """dW += E.T @ scaled."""
+    for cols in columns(len(dw)):
+        dw[cols] += mm_f32(e[:, cols].T, scaled)
+
+
 def blocks(num_rows: int) -> Iterator[slice]:
     """Row blocks; an empty batch has one empty block."""
     for start in range(0, max(num_rows, 1), TILE_ROWS):
@@ -143,9 +154,9 @@ class TorchBackend:
         return z if z.dtype == dtype else torch.empty_like(z, dtype=dtype)
 
     def exp_tile_(
-        self, z: torch.Tensor, e: torch.Tensor, sweep: Sweep, first: int, head: Head, fill: torch.Tensor | None = None
+        self, z: torch.Tensor, e: torch.Tensor, sweep: Sweep, first: int, head: Head, gain: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Turn raw products `z` of the tile at `first` into E in `e`; the target's entry is `fill` [R], or 0.
+        """Turn raw products `z` of the tile at `first` into E in `e`, 0 at the target; `gain` [R] multiplies its rows.
 
         Adds the row sums and raises the shift where exp would overflow; returns the factor [R] by which everything
         summed before must shrink.
@@ -160,7 +171,7 @@ class TorchBackend:
         sweep.miss_sum = sweep.miss_sum * factor + exps.sum(1)
         sweep.shift = shift
         exps = exps if slope is None else exps * slope
-        e.copy_(exps if fill is None else torch.where(is_target, fill[:, None], exps))
+        e.copy_(exps if gain is None else exps * gain[:, None])
         return factor
 
     def shrink_(self, sums: torch.Tensor, factor: torch.Tensor) -> None:
@@ -218,24 +229,27 @@ class TorchBackend:
                 pull = add_mm_f32(pull, e, w.to(e.dtype))
         stats = self.finish(sweep)
         if kept is not None:
-            self.settle_(kept, shifts, sweep)
+            self.settle_(kept, shifts, sweep.shift)
         return stats, None if pull is None else self.unit_dx(rows, stats, pull)
 
-    def settle_(self, kept: torch.Tensor, shifts: list[torch.Tensor], sweep: Sweep) -> None:
-        """Bring kept tiles to the last shift and set the targets' entries."""
+    def settle_(self, kept: torch.Tensor, shifts: list[torch.Tensor], last: torch.Tensor) -> None:
+        """Bring kept tiles to the last shift."""
         for shift, cols in zip(shifts, columns(kept.shape[1]), strict=True):
-            self.shrink_(kept[:, cols], (shift - sweep.shift).exp())
-        kept.scatter_(1, sweep.targets[:, None], -(sweep.miss_sum * sweep.target_slope)[:, None].to(kept.dtype))
+            self.shrink_(kept[:, cols], (shift - last).exp())
 
     def kept_dx(self, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> torch.Tensor:
         """2THV."""
-        head = rows.head
-        row = (-head.scale * coefs * scored.stats.inv_sum)[:, None]
-        weight, live = head.weight.to(scored.e.dtype), live_rows(coefs) if zeros else None
+        stats, weight = scored.stats, rows.head.weight.to(scored.e.dtype)
+        pull = self.live_pull(scored.e, weight, coefs) if zeros else mm_f32(scored.e, weight)
+        return self.unit_dx(rows, replace(stats, inv_sum=stats.inv_sum * coefs, push=stats.push * coefs), pull)
+
+    def live_pull(self, e: torch.Tensor, weight: torch.Tensor, coefs: torch.Tensor) -> torch.Tensor:
+        """E @ W of the rows with a coefficient, zero elsewhere."""
+        live = live_rows(coefs)
         if live is None:
-            return mm_f32(scored.e, weight) * row
-        dx = torch.zeros(len(coefs), weight.shape[1], device=coefs.device)
-        return dx.index_copy_(0, live, mm_f32(scored.e[live], weight) * row[live])
+            return mm_f32(e, weight)
+        pull = torch.zeros(len(coefs), weight.shape[1], device=coefs.device)
+        return pull.index_copy_(0, live, mm_f32(e[live], weight))
 
     def draw(
         self, hidden: torch.Tensor, head: Head, uniforms: torch.Tensor | None
@@ -259,32 +273,45 @@ class TorchBackend:
 
     def kept_dw_(self, sums: WeightSums, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
         """2THV."""
-        factor = (-rows.head.scale * coefs * scored.stats.inv_sum)[:, None]
-        scaled, e, live = (
-            (rows.hidden.float() * factor).to(scored.e.dtype),
-            scored.e,
-            live_rows(coefs) if zeros else None,
-        )
-        if live is not None:
-            scaled, e = scaled[live], e[live]
-        for cols in columns(len(rows.head.weight)):
-            sums.total[cols] += mm_f32(e[:, cols].T, scaled)
+        factor, push = row_factors(scored.stats, coefs, rows.head)
+        scaled = scale_rows(rows.hidden, factor, scored.e.dtype)
+        if zeros:
+            self.live_dw_(sums.total, scored.e, scaled, coefs)
+        else:
+            add_dw_(sums.total, scored.e, scaled)
+        self.push_dw_(sums.total, rows, push)
+
+    def live_dw_(self, dw: torch.Tensor, e: torch.Tensor, scaled: torch.Tensor, coefs: torch.Tensor) -> None:
+        """dW += E.T @ scaled over the rows with a coefficient."""
+        live = live_rows(coefs)
+        add_dw_(dw, *((e, scaled) if live is None else (e[live], scaled[live])))
+
+    def push_dw_(self, dw: torch.Tensor, rows: Rows, push: torch.Tensor) -> None:
+        """The targets' part of dW, in a fixed order: dW[y] += push_t * hidden_t over the rows whose target is y."""
+        pushes = rows.hidden.detach() * push[:, None]
+        if dw.is_cuda:
+            dw.index_put_((rows.targets,), pushes, accumulate=True)  # sorts; index_add_ is atomic there
+        else:
+            dw.index_add_(0, rows.targets, pushes)
 
     def recompute_dw_(self, sums: WeightSums, stats: RowStats, coefs: torch.Tensor, rows: Rows) -> None:
-        """4THV: logits again by tile, E from the shift that the forward pass settled on."""
+        """4THV: logits again by tile, E from the shift that the forward pass settled on.
+
+        The coefficients are known here: they multiply E before it is rounded.
+        """
         head = rows.head
+        factor, push = row_factors(stats, coefs, head)
         for block in blocks(len(rows.hidden)):
             part = Rows(rows.hidden[block], rows.targets[block], head)
             x, sweep = part.hidden, self.start(part)
             sweep.shift = stats.shift[block].clone()
-            scaled = x.float() * (-head.scale * coefs[block] * stats.inv_sum[block])[:, None]
-            scaled = scaled.to(self.work_dtype(x))
-            fill = -stats.push[block] / stats.inv_sum[block]
+            right = x.to(self.work_dtype(x))
             for cols in columns(len(head.weight)):
                 z = mm_f32(x, head.weight[cols].T)
-                e = self.room_for_e(z, scaled.dtype)
-                self.exp_tile_(z, e, sweep, cols.start, head, fill)
-                sums.total[cols] += mm_f32(e.T, scaled)
+                e = self.room_for_e(z, right.dtype)
+                self.exp_tile_(z, e, sweep, cols.start, head, factor[block])
+                sums.total[cols] += mm_f32(e.T, right)
+            self.push_dw_(sums.total, part, push[block])
 
     def kept_bytes(self, num_rows: int, head: Head) -> int:
         """E in its working type."""

@@ -15,12 +15,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums
 from bpo_fast_kernels.torch_backend import SHIFT_SLACK, TILE_COLS, Sweep, TorchBackend
 from bpo_fast_kernels.triton_config import INTERPRETED, GemmConfig, gemm_config, with_tile
-from bpo_fast_kernels.triton_gemm import exp_gemm_kernel, raise_shift_kernel, row_sums_kernel, set_targets_kernel
-from bpo_fast_kernels.triton_live import live_dw_, live_dx
+from bpo_fast_kernels.triton_gemm import exp_gemm_kernel, raise_shift_kernel, row_sums_kernel
+from bpo_fast_kernels.triton_live import live_dw_, live_pull
 from bpo_fast_kernels.triton_pair import pair_slopes_triton
 from bpo_fast_kernels.triton_passes import (
+    PUSH_BLOCKS,
     exp_tile_kernel,
     finish_kernel,
+    push_dw_kernel,
     sequence_sum_kernel,
     settle_kernel,
     shrink_kernel,
@@ -29,8 +31,9 @@ from bpo_fast_kernels.triton_passes import (
 )
 
 BLOCK = 1024
-# Row sums past this send a row block to the second attempt: E stays within bfloat16 and E @ W within float32.
-OVERFLOW = 1e30
+# Row sums past this send a row block to the second attempt: E stays within bfloat16 and E @ W within float32. Below
+# e^SHIFT_SLACK, or the tile pass of "recompute" would move the shift of a row that was settled here.
+OVERFLOW = 1e26
 
 
 class TritonBackend(TorchBackend):
@@ -65,7 +68,7 @@ class TritonBackend(TorchBackend):
         return z.view(dtype)[:, : z.shape[1]]
 
     def exp_tile_(
-        self, z: torch.Tensor, e: torch.Tensor, sweep: Sweep, first: int, head: Head, fill: torch.Tensor | None = None
+        self, z: torch.Tensor, e: torch.Tensor, sweep: Sweep, first: int, head: Head, gain: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One program a row."""
         num_rows, width = z.shape
@@ -79,7 +82,7 @@ class TritonBackend(TorchBackend):
                 new_shift,
                 sweep.miss_sum,
                 factor,
-                sweep.shift if fill is None else fill,
+                sweep.shift if gain is None else gain,
                 first,
                 width,
                 z.stride(0),
@@ -88,7 +91,7 @@ class TritonBackend(TorchBackend):
                 head.softcap or 0.0,
                 SHIFT_SLACK,
                 HAS_CAP=head.softcap is not None,
-                HAS_FILL=fill is not None,
+                HAS_GAIN=gain is not None,
                 COLS=min(TILE_COLS, triton.next_power_of_2(width)),
                 num_warps=8,
             )
@@ -100,11 +103,11 @@ class TritonBackend(TorchBackend):
         if len(sums):
             shrink_kernel[(len(sums),)](sums, factor, sums.shape[1], sums.stride(0), BLOCK=BLOCK)
 
-    def settle_(self, kept: torch.Tensor, shifts: list[torch.Tensor], sweep: Sweep) -> None:
+    def settle_(self, kept: torch.Tensor, shifts: list[torch.Tensor], last: torch.Tensor) -> None:
         """One program a row, which leaves after a few loads unless a shift moved."""
-        if len(kept):
-            args = (kept, torch.stack(shifts), sweep.shift, sweep.targets, sweep.miss_sum, sweep.target_slope)
-            settle_kernel[(len(kept),)](*args, len(kept), len(shifts), TILE_COLS, kept.stride(0), BLOCK=BLOCK)
+        if len(kept) and len(shifts) > 1:
+            args = (kept, torch.stack(shifts), last, len(kept), len(shifts), TILE_COLS, kept.stride(0))
+            settle_kernel[(len(kept),)](*args, BLOCK=BLOCK)
 
     def finish(self, sweep: Sweep) -> RowStats:
         """One launch for the four statistics."""
@@ -125,20 +128,21 @@ class TritonBackend(TorchBackend):
             unit_dx_kernel[(len(dx),)](*args, *strides, rows.head.scale, BLOCK=BLOCK)
         return dx
 
-    def kept_dx(self, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> torch.Tensor:
-        """2THV: a library GEMM, or with `zeros` one over the live rows only."""
-        if not zeros:
-            return super().kept_dx(scored, coefs, rows, zeros=False)
-        factor = coefs * scored.stats.inv_sum * -rows.head.scale
-        return live_dx(scored.e, contiguous_rows(rows.head.weight), factor, coefs)
+    def live_pull(self, e: torch.Tensor, weight: torch.Tensor, coefs: torch.Tensor) -> torch.Tensor:
+        """A GEMM over the live rows, which only the device counts."""
+        return live_pull(e, contiguous_rows(weight), coefs)
 
-    def kept_dw_(self, sums: WeightSums, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> None:
-        """2THV: library GEMMs, or with `zeros` one over the live rows only."""
-        if not zeros:
-            super().kept_dw_(sums, scored, coefs, rows, zeros=False)
-            return
-        factor = (coefs * scored.stats.inv_sum * -rows.head.scale)[:, None]
-        live_dw_(sums.total, scored.e, (rows.hidden.float() * factor).to(scored.e.dtype), coefs)
+    def live_dw_(self, dw: torch.Tensor, e: torch.Tensor, scaled: torch.Tensor, coefs: torch.Tensor) -> None:
+        """The same."""
+        live_dw_(dw, e, scaled, coefs)
+
+    def push_dw_(self, dw: torch.Tensor, rows: Rows, push: torch.Tensor) -> None:
+        """One launch after a sort."""
+        if len(push):
+            hidden, (ids, order) = contiguous_rows(rows.hidden), rows.targets.sort(stable=True)
+            grid = (len(push), triton.cdiv(dw.shape[1], PUSH_BLOCKS["BLOCK"]))
+            args = (hidden, push, ids, order, dw, *hidden.shape, hidden.stride(0), dw.stride(0))
+            push_dw_kernel[grid](*args, **PUSH_BLOCKS)
 
     def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """One program a sequence."""
@@ -208,8 +212,6 @@ class TritonGemmBackend(TritonBackend):
             e = torch.empty(num_rows, vocab, dtype=self.work_dtype(rows.hidden), device=rows.hidden.device)
         self.sweep(slots, rows, behavior, e, config)
         stats = self.finish(Sweep(slots.targets, slots.logits, slots.slopes, slots.shift, slots.sums))
-        if e is not None:
-            set_targets_kernel[(num_rows,)](e, slots.targets, slots.sums, slots.slopes, e.stride(0))
         first = slots.first_behavior
         cut = RowStats(*(value[:num_rows] for value in vars(stats).values()))
         return Scored(cut, None, e, None if behavior is None else stats.token_logps[first : first + num_rows])

@@ -129,11 +129,3 @@ def raise_shift_kernel(partial, sums, logits, shift, flags, num_tiles, stride_pa
         at += stride_partial
     bad = (tl.load(sums + slots) <= limit) == 0
     tl.store(shift + slots, tl.where(bad, top, tl.load(shift + slots)))
-
-
-@triton.jit
-def set_targets_kernel(e, targets, miss_sum, slopes, stride_e):
-    """The target's entry of a kept row becomes -S' times the cap's slope."""
-    row = tl.program_id(0).to(tl.int64)
-    entry = -tl.load(miss_sum + row) * tl.load(slopes + row)
-    tl.store(e + row * stride_e + tl.load(targets + row), entry.to(e.dtype.element_ty))

@@ -13,23 +13,22 @@ import triton.language as tl
 
 
 @triton.jit
-def live_dx_kernel(
+def live_pull_kernel(
     e,
     w,
-    factor,
     order,
     num_live,
-    dx,
+    pull,
     vocab,
     width,
     stride_e,
     stride_w,
-    stride_dx,
+    stride_pull,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dx[r] = factor[r] * e[r] @ w of a block of live rows; dx starts as zeros."""
+    """pull[r] = e[r] @ w of a block of live rows; pull starts as zeros."""
     col_blocks = tl.cdiv(width, BLOCK_N)
     first = (tl.program_id(0) // col_blocks) * BLOCK_M
     live = tl.load(num_live)
@@ -48,9 +47,8 @@ def live_dx_kernel(
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
         e_at += BLOCK_K
         w_at += BLOCK_K * stride_w
-    out = acc * tl.load(factor + rows)[:, None]
     mask = (slots < live)[:, None] & (cols < width)[None, :]
-    tl.store(dx + rows[:, None] * stride_dx + cols[None, :], out, mask=mask)
+    tl.store(pull + rows[:, None] * stride_pull + cols[None, :], acc, mask=mask)
 
 
 @triton.jit
@@ -103,15 +101,15 @@ def live_order(coefs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.argsort(dead.to(torch.int8), stable=True), (~dead).sum().to(torch.int32)
 
 
-def live_dx(e: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor, coefs: torch.Tensor) -> torch.Tensor:
-    """factor * (e @ weight) of the live rows, zero elsewhere; [T, H] float32."""
+def live_pull(e: torch.Tensor, weight: torch.Tensor, coefs: torch.Tensor) -> torch.Tensor:
+    """e @ weight of the live rows, zero elsewhere; [T, H] float32."""
     order, num_live = live_order(coefs)
-    dx, config = torch.zeros(len(e), weight.shape[1], device=e.device), live_config(e.dtype, cuda=e.is_cuda)
-    if dx.numel():
-        grid = (triton.cdiv(len(e), config["BLOCK_M"]) * triton.cdiv(dx.shape[1], config["BLOCK_N"]),)
-        args = (e, weight, factor, order, num_live, dx, *weight.shape, e.stride(0), weight.stride(0), dx.stride(0))
-        live_dx_kernel[grid](*args, **config)
-    return dx
+    pull, config = torch.zeros(len(e), weight.shape[1], device=e.device), live_config(e.dtype, cuda=e.is_cuda)
+    if pull.numel():
+        grid = (triton.cdiv(len(e), config["BLOCK_M"]) * triton.cdiv(pull.shape[1], config["BLOCK_N"]),)
+        args = (e, weight, order, num_live, pull, *weight.shape, e.stride(0), weight.stride(0), pull.stride(0))
+        live_pull_kernel[grid](*args, **config)
+    return pull
 
 
 def live_dw_(dw: torch.Tensor, e: torch.Tensor, scaled: torch.Tensor, coefs: torch.Tensor) -> None:

@@ -9,6 +9,9 @@ Legend: R rows of a block, C columns of a vocabulary tile, H hidden size. See ro
 import triton
 import triton.language as tl
 
+# Tile of push_dw_kernel: most targets have fewer rows than 8.
+PUSH_BLOCKS = {"BLOCK_ROWS": 8, "BLOCK": 512}
+
 
 @triton.jit
 def _cap(z, scale, softcap, HAS_CAP: tl.constexpr):
@@ -61,7 +64,7 @@ def exp_tile_kernel(
     new_shift,
     miss_sum,
     factor,
-    fill,
+    gain,
     first,
     width,
     stride_z,
@@ -70,7 +73,7 @@ def exp_tile_kernel(
     softcap,
     slack,
     HAS_CAP: tl.constexpr,
-    HAS_FILL: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """A row of raw products -> E, the row's sum, and a higher shift where a logit passes the old one by `slack`.
@@ -94,8 +97,8 @@ def exp_tile_kernel(
     tl.store(new_shift + row, new)
     tl.store(factor + row, shrink)
     out = exps * slope
-    if HAS_FILL:
-        out = tl.where(is_target, tl.load(fill + row), out)
+    if HAS_GAIN:
+        out = out * tl.load(gain + row)
     tl.debug_barrier()
     tl.store(e + row * stride_e + cols, out.to(e.dtype.element_ty), mask=mask)
 
@@ -114,10 +117,8 @@ def shrink_kernel(sums, factor, width, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def settle_kernel(
-    e, shifts, last_shift, targets, miss_sum, slopes, num_rows, num_tiles, tile_cols, stride_e, BLOCK: tl.constexpr
-):
-    """Bring the tiles of a kept row to the last shift, then set the target's entry to -S' times the cap's slope."""
+def settle_kernel(e, shifts, last_shift, num_rows, num_tiles, tile_cols, stride_e, BLOCK: tl.constexpr):
+    """Bring the tiles of a kept row to the last shift."""
     row = tl.program_id(0).to(tl.int64)
     last = tl.load(last_shift + row)
     at = shifts + row
@@ -133,9 +134,6 @@ def settle_kernel(
                 tl.store(e + row * stride_e + cols, value.to(e.dtype.element_ty), mask=mask)
         at += num_rows
         first += tile_cols
-    tl.debug_barrier()
-    entry = -tl.load(miss_sum + row) * tl.load(slopes + row)
-    tl.store(e + row * stride_e + tl.load(targets + row), entry.to(e.dtype.element_ty))
 
 
 @triton.jit
@@ -168,6 +166,44 @@ def unit_dx_kernel(
         own = tl.load(w + target * stride_w + cols, mask=mask, other=0.0).to(tl.float32)
         away = tl.load(pull + row * stride_pull + cols, mask=mask, other=0.0)
         tl.store(dx + row * stride_dx + cols, toward * own - inv * away, mask=mask)
+
+
+@triton.jit
+def push_dw_kernel(
+    x,
+    push,
+    ids,
+    order,
+    dw,
+    num_rows,
+    width,
+    stride_x,
+    stride_dw,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dw[y] += the sum of push[r] * x[r] over the rows r whose target is y.
+
+    They are neighbors in `order`, which lists rows by target, and `ids` has the targets in that order. The program at
+    the first of them adds all: one writer a number, one order.
+    """
+    at = tl.program_id(0).to(tl.int64)
+    target = tl.load(ids + at)
+    if tl.load(ids + at - 1, mask=at > 0, other=-1) != target:
+        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        acc = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
+        found = BLOCK_ROWS
+        while found == BLOCK_ROWS:
+            places = at + tl.arange(0, BLOCK_ROWS)
+            mine = tl.load(ids + places, mask=places < num_rows, other=-1) == target
+            rows = tl.load(order + places, mask=mine, other=0)
+            mask = mine[:, None] & (cols < width)[None, :]
+            value = tl.load(x + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            acc += value * tl.load(push + rows, mask=mine, other=0.0)[:, None]
+            found = tl.sum(mine.to(tl.int32), axis=0)
+            at += BLOCK_ROWS
+        to = dw + target * stride_dw + cols
+        tl.store(to, tl.load(to, mask=cols < width, other=0.0) + tl.sum(acc, axis=0), mask=cols < width)
 
 
 @triton.jit

@@ -66,20 +66,23 @@ def test_promise_against_float64(backend, dtype, shape, mode, options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("depth", [80.0, 95.0, 400.0])
-def test_targets_past_the_overflow_limit(backend, depth):
+@pytest.mark.parametrize("depth", [62.0, 80.0, 95.0, 400.0])
+@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
+def test_targets_past_the_overflow_limit(backend, depth, mode):
     x, w, y = inputs(300, 256, 5000)
     toward = w[y[::7]].double()
     x[::7] = (-depth * toward / toward.square().sum(1, keepdim=True)).to(x.dtype)
     x.requires_grad_()
-    logps = linear_token_logps(x, w, y, backend=backend)
+    w.requires_grad_(mode != "fused")
+    logps = linear_token_logps(x, w, y, mode=mode, backend=backend)
     logps.sum().backward()
-    x64 = x.detach().double().requires_grad_()
-    want = linear_token_logps_reference(x64, w.double(), y)
+    x64, w64 = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    want = linear_token_logps_reference(x64, w64, y)
     want.sum().backward()
     assert want.min() < -depth
     assert float((logps - want).abs().max()) < 1e-4
     assert relative(x.grad, x64.grad) < 4e-3
+    assert mode == "fused" or relative(w.grad, w64.grad) < 4e-3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,13 +7,16 @@ from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
 from bpo_fast_kernels.pair_loss import pair_loss_reference
 from bpo_fast_kernels.rows import Head, Rows, WeightSums
-from cases import adversarial_cases, answer, offsets, random_case, relative
+from cases import adversarial_cases, answer, keep_e_as_on_a_gpu, offsets, random_case, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 PLANS = ("triton", "triton-gemm")
 REF = torch.tensor([-9.0, 3.0, -5.0, 2.0])
 # Plan A's tile in the interpreter is 16 x 32 x 16.
 SHAPES = [(1, 1, 2), (16, 16, 32), (17, 33, 31), (35, 24, 97)]
+
+# Draws for which three roundings of what the targets' rows of dW get were off by 0.0042 to 0.005.
+BAD_LUCK = {"p_y_e-80": 25, "past_overflow_e-95": 19, "past_overflow_e-400": 5, "p_y_near_1": 7}
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +26,27 @@ def small_tiles(monkeypatch):
 
     monkeypatch.setattr(torch_backend, "TILE_COLS", 64)
     monkeypatch.setattr(triton_backend, "TILE_COLS", 64)
+
+
+@pytest.fixture
+def gpu_types(monkeypatch):
+    """bfloat16 as a GPU has it. The interpreter truncates in casts and multiplies bit patterns."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def to_nearest(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        return torch.tensor(data).bfloat16().view(torch.int16).numpy().view("uint16")
+
+    def dot_f32(self, a, b, *args):
+        return dot(self, *(self.create_fp_ext(one, tl.float32) for one in (a, b)), *args)
+
+    monkeypatch.setattr(interpreter, "_convert_float", to_nearest)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_f32)
+    keep_e_as_on_a_gpu(monkeypatch)
 
 
 def run(case, backend, mode, frozen, **options):
@@ -49,7 +73,7 @@ def test_log_probs_and_gradients_match_float64(backend, shape, mode):
 
 @pytest.mark.parametrize("backend", PLANS)
 @pytest.mark.parametrize("name", adversarial_cases())
-@pytest.mark.parametrize("mode", ["fused", "store"])
+@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
 def test_rows_at_the_limits(backend, name, mode):
     case = adversarial_cases()[name]
     logps, dx, dw, coefs = run(case, backend, mode, mode == "fused")
@@ -57,6 +81,45 @@ def test_rows_at_the_limits(backend, name, mode):
     assert float((logps - want.logps).abs().max()) < 1e-4
     assert relative(dx, want.dx) < 1e-5
     assert dw is None or relative(dw, want.dw) < 1e-5
+
+
+@pytest.mark.parametrize("backend", PLANS)
+@pytest.mark.parametrize(("name", "seed"), BAD_LUCK.items())
+@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
+def test_promise_at_the_limits_with_e_as_on_a_gpu(backend, name, seed, mode, gpu_types):
+    torch.manual_seed(seed)
+    case = adversarial_cases(torch.bfloat16)[name]
+    logps, dx, dw, coefs = run(case, backend, mode, mode == "fused")
+    want = answer(case, coefs)
+    assert float((logps - want.logps).abs().max()) < 1e-4
+    assert relative(dx, want.dx) < 4e-3
+    assert dw is None or relative(dw, want.dw) < 4e-3
+
+
+@pytest.mark.parametrize("backend", PLANS)
+def test_dw_of_live_rows_with_e_as_on_a_gpu(backend, gpu_types):
+    engine = pick_backend(backend, torch.device("cpu"))
+    torch.manual_seed(BAD_LUCK["p_y_e-80"])
+    case, coefs = adversarial_cases(torch.bfloat16)["p_y_e-80"], torch.randn(40)
+    coefs[1::3] = 0
+    rows, want = Rows(case.hidden, case.targets, Head(case.weight)), answer(case, coefs)
+    scored = engine.score(rows, dx=False, keep=True)
+    assert scored.e.dtype == torch.bfloat16
+    sums = engine.dw_sums(case.weight, 1)
+    engine.kept_dw_(sums, scored, coefs, rows, zeros=True)
+    assert relative(engine.kept_dx(scored, coefs, rows, zeros=True).bfloat16(), want.dx) < 4e-3
+    assert relative(sums.result().bfloat16(), want.dw) < 4e-3
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 17])
+@pytest.mark.parametrize("vocab", [1, 3, 50])
+def test_rows_of_a_target_add_up_to_its_row_of_dw(num_rows, vocab):
+    wide, weight = torch.randn(num_rows, 700), torch.zeros(vocab, 600)
+    rows = Rows(wide[:, 100:], torch.randint(vocab, (num_rows,)), Head(weight))
+    push, dw = torch.randn(num_rows), torch.randn(vocab, 600)
+    want = dw.double().index_add_(0, rows.targets, rows.hidden.double() * push[:, None])
+    pick_backend("triton", torch.device("cpu")).push_dw_(dw, rows, push)
+    assert relative(dw, want) < 1e-6
 
 
 @pytest.mark.parametrize("backend", PLANS)

@@ -4,7 +4,7 @@ from bpo_fast_kernels import linear_logps, linear_token_logps
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_logps import linear_logps_reference, linear_token_logps_reference
 from bpo_fast_kernels.rows import Head, Rows
-from cases import adversarial_cases, answer, offsets, peaked_case, random_case, relative
+from cases import adversarial_cases, answer, keep_e_as_on_a_gpu, offsets, peaked_case, random_case, relative
 
 BACKENDS = ("torch", "native")
 # 32 is the panel of the native kernels with AVX-512; 14 and 56 and 112 are their vocabulary steps.
@@ -49,6 +49,13 @@ def test_rows_at_the_limits(backend, name, mode, dtype):
         limit = 1e-5 if dtype == torch.float32 else 4e-3
         assert relative(dx, want.dx) < limit
         assert dw is None or relative(dw, want.dw) < limit
+
+
+@pytest.mark.parametrize("name", adversarial_cases())
+@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
+def test_rows_at_the_limits_with_e_as_on_a_gpu(name, mode, monkeypatch):
+    keep_e_as_on_a_gpu(monkeypatch)
+    test_rows_at_the_limits("torch", name, mode, torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,7 @@ from bpo_fast_kernels import LowRank, linear_logps, linear_pair_loss
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference, pair_chunks
 from bpo_fast_kernels.rows import Head, Rows
-from cases import Case, adversarial_cases, answer, offsets, peaked_case, random_case, relative
+from cases import Case, adversarial_cases, answer, keep_e_as_on_a_gpu, offsets, peaked_case, random_case, relative
 
 BACKENDS = ("torch", "native")
 LENGTHS = [5, 0, 70, 1, 9, 33, 3, 1]  # pairs of 14, 33, 73 and 2 rows
@@ -77,6 +77,35 @@ def test_rows_at_the_limits(backend, name, frozen, dtype):
     limit = 1e-4 if dtype == torch.float32 else 4e-3
     assert relative(hidden.grad, want[3]) < limit
     assert frozen or relative(weight.grad, want[4]) < limit
+
+
+@pytest.mark.parametrize("name", adversarial_cases())
+@pytest.mark.parametrize("loss", ["dpo", "slic"])
+@pytest.mark.parametrize("budget", [None, 1], ids=["one_chunk", "a_pair_a_chunk"])
+def test_rows_at_the_limits_with_e_as_on_a_gpu(name, loss, budget, monkeypatch):
+    keep_e_as_on_a_gpu(monkeypatch)
+    for seed in range(24):
+        torch.manual_seed(seed)
+        case, cu_seqlens = adversarial_cases(torch.bfloat16)[name], offsets([4, 9, 3, 7, 10, 5, 1, 1])
+        ref, options = near_ref(case, cu_seqlens), {"loss": loss, "beta": 0.01}
+        want = reference(case, cu_seqlens, ref, **options)
+        got = step(case, cu_seqlens, ref, False, budget_bytes=budget, backend="torch", **options)
+        assert relative(got[1], want[3]) < 4e-3
+        assert relative(got[2], want[4]) < 4e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [0.7123, 3.0])
+def test_a_factor_of_the_loss_is_not_rounded_to_bfloat16(backend, scale):
+    case, cu_seqlens = random_case(122, 24, 203, spread=2.0, dtype=torch.bfloat16), offsets(LENGTHS)
+    grads = []
+    for factor in (1.0, scale):
+        leaves = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        scalar, _ = linear_pair_loss(*leaves, case.targets, cu_seqlens, torch.zeros(8), backend=backend)
+        (factor * scalar).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for plain, scaled in zip(*grads, strict=True):
+        assert torch.equal(scaled, (plain.float() * scale).bfloat16())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
