@@ -1,11 +1,12 @@
 """`--dry-run`: everything is loaded and steps of the longest lengths are tried; nothing is written."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from bpo_fast import machine
 from bpo_fast.config import Config
-from bpo_fast.gradients import TokenBudget, step_gradients
+from bpo_fast.gradients import TokenBudget, microbatch_tokens, step_gradients
 from bpo_fast.memory import GIB, Ledger, longest_pair_tokens, longest_pairs, make_ledger
 from bpo_fast.progress import Progress
 from bpo_fast.setup import Parts, build
@@ -42,7 +43,9 @@ def _try_steps(parts: Parts, ledger: Ledger) -> dict[str, Any]:
     config = parts.config
     pairs = longest_pairs(config, parts.policy, config.method.batch_pairs or 1)
     longest = longest_pair_tokens(config, parts.policy)
-    budget = TokenBudget(config.optim.microbatch_tokens, longest=longest)
+    tokens = microbatch_tokens(config.optim, parts.policy.device, longest)
+    config = replace(config, optim=replace(config.optim, microbatch_tokens=tokens))
+    budget = TokenBudget(tokens, longest=longest)
     start_bytes, start = machine.reset_peak(), 0.0
     for step in range(2):
         start = time.perf_counter()

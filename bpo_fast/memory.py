@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine
 from bpo_fast.engine.decode import cache_bytes, rows_together
-from bpo_fast.gradients import microbatches
+from bpo_fast.gradients import microbatch_tokens, microbatches
 from bpo_fast.optim import Optimizer
 from bpo_fast.packing import pair_tokens
 from bpo_fast.policy import Policy
@@ -107,7 +107,8 @@ def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, engine: En
         engine: the sampler, for its KV cache.
     """
     step_pairs = longest_pairs(config, policy, config.method.batch_pairs or 1)
-    batches = microbatches(step_pairs, policy, config.optim.microbatch_tokens)
+    tokens = microbatch_tokens(config.optim, policy.device, longest_pair_tokens(config, policy))
+    batches = microbatches(step_pairs, policy, tokens)
     largest = max(len(b.pairs) for b in batches)
     few, more = (min(n, largest) for n in PROBES)
     low, high = (_activations(policy, step_pairs[:n]) for n in (few, more))

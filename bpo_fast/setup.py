@@ -76,7 +76,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
         raise ValueError("optim.offload = true: on a CPU the moments are in host memory already")
     check_sampler_reference(config, from_pairs)
     policy, engine = load_learner(config, device, max_length, progress.print)
-    config = _with_microbatch(config, policy)
+    _check_microbatch(config, policy)
     budget = config.method.pairs
     assert budget, "resolve() has set it"
     if from_pairs is None:
@@ -117,13 +117,12 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     )
 
 
-def _with_microbatch(config: Config, policy: Policy) -> Config:
-    """With the tokens of a micro-batch, which one pair of the longest lengths fits, for all members at once."""
+def _check_microbatch(config: Config, policy: Policy) -> None:
+    """One pair of the longest lengths, for all members at once, fits a micro-batch."""
     longest = longest_pair_tokens(config, policy)
     tokens = microbatch_tokens(config.optim, policy.device, longest)
     if longest > tokens:
         raise ValueError(f"optim.microbatch_tokens = {tokens}: one pair at the limits of length needs {longest}")
-    return replace(config, optim=replace(config.optim, microbatch_tokens=tokens))
 
 
 def load_learner(
