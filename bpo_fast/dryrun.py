@@ -6,8 +6,8 @@ from typing import Any
 
 from bpo_fast import machine
 from bpo_fast.config import Config
-from bpo_fast.gradients import TokenBudget, microbatch_tokens, step_gradients
-from bpo_fast.memory import GIB, Ledger, longest_pair_tokens, longest_pairs, make_ledger
+from bpo_fast.gradients import step_gradients
+from bpo_fast.memory import GIB, Ledger, longest_pair_tokens, longest_pairs, make_ledger, token_budget
 from bpo_fast.progress import Progress
 from bpo_fast.setup import Parts, build
 from bpo_fast.tasks import resolve
@@ -43,9 +43,8 @@ def _try_steps(parts: Parts, ledger: Ledger) -> dict[str, Any]:
     config = parts.config
     pairs = longest_pairs(config, parts.policy, config.method.batch_pairs or 1)
     longest = longest_pair_tokens(config, parts.policy)
-    tokens = microbatch_tokens(config.optim, parts.policy.device, longest)
-    config = replace(config, optim=replace(config.optim, microbatch_tokens=tokens))
-    budget = TokenBudget(tokens, longest=longest)
+    budget = token_budget(config, parts.policy)
+    config = replace(config, optim=replace(config.optim, microbatch_tokens=budget.tokens))
     start_bytes, start = machine.reset_peak(), 0.0
     for step in range(2):
         start = time.perf_counter()

@@ -10,9 +10,9 @@ from bpo_fast.collect import Collector, divergence, with_reference
 from bpo_fast.engine import SamplingParams
 from bpo_fast.evaluate import EvalRow, as_metrics, judge_greedy, summarise
 from bpo_fast.flops import StepFlop
-from bpo_fast.gradients import TokenBudget, microbatch_tokens, step_gradients
+from bpo_fast.gradients import step_gradients
 from bpo_fast.machine import peak_memory_gib, reset_peak
-from bpo_fast.memory import longest_pair_tokens, make_ledger
+from bpo_fast.memory import make_ledger, token_budget
 from bpo_fast.metrics import Metrics, read_metrics
 from bpo_fast.optim import learning_rate
 from bpo_fast.pairs import PairCounts, PhasePairs, read_pairs, write_pairs
@@ -37,9 +37,7 @@ class Loop:
     def __init__(self, parts: Parts, run: Run, progress: Progress):
         self._parts, self._run, self._progress = parts, run, progress
         self._config, self._policy = parts.config, parts.policy
-        longest = longest_pair_tokens(parts.config, parts.policy)
-        tokens = microbatch_tokens(parts.config.optim, parts.policy.device, longest)
-        self._budget = TokenBudget(tokens, longest=longest)
+        self._budget = token_budget(parts.config, parts.policy)
         self._flop = StepFlop.of(parts.policy)
         self.num_steps = 0
         self._phase = self._evaluated_step = -1

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine
 from bpo_fast.engine.decode import cache_bytes, rows_together
-from bpo_fast.gradients import microbatch_tokens, microbatches
+from bpo_fast.gradients import TokenBudget, microbatch_tokens, microbatches
 from bpo_fast.optim import Optimizer
 from bpo_fast.packing import pair_tokens
 from bpo_fast.policy import Policy
@@ -98,6 +98,19 @@ def longest_pair_tokens(config: Config, policy: Policy) -> int:
     return pair_tokens(pair, policy.shares_prompts) * policy.num_members
 
 
+def token_budget(config: Config, policy: Policy) -> TokenBudget:
+    """Tokens of a micro-batch of a run.
+
+    Raises:
+        ValueError: one pair at the limits, for all members at once, is over them.
+    """
+    longest = longest_pair_tokens(config, policy)
+    tokens = microbatch_tokens(config.optim, policy.device, longest)
+    if longest > tokens:
+        raise ValueError(f"optim.microbatch_tokens = {tokens}: one pair at the limits of length needs {longest}")
+    return TokenBudget(tokens, longest=longest)
+
+
 def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, engine: Engine) -> Ledger:
     """Counts and measures; leaves no gradient behind.
 
@@ -107,8 +120,7 @@ def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, engine: En
         engine: the sampler, for its KV cache.
     """
     step_pairs = longest_pairs(config, policy, config.method.batch_pairs or 1)
-    tokens = microbatch_tokens(config.optim, policy.device, longest_pair_tokens(config, policy))
-    batches = microbatches(step_pairs, policy, tokens)
+    batches = microbatches(step_pairs, policy, token_budget(config, policy).tokens)
     largest = max(len(b.pairs) for b in batches)
     few, more = (min(n, largest) for n in PROBES)
     low, high = (_activations(policy, step_pairs[:n]) for n in (few, more))

@@ -12,9 +12,8 @@ from bpo_fast.annotate import Checked, check_annotator, judge_name, load_annotat
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, versions
 from bpo_fast.engine.hf import HfEngine
-from bpo_fast.gradients import microbatch_tokens
 from bpo_fast.loading import pick_device
-from bpo_fast.memory import longest_pair_tokens
+from bpo_fast.memory import token_budget
 from bpo_fast.optim import Optimizer
 from bpo_fast.pairs import PairCounts, replay_pairs
 from bpo_fast.plan import Plan, make_plan
@@ -76,7 +75,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
         raise ValueError("optim.offload = true: on a CPU the moments are in host memory already")
     check_sampler_reference(config, from_pairs)
     policy, engine = load_learner(config, device, max_length, progress.print)
-    _check_microbatch(config, policy)
+    token_budget(config, policy)  # or a pair would not fit it
     budget = config.method.pairs
     assert budget, "resolve() has set it"
     if from_pairs is None:
@@ -115,14 +114,6 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
         replayed=replayed,
         not_replayed=not_replayed,
     )
-
-
-def _check_microbatch(config: Config, policy: Policy) -> None:
-    """One pair of the longest lengths, for all members at once, fits a micro-batch."""
-    longest = longest_pair_tokens(config, policy)
-    tokens = microbatch_tokens(config.optim, policy.device, longest)
-    if longest > tokens:
-        raise ValueError(f"optim.microbatch_tokens = {tokens}: one pair at the limits of length needs {longest}")
 
 
 def load_learner(

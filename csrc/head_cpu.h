@@ -96,15 +96,21 @@ float dot(const T* a, const T* b, int64_t n) {
   return static_cast<float>(sum);
 }
 
+// The logit of one vocabulary row for one row of hidden states.
+template <class H>
+float one_logit(const H& head, int64_t row, int64_t v) {
+  float z = dot(head.hidden + row * head.width, head.weight + v * head.width, head.width);
+  if (head.softcap > 0) z = head.softcap * std::tanh(z / head.softcap);
+  return z * head.scale;
+}
+
 template <class H>
 void start_panel(const H& head, int64_t panel, Panel& out) {
   for (int lane = 0; lane < kPanel; ++lane) {
     const int64_t row = panel * kPanel + lane;
     const bool live = row < head.num_rows;
     out.target[lane] = live ? static_cast<int32_t>(head.targets[row]) : -1;
-    float z = live ? dot(head.hidden + row * head.width, head.weight + head.targets[row] * head.width, head.width) : 0.0f;
-    if (head.softcap > 0) z = head.softcap * std::tanh(z / head.softcap);
-    out.target_logit[lane] = out.shift[lane] = z * head.scale;
+    out.target_logit[lane] = out.shift[lane] = live ? one_logit(head, row, head.targets[row]) : 0.0f;
     out.top[lane] = -std::numeric_limits<float>::infinity();
     out.sum[lane] = 0;
   }
@@ -294,16 +300,6 @@ void block_masses(const H& head, const typename H::Logits::Word* tokens, int64_t
         store(sums + b * lanes + lane + half, sum);
       }
     }
-  }
-}
-
-// Logits of `count` vocabulary rows from `first` on, for one row of hidden states.
-template <class H>
-void some_logits(const H& head, int64_t row, int64_t first, int64_t count, float* out) {
-  for (int64_t v = 0; v < count; ++v) {
-    float z = dot(head.hidden + row * head.width, head.weight + (first + v) * head.width, head.width);
-    if (head.softcap > 0) z = head.softcap * std::tanh(z / head.softcap);
-    out[v] = z * head.scale;
   }
 }
 

@@ -137,13 +137,14 @@ void block_logits(Tensor hidden, Tensor weight, double scale, double softcap, bo
       for (int64_t row = begin; row < end; ++row) {
         const int64_t first = ints(blocks)[row] * head.block(), count = std::min(head.block(), head.vocab - first);
         float* out = floats(logits) + row * head.block();
-        bpo::some_logits(head, row, first, count, out);
+        for (int64_t v = 0; v < count; ++v) out[v] = bpo::one_logit(head, row, first + v);
         std::fill(out + count, out + head.block(), -std::numeric_limits<float>::infinity());
       }
     });
   });
 }
 
+// All panels of tokens, packed.
 template <class H>
 bpo::Array<typename H::Logits::Word> packed_tokens(const H& head) {
   using Token = typename H::Logits::Word;
@@ -158,9 +159,12 @@ bpo::Array<typename H::Logits::Word> packed_tokens(const H& head) {
   return tokens;
 }
 
+// Tokens of a vocabulary block of block_masses and block_logits.
 int64_t mass_block(Tensor hidden, Tensor weight, bool narrow) {
   int64_t rows = 0;
-  dispatch(hidden, narrow, [&](auto type) { rows = make_head<typename decltype(type)::type>(hidden, weight, nullptr, 1.0, 0.0).block(); });
+  dispatch(hidden, narrow, [&](auto type) {
+    rows = make_head<typename decltype(type)::type>(hidden, weight, nullptr, 1.0, 0.0).block();
+  });
   return rows;
 }
 

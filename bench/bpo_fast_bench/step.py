@@ -102,6 +102,7 @@ def _ours(case: Case) -> Iterator[Any]:
     from bpo_fast.flops import StepFlop
     from bpo_fast.gradients import TokenBudget, microbatch_tokens, step_gradients
     from bpo_fast.optim import Optimizer
+    from bpo_fast.packing import pair_tokens
     from bpo_fast.pairs import PairCounts, PhasePairs
     from bpo_fast.policy import load_policy
     from bpo_fast.reference import Reference
@@ -123,7 +124,7 @@ def _ours(case: Case) -> Iterator[Any]:
     method = MethodConfig()
     reference = Reference(policy, method, form, max_length=length)
     pairs = _pairs(case, policy)
-    longest = 2 * length * policy.num_members  # where prompts are not shared
+    longest = max(pair_tokens(pair, policy.shares_prompts) for pair in pairs) * policy.num_members
     budget = TokenBudget(microbatch_tokens(config, policy.device, longest))
     flop = StepFlop.of(policy)
     yield Work(float(flop.count(pairs[:1])), flop.peak_tflops)

@@ -1,10 +1,10 @@
 """Next tokens straight from hidden states, by inverse transform."""
 
 import torch
-import torch.nn.functional as F
 
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import check_head, check_scaling, require
+from bpo_fast_kernels.linear_logps import logits_reference
 from bpo_fast_kernels.rows import Head
 
 
@@ -17,10 +17,8 @@ def linear_draw_reference(
     logit_softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The naive twin of `linear_draw`: all logits at once, in the type of its inputs."""
-    logits = F.linear(hidden, weight)
-    if logit_softcap is not None:
-        logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    logps = torch.log_softmax(logits / temperature, dim=-1)
+    logits = logits_reference(hidden, weight, temperature, logit_softcap)
+    logps = torch.log_softmax(logits, dim=-1)
     if uniforms is None:
         tokens = logits.argmax(-1)
     else:

@@ -17,6 +17,16 @@ from bpo_fast_kernels.rows import Backend, Head, Rows, Scored
 STORE_BYTES = 1_200_000_000
 
 
+def logits_reference(
+    hidden: torch.Tensor, weight: torch.Tensor, temperature: float, logit_softcap: float | None
+) -> torch.Tensor:
+    """[T, V] logits of the twins, over the temperature, in the type of the inputs."""
+    logits = F.linear(hidden, weight)
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    return logits / temperature
+
+
 def linear_token_logps_reference(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -26,10 +36,8 @@ def linear_token_logps_reference(
     logit_softcap: float | None = None,
 ) -> torch.Tensor:
     """The naive twin of `linear_token_logps`: all logits at once, in the type of its inputs."""
-    logits = F.linear(hidden, weight)
-    if logit_softcap is not None:
-        logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    return torch.log_softmax(logits / temperature, dim=-1).gather(1, targets[:, None]).squeeze(1)
+    logits = logits_reference(hidden, weight, temperature, logit_softcap)
+    return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).squeeze(1)
 
 
 def linear_logps_reference(

@@ -73,8 +73,8 @@ class NativeBackend:
         self, hidden: torch.Tensor, head: Head, uniforms: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Blocks first: a logit takes part in its block's largest one and mass, and is forgotten."""
-        hidden, weight, narrow = hidden.contiguous(), head.weight.contiguous(), self.narrow(hidden.dtype)
-        narrow = narrow and hidden.dtype == torch.bfloat16
+        hidden, weight = hidden.contiguous(), head.weight.contiguous()
+        narrow = self.pairs and hidden.dtype == torch.bfloat16
         size, scaling = self.ops.mass_block(hidden, weight, narrow), (head.scale, head.softcap or 0.0, narrow)
         shape = (-(-len(weight) // size), self._panels(len(hidden)) * self.lanes)
         tops, sums = torch.empty(shape), torch.empty(shape)

@@ -58,29 +58,28 @@ def run(case, backend, mode, frozen, **options):
     return logps.detach(), hidden.grad, weight.grad, coefs
 
 
+def assert_close(case, backend, mode, *, logp, gradient):
+    """Log-probs and gradients are within these limits of float64."""
+    logps, dx, dw, coefs = run(case, backend, mode, mode == "fused")
+    want = answer(case, coefs)
+    assert float((logps - want.logps).abs().max()) < logp
+    assert relative(dx, want.dx) < gradient
+    assert dw is None or relative(dw, want.dw) < gradient
+
+
 @pytest.mark.parametrize("backend", PLANS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
 def test_log_probs_and_gradients_match_float64(backend, shape, mode):
-    case = random_case(*shape, spread=3.0)
-    logps, dx, dw, coefs = run(case, backend, mode, mode == "fused")
-    want = answer(case, coefs)
-    assert float((logps - want.logps).abs().max()) < 1e-5
     # Plan A keeps E in the working type, which is float32 on the CPU.
-    assert relative(dx, want.dx) < 1e-5
-    assert dw is None or relative(dw, want.dw) < 1e-5
+    assert_close(random_case(*shape, spread=3.0), backend, mode, logp=1e-5, gradient=1e-5)
 
 
 @pytest.mark.parametrize("backend", PLANS)
 @pytest.mark.parametrize("name", adversarial_cases())
 @pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
 def test_rows_at_the_limits(backend, name, mode):
-    case = adversarial_cases()[name]
-    logps, dx, dw, coefs = run(case, backend, mode, mode == "fused")
-    want = answer(case, coefs)
-    assert float((logps - want.logps).abs().max()) < 1e-4
-    assert relative(dx, want.dx) < 1e-5
-    assert dw is None or relative(dw, want.dw) < 1e-5
+    assert_close(adversarial_cases()[name], backend, mode, logp=1e-4, gradient=1e-5)
 
 
 @pytest.mark.parametrize("backend", PLANS)
@@ -88,12 +87,7 @@ def test_rows_at_the_limits(backend, name, mode):
 @pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
 def test_promise_at_the_limits_with_e_as_on_a_gpu(backend, name, seed, mode, gpu_types):
     torch.manual_seed(seed)
-    case = adversarial_cases(torch.bfloat16)[name]
-    logps, dx, dw, coefs = run(case, backend, mode, mode == "fused")
-    want = answer(case, coefs)
-    assert float((logps - want.logps).abs().max()) < 1e-4
-    assert relative(dx, want.dx) < 4e-3
-    assert dw is None or relative(dw, want.dw) < 4e-3
+    assert_close(adversarial_cases(torch.bfloat16)[name], backend, mode, logp=1e-4, gradient=4e-3)
 
 
 @pytest.mark.parametrize("backend", PLANS)
