@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from bpo_fast.cli import app
 from bpo_fast.contest import Contestant, Judged, head_to_head, read_outputs, shape
 from bpo_fast.engine.hf import HfEngine
+from bpo_fast.interrupts import interrupts_call
 from bpo_fast.types import Completion, Prompt
 
 
@@ -172,7 +173,8 @@ def test_verdicts_survive_ctrl_c(run, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
         return by_length(question, number)
 
-    with endpoint(interrupt) as server:
+    # a shell has its background processes ignore the signal, and this may be one
+    with endpoint(interrupt) as server, interrupts_call(signal.default_int_handler):
         code, _, err = call(
             *("eval", run, "--judge", "toy_annotator:letters", "--judge", f"llm={server.spec}", "--out", tmp_path / "e")
         )
