@@ -117,6 +117,10 @@ def linear_pair_loss(
     Raises:
         ValueError: as `linear_logps` and `pair_loss`; an odd number of sequences; num_pairs below 1; a delta that does
             not fit the head, or a trained head beside it.
+
+    Promise: that of `linear_token_logps`. A factor on the loss multiplies the finished gradients of "fused". One that
+    is no power of two rounds them again if they have 16 bits: errors are 2.6e-3 then, up to 4.4e-3 where few numbers
+    make up a gradient. `num_pairs` is no such factor.
     """
     check_rows(hidden, weight, targets)
     trained = weight

@@ -1,10 +1,22 @@
+from itertools import product
+
 import pytest
 import torch
 from bpo_fast_kernels import linear_logps, linear_token_logps
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_logps import linear_logps_reference, linear_token_logps_reference
 from bpo_fast_kernels.rows import Head, Rows
-from cases import adversarial_cases, answer, keep_e_as_on_a_gpu, offsets, peaked_case, random_case, relative
+from cases import (
+    Case,
+    adversarial_cases,
+    answer,
+    keep_e_as_on_a_gpu,
+    logits_case,
+    offsets,
+    peaked_case,
+    random_case,
+    relative,
+)
 
 BACKENDS = ("torch", "native")
 # 32 is the panel of the native kernels with AVX-512; 14 and 56 and 112 are their vocabulary steps.
@@ -56,6 +68,30 @@ def test_rows_at_the_limits(backend, name, mode, dtype):
 def test_rows_at_the_limits_with_e_as_on_a_gpu(name, mode, monkeypatch):
     keep_e_as_on_a_gpu(monkeypatch)
     test_rows_at_the_limits("torch", name, mode, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
+def test_few_rows_that_are_sure_of_a_wrong_token(backend, sparse, mode, monkeypatch):
+    """Where a hidden state is one large number nothing averages out: the exception that the promise names."""
+    keep_e_as_on_a_gpu(monkeypatch)
+    for seed, rows in product(range(40), (1, 4, 8)):
+        torch.manual_seed(seed)
+        targets, row = torch.randint(0, 77, (rows,)), torch.arange(rows)
+        wrong = (targets + torch.randint(1, 77, (rows,))) % 77
+        if sparse:
+            logits = torch.randn(rows, 77)
+            logits[row, wrong] = 14 + 2 * torch.rand(rows)
+            case = logits_case(logits, targets)
+        else:
+            weight = torch.randn(77, 64)
+            case = Case(weight[wrong] / 4 + 0.3 * torch.randn(rows, 64), weight, targets)
+        case = Case(case.hidden.bfloat16(), case.weight.bfloat16(), targets)
+        _, dx, dw, coefs = run(case, backend, mode, frozen=mode == "fused")
+        want, limit = answer(case, coefs), 6e-3 if sparse else 4e-3
+        assert relative(dx, want.dx) < limit
+        assert dw is None or relative(dw, want.dw) < limit
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
