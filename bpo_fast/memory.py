@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine
+from bpo_fast.engine.choose import reads_hidden
 from bpo_fast.engine.decode import cache_bytes, rows_together
+from bpo_fast.engine.hf import native_head
 from bpo_fast.gradients import TokenBudget, microbatch_tokens, microbatches
 from bpo_fast.optim import Optimizer
 from bpo_fast.packing import pair_tokens
@@ -204,8 +206,10 @@ def _batch_kv_bytes(config: Config, policy: Policy) -> int:
     """Bytes of the KV cache that transformers fills for one batch of the greatest lengths."""
     assert config.data.max_prompt_length, "resolve() has set it"
     assert config.sampling.max_new_tokens, "resolve() has set it"
+    model, sampling = policy.model, config.sampling
     length = config.data.max_prompt_length + config.sampling.max_new_tokens
-    return (config.sampling.batch_size or rows_together(policy.model, length)) * cache_bytes(policy.model, length)
+    logits = not reads_hidden(native_head(model, policy.head), top_p=sampling.top_p, top_k=sampling.top_k)
+    return (sampling.batch_size or rows_together(model, length, logits=logits)) * cache_bytes(model, length)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -113,8 +113,13 @@ def test_a_model_without_a_cache_of_transformers_is_named():
 def test_the_rows_of_a_batch_go_by_their_memory():
     model = make_model("llama")
     assert cache_bytes(model, 10) == 2 * 4 * 2 * 8 * 10 * 4
-    assert rows_together(model, 10) == 512
+    assert rows_together(model, 10, logits=True) == rows_together(model, 10, logits=False) == 512
     each = 2**27 // 100
     length = (each - 97 * 4) // cache_bytes(model, 1)
-    assert rows_together(model, length) in (100, 101)
-    assert rows_together(model, 10**6) == 64
+    assert rows_together(model, length, logits=True) in (100, 101)
+    assert rows_together(model, 10**6, logits=False) == 64
+    model.resize_token_embeddings(each // 4)  # as much as the rest of a row
+    length = each // cache_bytes(model, 1)
+    assert rows_together(model, length, logits=True) == 64
+    assert rows_together(model, length // 2, logits=True) in (66, 67)
+    assert rows_together(model, length, logits=False) in (100, 101)

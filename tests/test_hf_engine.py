@@ -7,7 +7,8 @@ from tiny_world import question
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from bpo_fast.config import ModelConfig
-from bpo_fast.engine import SamplingParams, request_seed
+from bpo_fast.engine import SamplingParams, decode, request_seed
+from bpo_fast.engine.decode import cache_bytes
 from bpo_fast.engine.hf import HfEngine
 from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.policy import load_policy
@@ -278,6 +279,20 @@ def test_progress_counts_every_completion_once(model, tokenizer, prompts):
         (p.id, s) for p in prompts for s in range(2)
     ]
     assert max(map(len, done)) == 4
+
+
+@pytest.mark.parametrize("tail", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_a_batch_counts_logits_where_they_are_made(tail, prompts, tiny_model_dir, monkeypatch):
+    config, done = ModelConfig(path=str(tiny_model_dir), full=True), []
+    policy = load_policy(config, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
+    row = cache_bytes(policy.model, max(len(p.ids) for p in prompts) + 2)
+    monkeypatch.setattr(decode, "MIN_ROWS", 1)
+    monkeypatch.setattr(decode, "CPU_BYTES", 12 * row)
+    engine, params = HfEngine.of(policy, None), SamplingParams(2, n=2, **tail)
+    engine.generate(prompts, params, run_seed=0, policy_version=0, on_done=done.append)
+    with_logits = 12 * row // (row + 4 * len(policy.model.lm_head.weight))
+    assert with_logits < 12
+    assert max(map(len, done)) == (with_logits if tail else 12)
 
 
 def test_a_stop_string_ends_a_completion_where_it_would_have_begun(model, tokenizer, prompts):

@@ -1,6 +1,7 @@
 """The ledger against what the process really holds, and each way to hold less."""
 
 import mmap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from tiny_policy import make_pairs
 
 from bpo_fast import machine
 from bpo_fast.config import MethodConfig
+from bpo_fast.engine import decode
+from bpo_fast.engine.decode import cache_bytes
 from bpo_fast.gradients import step_gradients
 from bpo_fast.memory import Ledger, make_ledger
 
@@ -47,6 +50,18 @@ def test_checkpointing_takes_less_memory_and_gives_the_same_gradients():
     for other in grads[1:]:
         for found, expected in zip(other, grads[0], strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_cache_of_a_batch_that_makes_no_logits(monkeypatch):
+    parts, kv = make_parts("full"), []
+    a_row = cache_bytes(parts.policy.model, 128 + 64)
+    monkeypatch.setattr(decode, "MIN_ROWS", 1)
+    monkeypatch.setattr(decode, "CPU_BYTES", 8 * a_row)
+    for top_k in (0, 3):
+        sampling = replace(parts.config.sampling, batch_size=None, top_k=top_k)
+        config = replace(parts.config, sampling=sampling)
+        kv.append(make_ledger(config, parts.policy, parts.optimizer, parts.engine).kv)
+    assert kv == [8 * a_row, 8 * a_row // (a_row + 4 * 4096) * a_row]
 
 
 def test_words_name_every_part():

@@ -15,6 +15,11 @@ from bpo_fast.engine import SamplingParams
 from bpo_fast.head import Head
 
 
+def reads_hidden(head: object | None, *, top_p: float, top_k: int) -> bool:
+    """Whether tokens are drawn from hidden states: by a head known for it, and where no tail is cut off."""
+    return head is not None and not top_k and top_p >= 1
+
+
 class Chooser:
     """Chooses the next tokens of a batch of requests.
 
@@ -37,7 +42,7 @@ class Chooser:
         head: tuple[Head, Tensor] | None = None,
     ):
         self._params, self._head = params, head
-        self.reads_hidden = head is not None and not params.top_k and params.top_p >= 1
+        self.reads_hidden = reads_hidden(head, top_p=params.top_p, top_k=params.top_k)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         streams = [
             torch.rand(params.max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64)

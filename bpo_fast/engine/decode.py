@@ -57,10 +57,16 @@ def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def rows_together(model: Any, length: int) -> int:
-    """How many sequences of a length are decoded together: as many as the memory of a batch is meant for."""
-    logits = model.get_output_embeddings().weight.shape[0] * 4
-    rows = (CPU_BYTES if model.device.type == "cpu" else GPU_BYTES) // (cache_bytes(model, length) + logits)
+def rows_together(model: Any, length: int, *, logits: bool) -> int:
+    """How many sequences of a length are decoded together: as many as the memory of a batch is meant for.
+
+    Args:
+        model: a causal LM.
+        length: tokens of a prompt and its completion.
+        logits: whether tokens are chosen from logits; drawn from hidden states, a row makes none.
+    """
+    row = cache_bytes(model, length) + (model.get_output_embeddings().weight.shape[0] * 4 if logits else 0)
+    rows = (CPU_BYTES if model.device.type == "cpu" else GPU_BYTES) // row
     return min(max(rows, MIN_ROWS), MAX_ROWS)
 
 

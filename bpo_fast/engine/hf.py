@@ -8,7 +8,7 @@ import torch
 from bpo_fast_kernels.backends import pick_backend
 
 from bpo_fast.engine import OnDone, Request, SamplingParams, in_order, make_requests
-from bpo_fast.engine.choose import Chooser
+from bpo_fast.engine.choose import Chooser, reads_hidden
 from bpo_fast.engine.decode import cache_argument, decode, rows_together, takes_cache
 from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.head import Head
@@ -54,7 +54,7 @@ class HfEngine:
         self._model, self._tokenizer, self._view, self._num_members = model, tokenizer, view, num_members
         cache_argument(model)  # or there is none, and this says so
         self._eos_ids, self._pad_id, self._batch_size = eos_ids, pad_id, batch_size
-        self._head = head if head and head.fused and _draws_natively(model) else None
+        self._head = native_head(model, head)
 
     @classmethod
     def of(cls, policy: Policy, batch_size: int | None) -> Self:
@@ -93,7 +93,8 @@ class HfEngine:
         stop = StopStrings(self._tokenizer, params.stop)
         done: dict[int, Completion] = {}
         longest = max((len(p.ids) for p in prompts), default=0)
-        num_rows = self._batch_size or rows_together(self._model, longest + params.max_new_tokens)
+        logits = not reads_hidden(self._head, top_p=params.top_p, top_k=params.top_k)
+        num_rows = self._batch_size or rows_together(self._model, longest + params.max_new_tokens, logits=logits)
         was_training = self._model.training
         self._model.eval()
         try:
@@ -136,7 +137,9 @@ class HfEngine:
         return [(tuple(ids), tuple(logps) if params.logps else None) for ids, logps in sampled]
 
 
-def _draws_natively(model: Any) -> bool:
-    """Whether tokens are drawn from hidden states: where a kernel for it is there and no rounding is in the way."""
-    on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
-    return on_cpu and pick_backend("auto", model.device).name == "native" and takes_cache(trunk_of(model))
+def native_head(model: Any, head: Head | None) -> Head | None:
+    """The head if tokens can be drawn from hidden states: where a kernel for it is there and no rounding in the way."""
+    if head is None or not head.fused or model.device.type != "cpu" or model.dtype != torch.float32:
+        return None
+    native = pick_backend("auto", model.device).name == "native"
+    return head if native and takes_cache(trunk_of(model)) else None
