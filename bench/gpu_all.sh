@@ -37,6 +37,7 @@ for part in "$@"; do
         --tile 128x128x64x4 --tile 128x128x64x3 --tile 64x256x64x4 --json "$out/kernels-plan-a.json" --plot "$out/kernels-plan-a"
       run kernels-behavior bpo-fast bench kernels --op behavior --json "$out/kernels-behavior.json" --plot "$out/kernels-behavior"
       run kernels-step bpo-fast bench kernels --op step --json "$out/kernels-step.json" --plot "$out/kernels-step"
+      run kernels-draw bpo-fast bench kernels --op draw --json "$out/kernels-draw.json"
       run kernels-pair-loss bpo-fast bench kernels --op pair_loss --json "$out/kernels-pair-loss.json"
       run kernels-gauss bpo-fast bench kernels --op step --data gauss --shapes 4096x2048x128256 --json "$out/kernels-gauss.json"
       ;;

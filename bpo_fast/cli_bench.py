@@ -13,7 +13,7 @@ bench = typer.Typer(help="Measure: correctness first, interleaved, medians.", no
 @bench.command("kernels")
 @reports_errors
 def bench_kernels(
-    op: Annotated[list[str] | None, typer.Option(help="forward, step, behavior, pair_loss; all by default")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="forward, step, behavior, draw, pair_loss; all if none")] = None,
     head: Annotated[list[str] | None, typer.Option(help="frozen, trained; both by default")] = None,
     shapes: Annotated[list[str] | None, typer.Option(help="rows x hidden x vocabulary, as 1024x256x32000")] = None,
     peers: Annotated[str, typer.Option(help="auto: whatever of torch.compile, Liger and CCE is here; none")] = "auto",

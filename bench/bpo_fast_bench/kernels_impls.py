@@ -2,7 +2,8 @@
 
 Operations on T rows, H hidden, V vocabulary, P pairs: "forward" (sequence log-probs), "step" (pair loss from hidden
 states with gradients, head frozen or trained), "behavior" (the same with reference log-probs that are computed, too,
-from the behavior's hidden states), "pair_loss" (losses and coefficients from sequence log-probs).
+from the behavior's hidden states), "draw" (next tokens by inverse transform, with their log-probs), "pair_loss" (losses
+and coefficients from sequence log-probs).
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from bpo_fast_kernels import linear_logps, linear_pair_loss, pair_loss
+from bpo_fast_kernels import linear_draw, linear_logps, linear_pair_loss, pair_loss
 from bpo_fast_kernels.pair_loss import pair_loss_reference
 from bpo_fast_kernels.torch_backend import mm_f32
 
@@ -23,7 +24,7 @@ class Problem:
     """One question for every implementation.
 
     Attributes:
-        op: "forward", "step", "behavior" or "pair_loss".
+        op: "forward", "step", "behavior", "draw" or "pair_loss".
         head: "frozen" or "trained"; matters to "step" and "behavior".
         rows, width, vocab, pairs: T, H, V, P.
         data: "peaked" (logit std 3, mean log-prob -0.4) or "gauss" (logit std 1, random targets).
@@ -40,7 +41,7 @@ class Problem:
     def min_flop(self) -> float:
         """The least any implementation must compute."""
         step = 3 if self.head == "trained" else 2
-        gemms = {"forward": 1, "step": step, "behavior": step + 1, "pair_loss": 0}[self.op]
+        gemms = {"forward": 1, "step": step, "behavior": step + 1, "draw": 1, "pair_loss": 0}[self.op]
         return gemms * 2.0 * self.rows * self.width * self.vocab
 
     def label(self) -> str:
@@ -61,15 +62,25 @@ class Inputs:
     cu_seqlens: torch.Tensor
     ref_logps: torch.Tensor
     behavior_hidden: torch.Tensor
+    uniforms: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an implementation returns: sequence log-probs or pair losses, and gradients where the operation has them."""
+    """What an implementation returns.
+
+    Attributes:
+        values: sequence log-probs, pair losses, or log-probs of drawn tokens.
+        dx, dw: gradients where the operation has them.
+        tokens: [T] int64. drawn ones.
+        gaps: [T] float64. of an answer: how far a row's uniform number lies from the shares beside its token's.
+    """
 
     values: torch.Tensor
     dx: torch.Tensor | None = None
     dw: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    gaps: torch.Tensor | None = None
 
 
 Implementation = Callable[[Inputs], Outcome]
@@ -96,7 +107,8 @@ def make_inputs(problem: Problem, device: torch.device, dtype: torch.dtype, sets
         ref = -0.4 * cuts.diff().float() + torch.randn(2 * problem.pairs, generator=generator)
         behavior = (hidden + 0.1 * torch.randn(hidden.shape, generator=generator)).to(device, dtype)
         moved = (hidden.to(device, dtype).requires_grad_(), weight, targets.to(device), cuts.to(device), ref.to(device))
-        out.append(Inputs(*moved, behavior))
+        uniforms = torch.rand(rows, generator=generator, dtype=torch.float64).to(device)
+        out.append(Inputs(*moved, behavior, uniforms))
     return out
 
 
@@ -109,8 +121,24 @@ def _logps64(hidden: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     return torch.segment_reduce(torch.cat(logps), "sum", lengths=inputs.cu_seqlens.diff().long())
 
 
+def _drawn64(inputs: Inputs) -> Outcome:
+    """The tokens on which the uniform numbers fall, 128 rows at a time."""
+    x, weight, parts = inputs.hidden.detach().double(), inputs.weight.detach().double(), []
+    for start in range(0, len(x), 128):
+        logps = (x[start : start + 128] @ weight.T).log_softmax(1)
+        ends, numbers = logps.exp().cumsum(1), inputs.uniforms[start : start + 128, None]
+        tokens = torch.searchsorted(ends, numbers, right=True).clamp_max_(len(weight) - 1)
+        own, end = logps.gather(1, tokens), ends.gather(1, tokens)
+        gaps = torch.minimum(end - numbers, numbers - (end - own.exp()))
+        parts.append([part.squeeze(1) for part in (own, tokens, gaps)])
+    values, tokens, gaps = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Outcome(values, tokens=tokens, gaps=gaps)
+
+
 def answer(problem: Problem, inputs: Inputs) -> Outcome:
     """float64 on the very same inputs."""
+    if problem.op == "draw":
+        return _drawn64(inputs)
     if problem.op == "pair_loss":
         return Outcome(pair_loss_reference(inputs.ref_logps.double(), torch.zeros_like(inputs.ref_logps).double())[0])
     sums = _logps64(inputs.hidden, inputs)
@@ -140,9 +168,17 @@ def answer(problem: Problem, inputs: Inputs) -> Outcome:
 
 
 def errors(got: Outcome, want: Outcome, lengths: torch.Tensor) -> dict[str, float]:
-    """Largest error of a value a token, and relative Frobenius errors of the gradients."""
+    """Largest error of a value a token, and relative Frobenius errors of the gradients.
+
+    Of drawn tokens: the largest error of a log-prob, and how far a number lies from all shares but the answer's where
+    another token was drawn.
+    """
+    off = (got.values.double() - want.values).abs()
+    if want.tokens is not None and want.gaps is not None:
+        same = got.tokens == want.tokens
+        return {"logp": float(off.where(same, 0.0).max()), "token": float(want.gaps.where(~same, 0.0).max())}
     tokens = lengths.clamp(min=1).double() if len(lengths) == len(want.values) else 1.0
-    out = {"value": float(((got.values.double() - want.values).abs() / tokens).max())}
+    out = {"value": float((off / tokens).max())}
     for name in ("dx", "dw"):
         mine, right = getattr(got, name), getattr(want, name)
         if right is not None:
@@ -181,21 +217,32 @@ def ours(problem: Problem, backend: str) -> Implementation:
         scalar, parts = linear_pair_loss(inputs.hidden, *args, ref, beta=BETA, backend=backend)
         return gradients(inputs, scalar, parts.loss)
 
+    def draw(inputs: Inputs) -> Outcome:
+        tokens, logps = linear_draw(inputs.hidden, inputs.weight, inputs.uniforms, backend=backend)
+        return Outcome(logps, tokens=tokens)
+
     def pairs(inputs: Inputs) -> Outcome:
         parts = pair_loss(inputs.ref_logps, torch.zeros_like(inputs.ref_logps), backend=backend)
         return Outcome(parts.loss)
 
-    return {"forward": forward, "step": step, "behavior": behavior, "pair_loss": pairs}[problem.op]
+    return {"forward": forward, "step": step, "behavior": behavior, "draw": draw, "pair_loss": pairs}[problem.op]
 
 
 def eager(problem: Problem, compiled: bool = False) -> Implementation:
-    """F.linear + log_softmax + gather, sequence sums, the loss, and autograd."""
+    """F.linear + log_softmax + gather, sums, loss and autograd; softmax + cumsum + searchsorted for a draw."""
 
     def logps(hidden, weight, targets, owner, count: int) -> torch.Tensor:
         tokens = F.log_softmax(F.linear(hidden, weight).float(), dim=-1).gather(1, targets[:, None]).squeeze(1)
         return tokens.new_zeros(count).index_add(0, owner, tokens)
 
-    scores = torch.compile(logps) if compiled else logps
+    def drawn(hidden, weight, uniforms) -> tuple[torch.Tensor, torch.Tensor]:
+        probs = F.linear(hidden, weight).float().softmax(-1)
+        ends = probs.cumsum(-1)
+        numbers = uniforms[:, None].float() * ends[:, -1:]
+        tokens = torch.searchsorted(ends, numbers, right=True).clamp_max(len(weight) - 1)
+        return tokens.squeeze(1), probs.gather(1, tokens).log().squeeze(1)
+
+    scores, draws = (torch.compile(logps), torch.compile(drawn)) if compiled else (logps, drawn)
 
     def call(inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
         lengths = inputs.cu_seqlens.diff().long()
@@ -217,10 +264,15 @@ def eager(problem: Problem, compiled: bool = False) -> Implementation:
         values, _ = pair_loss_reference(call(inputs, inputs.hidden), ref, beta=BETA)
         return gradients(inputs, values.sum() / len(values), values)
 
+    def draw(inputs: Inputs) -> Outcome:
+        with torch.no_grad():
+            tokens, values = draws(inputs.hidden, inputs.weight, inputs.uniforms)
+        return Outcome(values, tokens=tokens)
+
     def pairs(inputs: Inputs) -> Outcome:
         return Outcome(pair_loss_reference(inputs.ref_logps, torch.zeros_like(inputs.ref_logps))[0])
 
-    return {"forward": forward, "step": step, "behavior": behavior, "pair_loss": pairs}[problem.op]
+    return {"forward": forward, "step": step, "behavior": behavior, "draw": draw, "pair_loss": pairs}[problem.op]
 
 
 def wide_ceiling(inputs: Inputs) -> Outcome:

@@ -77,10 +77,14 @@ def implementations(
     """Ours, plain PyTorch, the ceiling, and the peers that exist here and offer the operation."""
     gpu = device.type == "cuda"
     out = {"eager": eager(problem)}
-    for backend in ("triton", "triton-gemm", "native") if gpu else ("native", "torch"):
-        if problem.op != "pair_loss" or backend in ("triton", "torch"):
-            out[backend] = ours(problem, backend)
-    for tile in tiles if gpu and problem.op != "pair_loss" else ():
+    backends = ("triton", "triton-gemm", "native") if gpu else ("native", "torch")
+    if problem.op == "pair_loss":
+        backends = ("triton",) if gpu else ("torch",)
+    elif problem.op == "draw" and gpu:
+        backends = ("torch",)  # which draws for all of them there
+    for backend in backends:
+        out[backend] = ours(problem, backend)
+    for tile in tiles if "triton-gemm" in backends else ():
         out[f"triton-gemm:{tile}"] = ours(problem, f"triton-gemm:{tile}")
     if gpu and "compile" in peers:
         out["compile"] = eager(problem, compiled=True)
@@ -91,7 +95,7 @@ def implementations(
             out[name] = makers[name](problem)
     if problem.op != "pair_loss":
         out["mm"] = ceiling(problem)
-    if gpu and problem.op == "forward":
+    if gpu and problem.op in ("forward", "draw"):
         out["mm-f32"] = wide_ceiling
     return out
 

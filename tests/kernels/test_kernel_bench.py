@@ -4,9 +4,10 @@ import sys
 import pytest
 import torch
 from bpo_fast_bench import kernels
-from bpo_fast_bench.kernels import KernelBench, parse_shape, run, table
+from bpo_fast_bench.kernels import KernelBench, gate, parse_shape, run, table
 from bpo_fast_bench.kernels_impls import Outcome, Problem, answer, eager, errors, make_inputs
 from bpo_fast_bench.kernels_peers import implementations, liger_dpo
+from bpo_fast_kernels import linear_draw
 from typer.testing import CliRunner
 
 from bpo_fast.cli import app
@@ -44,14 +45,15 @@ def test_quick_run_writes_json_and_plots(tmp_path):
     assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "k.svg").read_text()
     labels = [problem["label"] for problem in record["problems"]]
-    kinds = ["forward", "step frozen", "step trained", "behavior frozen", "behavior trained"]
+    kinds = ["forward", "step frozen", "step trained", "behavior frozen", "behavior trained", "draw"]
     shapes = [f"{kind} T=64 H=16 V=500 {dtype}" for kind in kinds for dtype in ("float32", "bfloat16")]
     assert labels == [*shapes, "pair_loss P=256"]
     for problem in record["problems"][:-1]:
         rows = problem["implementations"]
         assert {"eager", "native", "torch", "mm"} <= set(rows)
         assert all(row["seconds"] > 0 and row["p20"] <= row["seconds"] <= row["p80"] for row in rows.values())
-        assert all(rows[name]["errors"]["value"] < 1e-4 for name in ("native", "torch"))
+        value = "logp" if problem["problem"]["op"] == "draw" else "value"
+        assert all(rows[name]["errors"][value] < 1e-4 for name in ("native", "torch"))
     text = table(record)
     assert all(label in text for label in labels)
     assert record["environment"]["threads"] == torch.get_num_threads()
@@ -151,6 +153,41 @@ def test_answers_agree_with_eager_in_float64(data):
     assert max(found["dx"], found["dw"]) < 1e-4
 
 
+@pytest.fixture
+def drawn():
+    """(inputs, answer) of 200 draws; half of the numbers lie 1e-9 beside the border of two shares."""
+    problem = Problem("draw", "frozen", 200, 32, 700, 3, "peaked")
+    inputs = make_inputs(problem, torch.device("cpu"), torch.float32, 1)[0]
+    ends = (inputs.hidden.detach().double() @ inputs.weight.double().T).softmax(1).cumsum(1)
+    borders = ends.gather(1, torch.searchsorted(ends, inputs.uniforms[:, None]))[::2, 0]
+    inputs.uniforms[::2] = borders + torch.tensor([-1e-9, 1e-9], dtype=torch.float64).repeat(50)
+    return inputs, answer(problem, inputs)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_draws_pass_that_differ_at_the_border_of_two_shares(drawn, backend):
+    inputs, want = drawn
+    assert float(want.gaps[::2].max()) < 2e-9
+    tokens, values = linear_draw(inputs.hidden, inputs.weight, inputs.uniforms, backend=backend)
+    assert not torch.equal(tokens, want.tokens), "rounding turned some over"
+    found = gate(backend, lambda _: Outcome(values, tokens=tokens), inputs, want, inputs.cu_seqlens.diff())
+    assert found["passed"]
+    assert found["errors"]["token"] < 2e-9
+
+
+@pytest.mark.parametrize("change", ["token", "value", "nan"])
+def test_a_wrong_draw_fails_its_gate(drawn, change):
+    inputs, want = drawn
+    tokens, values = want.tokens.clone(), want.values.clone()
+    row = int(want.gaps.argmax())
+    if change == "token":
+        tokens[row] += 1
+    else:
+        values[row] += 2e-4 if change == "value" else torch.nan
+    found = gate("native", lambda _: Outcome(values, tokens=tokens), inputs, want, inputs.cu_seqlens.diff())
+    assert not found["passed"]
+
+
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 def test_ligers_chunked_dpo_loss_answers_the_same_question(head):
     pytest.importorskip("liger_kernel.chunked_loss")
@@ -162,11 +199,12 @@ def test_ligers_chunked_dpo_loss_answers_the_same_question(head):
 
 def test_on_a_gpu_the_ceilings_come_with_every_backend():
     names = {}
-    for op in ("forward", "step", "behavior", "pair_loss"):
+    for op in kernels.OPS:
         names[op] = list(implementations(Problem(op, "frozen", 8, 4, 9, 2, "gauss"), torch.device("cuda"), ()))
     ours = ["eager", "triton", "triton-gemm", "native"]
     assert names["forward"] == [*ours, "mm", "mm-f32"]
     assert names["step"] == names["behavior"] == [*ours, "mm"]
+    assert names["draw"] == ["eager", "torch", "mm", "mm-f32"]
     assert names["pair_loss"] == ["eager", "triton"]
     found = implementations(Problem("step", "frozen", 8, 4, 9, 2, "gauss"), torch.device("cuda"), (), ("128x128x64x4",))
     assert list(found) == ["eager", "triton", "triton-gemm", "native", "triton-gemm:128x128x64x4", "mm"]
