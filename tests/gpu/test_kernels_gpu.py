@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from bpo_fast_kernels import linear_logps, linear_pair_loss, linear_token_logps, pair_loss
-from bpo_fast_kernels.linear_logps import linear_token_logps_reference
+from bpo_fast_kernels import linear_draw, linear_logps, linear_pair_loss, linear_token_logps, pair_loss
+from bpo_fast_kernels.linear_logps import linear_token_logps_reference, logits_reference
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
 from bpo_fast_kernels.pair_loss import pair_loss_reference
 
@@ -210,6 +210,43 @@ def test_debugging_asserts_targets_on_the_device(target, good):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert (done.returncode == 0) == good, done.stderr
     assert good or "assert" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(0, 64, 130), (1, 64, 130), (129, 256, 1003), (700, 100, 128_256)])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "logit_softcap": 8.0}], ids=["plain", "softcap"])
+def test_draws_against_float64(dtype, shape, options):
+    x, w, _ = inputs(*shape, dtype)
+    uniforms = torch.rand(shape[0], dtype=torch.float64, device="cuda")
+    uniforms[:2] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)[: shape[0]]
+    tokens, logps = linear_draw(x, w, uniforms, **options)
+    assert (tokens.dtype, logps.dtype, tokens.device, len(tokens)) == (torch.int64, torch.float32, x.device, shape[0])
+    again = linear_draw(x, w, uniforms, backend="torch", **options)
+    assert torch.equal(tokens, again[0])
+    assert torch.equal(logps, again[1])
+    likeliest, own = linear_draw(x, w, None, **options)
+    scaling = {"temperature": 1.0, "logit_softcap": None} | options
+    for cut in range(0, shape[0], 100):
+        here = slice(cut, cut + 100)
+        whole = logits_reference(x[here].double(), w.double(), **scaling).log_softmax(-1)
+        mass = whole.gather(1, tokens[here, None]).squeeze(1)
+        above = whole.exp().cumsum(-1).gather(1, tokens[here, None]).squeeze(1)
+        assert float((logps[here] - mass).abs().max()) < 1e-4
+        assert float((uniforms[here] - above).max()) < 1e-5
+        assert float((above - mass.exp() - uniforms[here]).max()) < 1e-5
+        assert torch.equal(likeliest[here], whole.argmax(-1))
+        assert float((own[here] - whole.amax(-1)).abs().max()) < 1e-4
+
+
+def test_draws_wait_for_nothing():
+    x, w, _ = inputs(300, 64, 300_000)
+    uniforms = torch.rand(300, dtype=torch.float64, device="cuda")
+    linear_draw(x, w, uniforms)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_draw(x, w, uniforms)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_pair_loss_is_one_launch_and_right():
