@@ -9,7 +9,7 @@ from typing import Any
 from bpo_fast import config as configs
 from bpo_fast.config import ON_POLICY
 from bpo_fast.grid import EVERY_STEP, GOVERNED, METHODS
-from bpo_fast.run_folder import RunFolder, read_run, results
+from bpo_fast.run_folder import RunFolder, loss_name, read_run, results
 from bpo_fast.stats import Interval, bootstrap
 from bpo_fast.sweep import FINISHED, RESULTS_FILE, read_results
 
@@ -59,7 +59,7 @@ class Place:
     @property
     def heading(self) -> str:
         """What a table calls task and loss."""
-        return f"{self.task}, {self.loss.upper()}"
+        return f"{self.task}, {loss_name(self.loss)}"
 
     def order(self) -> tuple:
         """Sorts as people read: task, loss, method, F, M."""
@@ -162,7 +162,7 @@ def place_words(groups: Sequence[Group], place: tuple[str, str]) -> str:
     """Task and loss as a title names them: "" if the groups have no other, the loss alone if there is one task."""
     places = tasks_and_losses(groups)
     words = [place[0]] if len({task for task, _ in places}) > 1 else []
-    words += [place[1].upper()] if len(places) > 1 else []
+    words += [loss_name(place[1])] if len(places) > 1 else []
     return ", ".join(words)
 
 

@@ -17,6 +17,7 @@ METHOD_NAMES = {
     ("initial", "ema"): "EMA reference on fixed data",
     ("initial", "golden"): "golden reference on fixed data",
 }
+LOSS_NAMES = {"dpo": "DPO", "ipo": "IPO", "slic": "SLiC"}
 REFERENCES = {
     "behavior": "the behavior LLM (the policy at the start of the phase)",
     "initial": "the initial policy",
@@ -168,7 +169,13 @@ def method_words(method: Mapping[str, Any], steps: int | None = None) -> str:
     if phases == "on-policy" or (phases == steps and phases != 1):
         name, when = f"on-policy {name}", "a new phase every step"
     who = f"{members} member{'' if members == 1 else 's'}"
-    return f"{name}: {str(method.get('loss', '?')).upper()} against {REFERENCES.get(ref, ref)}, {when}, {who}"
+    loss = loss_name(method.get("loss", "?"))
+    return f"{name}: {loss} against {REFERENCES.get(ref, ref)}, {when}, {who}"
+
+
+def loss_name(loss: str) -> str:
+    """What figures, tables and reports call a loss of the settings."""
+    return LOSS_NAMES.get(loss, str(loss))
 
 
 def results(run: RunFolder, when: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from bpo_fast.groups import (
     tasks_and_losses,
     without,
 )
+from bpo_fast.run_folder import loss_name
 
 COLORS = {"bpo": BLUE, "online": ORANGE, "on-policy": PINK, "offline": GRAY}
 COLORS |= {"ema": GREEN, "golden": AMBER, "moving-ref": VIOLET}
@@ -93,7 +94,7 @@ def reference_ablation(groups: Sequence[Group]) -> Figure | None:
         _over_steps(row[1], found, "eval/kl", styles, labels)
         place = found[0].place
         words = [place.task] if len({task for task, _ in tasks_and_losses(groups)}) > 1 else []
-        row[0].set_title(f"win rate, {judge} ({', '.join([*words, place.loss.upper(), f'F={place.phases}'])})")
+        row[0].set_title(f"win rate, {judge} ({', '.join([*words, loss_name(place.loss), f'F={place.phases}'])})")
         row[0].yaxis.set_major_formatter(PercentFormatter(1.0))
         row[1].set_title("KL to the start (nats)")
         _kl_axis(row[1], row[1].yaxis)

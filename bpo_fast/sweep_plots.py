@@ -21,6 +21,7 @@ from bpo_fast.groups import (
     tasks_and_losses,
     without,
 )
+from bpo_fast.run_folder import loss_name
 from bpo_fast.stats import AGGREGATES, aggregates
 from bpo_fast.sweep_costs import costs_by_phase, costs_left_out, costs_of_runs, phases_left_out
 from bpo_fast.sweep_curves import (
@@ -103,7 +104,7 @@ def _frequency(groups: Sequence[Group]) -> Figure | None:
                     capsize=3,
                     label=METHOD_WORDS[method],
                 )
-            axis.set_title(f"{task}, {loss.upper()}" if len(tasks) > 1 else loss.upper())
+            axis.set_title(f"{task}, {loss_name(loss)}" if len(tasks) > 1 else loss_name(loss))
             axis.set_xticks(range(len(phases)), [str(p) for p in phases])
             axis.set_xlim(-0.4, len(phases) - 0.6)
             axis.set_xlabel("phases F")
@@ -145,7 +146,7 @@ def aggregate_rows(groups: Sequence[Group], judge: str) -> dict[tuple[str, str],
     several = len({g.place.loss for g in groups}) > 1
     for group in groups:
         rates = list(group.values("win_rate", judge).values())
-        label = (f"{group.place.loss.upper()}, " if several else "") + group.place.label
+        label = (f"{loss_name(group.place.loss)}, " if several else "") + group.place.label
         if rates:
             strata.setdefault((label, group.place.method), []).append(rates)
     return {key: (sum(map(len, runs)), aggregates(runs)) for key, runs in strata.items()}

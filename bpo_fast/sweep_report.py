@@ -24,7 +24,7 @@ from bpo_fast.groups import (
     without,
 )
 from bpo_fast.report import REPORT_FILE, badges, figures, html, html_page, html_text, notice, score_notes
-from bpo_fast.run_folder import number_text
+from bpo_fast.run_folder import loss_name, number_text
 from bpo_fast.stats import Interval
 from bpo_fast.sweep_costs import PHASE_STAGES, PhaseCosts, phase_costs
 from bpo_fast.sweep_plots import aggregate_rows, sweep_plots
@@ -185,7 +185,7 @@ def _comparison_table(summary: Mapping[str, Any]) -> str:
             if change := row.get(f"win_rate_minus_offline/{judge}"):
                 mean, low, high = (f"{100 * change[key]:+.1f}" for key in ("mean", "low", "high"))
                 words = (
-                    f"{row['task']}, {row['loss'].upper()}",
+                    f"{row['task']}, {loss_name(row['loss'])}",
                     row["label"],
                     judge,
                     f"{mean} points",

@@ -76,6 +76,17 @@ def test_runs_are_grouped_by_everything_but_the_seed(groups):
     assert [g.place.label for g in groups][:4] == ["offline", "online F=2", "on-policy", "BPO F=2"]
 
 
+def test_losses_have_the_names_of_their_papers(tmp_path):
+    text = "[grid]\nloss = ['dpo', 'ipo', 'slic']\nmethod = ['offline', 'bpo']\n"
+    sweep = write_fake_sweep(tmp_path / "s", text)
+    page = write_sweep_report([sweep], sweep).read_text(encoding="utf-8")
+    for words in ("helpfulness, DPO", "helpfulness, IPO", "helpfulness, SLiC"):
+        assert words in page
+    assert "SLIC" not in page
+    labels = json.loads((sweep / "summary.json").read_text(encoding="utf-8"))["aggregates"]["rubric"]
+    assert "SLiC, BPO F=2" in labels
+
+
 def test_runs_that_differ_in_a_knob_stay_apart(tmp_path):
     folder = write_fake_sweep(tmp_path / "s", "[grid]\noptim.learning_rate = [1e-3, 0.01]\nseed = [1, 2]\n")
     found = read_groups(find_runs([folder])[0])
