@@ -1,4 +1,4 @@
-"""What every place that loads a model checks: the device, the folder, the vocabulary."""
+"""What every place that loads a model needs: the device, the folder, the vocabulary checked, layers checkpointed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,3 +79,10 @@ def trunk_of(model: Any) -> Any:
     if trunk is None:
         raise ValueError(f"{type(model).__name__}: its trunk cannot be found")
     return trunk
+
+
+def checkpoint_layers_(model: Any, **options: Any) -> None:
+    """Lets the backward pass recompute the layers of a model; `options` go on to torch.utils.checkpoint."""
+    # transformers warns of its older name where it has the newer one
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **options})

@@ -29,7 +29,7 @@ from bpo_fast.attention import exchange_attention_, packed_arguments
 from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.dequantise import dense_, loading_options, quantised_by, quietly
 from bpo_fast.head import probe_head
-from bpo_fast.loading import check_vocabulary, named_load_errors, position_limit, trunk_of
+from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_errors, position_limit, trunk_of
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.packing import PairBatch, pack_apart, pack_shared
 from bpo_fast.types import Completion, Pair, Prompt
@@ -361,11 +361,11 @@ def _share_prompts(policy: Policy) -> bool:
 
 def _checkpoint_activations(model: PreTrainedModel, how: str) -> None:
     """Lets the backward pass recompute whole layers ("full"), or of a layer what is cheap to ("selective")."""
-    options: dict[str, Any] = {"use_reentrant": False}
+    options: dict[str, Any] = {}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, list(_COSTLY_OPS))
     if how != "none":
-        model.gradient_checkpointing_enable(options)
+        checkpoint_layers_(model, **options)
 
 
 def _disable_dropout(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from bpo_fast.annotate.pair_scores import PairScores
 from bpo_fast.annotate.reward_model import RewardScorer
 from bpo_fast.config import DataConfig
 from bpo_fast.files import new_folder
-from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device
+from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_errors, pick_device
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import read_rows, row_label, row_text
 from bpo_fast.stage_config import RewardConfig
@@ -183,7 +183,7 @@ def _fit(
     score_pairs = PairScores(model, pairs)
     lengths = [score_pairs.num_tokens(pair) for pair in pairs]
     if config.gradient_checkpointing:
-        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers_(model.model)
     device = next(model.model.parameters()).device
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
 

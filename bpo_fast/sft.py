@@ -18,7 +18,7 @@ from bpo_fast.attention import NAME as PACKED
 from bpo_fast.attention import exchange_attention_, has_attention_dropout, lay_out, packed_arguments
 from bpo_fast.config import DataConfig
 from bpo_fast.files import new_folder
-from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device, position_limit
+from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_errors, pick_device, position_limit
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import encode_prompts, read_rows, row_text
@@ -171,7 +171,7 @@ def _train_member(
     model = _open_model(config, data).to(device)
     packed = pack_rows(model, data.train[:2])
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers_(model)
     lora, view = None, nullcontext()
     if config.lora_r:
         alpha = config.lora_alpha or 2.0 * config.lora_r

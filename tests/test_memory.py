@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from memory_parts import make_parts, peaks_of_steps
+from relative import worst_error
 from tiny_policy import make_pairs
 
 from bpo_fast import machine
@@ -39,6 +40,7 @@ def test_the_ledger_leaves_no_gradients_behind(form):
     assert all(p.grad is None for p in parts.policy.parameters())
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of a name of transformers that it is about to drop
 def test_checkpointing_takes_less_memory_and_gives_the_same_gradients():
     peaks, grads = [], []
     for form in ("full", "full-selective", "full-checkpointed"):
@@ -47,9 +49,7 @@ def test_checkpointing_takes_less_memory_and_gives_the_same_gradients():
         step_gradients(make_pairs(vocab=4096), parts.policy, MethodConfig(), max_tokens=8192)
         grads.append([p.grad for p in parts.policy.parameters()])
     assert peaks[2] < 0.7 * peaks[1] < 0.7 * 0.9 * peaks[0]
-    for other in grads[1:]:
-        for found, expected in zip(other, grads[0], strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert all(worst_error(other, grads[0]) < 1e-5 for other in grads[1:])
 
 
 def test_the_cache_of_a_batch_that_makes_no_logits(monkeypatch):

@@ -195,6 +195,15 @@ def test_a_qwen2_reward_model_keeps_its_pair_encoding(tmp_path, data):
     assert tokenizer("Is it?", " Yes.")["input_ids"] == [*parts[0], *parts[1], tokenizer.eos_token_id]
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_checkpointed_layers_train_the_same_weights(tmp_path, data):
+    for name in ("plain", "recomputed"):
+        config = settings(data, tmp_path / name, gradient_checkpointing=name == "recomputed", epochs=1)
+        train_reward(config, progress=QUIET)
+    plain, recomputed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "recomputed"))
+    assert plain == recomputed
+
+
 def test_a_policy_lends_its_backbone(tmp_path, data):
     tokenizer = train_bpe(["is it good or bad"] * 3, vocab_size=280)
     torch.manual_seed(0)
