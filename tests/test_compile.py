@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from relative import worst_error
 from tiny_policy import make_pairs, make_policy
 from torch._dynamo.utils import counters
 
@@ -25,8 +26,7 @@ def test_varying_lengths_compile_once_and_give_the_same_gradients(form, window):
         for policy in (eager, compiled):
             step_gradients(pairs, policy, MethodConfig(), max_tokens=1000)
             grads.append([p.grad for p in policy.parameters()])
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert worst_error(grads[1], grads[0]) < 1e-5
         num_graphs.append(counters["stats"]["unique_graphs"])
     assert num_graphs[0] > 0
     assert num_graphs[-1] == num_graphs[0]

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from relative import worst_error
 from tiny_policy import make_pairs, make_policy
 
 from bpo_fast.config import MethodConfig, ModelConfig, OptimConfig
@@ -17,7 +18,7 @@ LOSSES = ("dpo", "ipo", "slic")
 
 
 def gradients(policy):
-    return torch.cat([p.grad.flatten() for p in policy.parameters()])
+    return [p.grad for p in policy.parameters()]
 
 
 def with_other_reference(pairs):
@@ -42,7 +43,7 @@ def test_the_gradient_does_not_depend_on_the_split(form, loss, shared):
         found.append(gradients(policy))
     assert num_batches[0] == 1 < num_batches[-1]
     for other in found[1:]:
-        assert float((other - found[0]).norm() / found[0].norm()) < 1e-5
+        assert worst_error(other, found[0]) < 1e-5
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -66,9 +67,12 @@ def test_members_trained_together_end_where_separate_runs_end(loss):
     for m in range(num_members):
         alone = make_policy(ModelConfig(**LORA))
         alone.lora.load_state({name: tensor[m : m + 1] for name, tensor in start.items()})
-        for name, tensor in train(alone).items():
-            assert float((tensor[0] - start[name][m]).norm()) > 1e-3, "it has moved"
-            assert float((tensor[0] - end[name][m]).norm() / tensor[0].norm()) < 1e-5, name
+        moved = {name: tensor[0] - start[name][m] for name, tensor in train(alone).items()}
+        assert all(float(change.norm()) > 1e-3 for change in moved.values())
+        # all of it as one vector: where a gradient is next to nothing, Adam makes a whole step of its rounding
+        change = torch.cat([tensor.flatten() for tensor in moved.values()])
+        other = torch.cat([(end[name][m] - start[name][m]).flatten() for name in moved])
+        assert float((other - change).norm() / change.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("when", [1, 2])
@@ -91,7 +95,7 @@ def test_out_of_memory_halves_the_budget_once_and_loses_no_pair(when, monkeypatc
     assert budget.tokens == 13
     assert caplog.text.count("optim.microbatch_tokens is 13 from here on") == 1
     assert sum(calls[when:]) == len(pairs)  # all over again, each once
-    torch.testing.assert_close(gradients(policy), wanted, rtol=1e-5, atol=1e-6)
+    assert worst_error(gradients(policy), wanted) < 1e-5
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found["loss"], expected["loss"])
 

@@ -30,7 +30,7 @@ def test_the_sampler_is_believed_where_it_agrees():
     found = with_sampler_reference(phase_by(policy), policy, BUDGET, tolerance=1e-4)
     expected = policy.logps(policy.pack(found.pairs)).view(2, -1).T
     for pair, both in zip(found.pairs, expected.tolist(), strict=True):
-        assert pair.ref_logps == pytest.approx(both, abs=1e-4)
+        assert pair.ref_logps == pytest.approx(both, rel=1e-5)
     assert found.metrics["sampling/sampling_logp_difference/max"] < 1e-5
     assert found.metrics["kept"] == 1.0
 

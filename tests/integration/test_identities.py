@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from relative import worst_error
 from scorers import tie_every_third
 
 from bpo_fast import config as configs
@@ -111,7 +112,7 @@ def test_on_policy_gradient_is_the_scaled_gradient_of_the_log_prob_difference(ti
     (batch,) = microbatches(pairs, policy, 1000)
     value, _ = policy.loss(batch, None, MethodConfig(loss=loss), num_pairs=1)
     value.backward()
-    found = {n: p.grad.clone() for n, p in policy.model.named_parameters()}
+    found = [p.grad.clone() for p in policy.model.parameters()]
     policy.model.zero_grad()
     terms = []
     for ids in (pairs[0].chosen.ids, pairs[0].rejected.ids):
@@ -119,8 +120,7 @@ def test_on_policy_gradient_is_the_scaled_gradient_of_the_log_prob_difference(ti
         rows = logits.log_softmax(-1)[2:-1].gather(1, torch.tensor(ids)[:, None])
         terms.append(rows.mean() if loss == "ipo" else rows.sum())
     (factor * (terms[0] - terms[1])).backward()
-    for name, parameter in policy.model.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5 * abs(factor))
+    assert worst_error(found, [p.grad for p in policy.model.parameters()]) < 1e-5
 
 
 def pairs_of(folder) -> list[PhasePairs]:
