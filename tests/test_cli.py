@@ -245,7 +245,6 @@ def test_report_is_written_anew(trained):
     assert (run / "report.html").read_bytes() == before
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
 def test_an_exported_model_is_that_of_peft_and_loads_alone(trained, tmp_path, tiny_model_dir):
     _, run = trained
     code, out, _ = call("export", run, "--out", tmp_path / "merged")
