@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bpo_fast_kernels import packed_attention
+from bpo_fast_kernels.backends import pick_backend
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from bpo_fast.loading import quiet_transformers
-from bpo_fast.varlen import Varlen, VarlenLayout, attend_varlen, lay_out_varlen, pick_varlen
+from bpo_fast.varlen import Varlen, VarlenLayout, attend_varlen, bounds_of, lay_out_varlen, pick_varlen
 
 NAME = "bpo_shared_prompt"
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # which it does not have
@@ -51,6 +53,7 @@ class SharedPrompts:
     lengths: tuple[tuple[int, ...], ...]
     _masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict, compare=False, repr=False)
     _varlen: dict[int, VarlenLayout] = field(default_factory=dict, compare=False, repr=False)
+    _bounds: list[Tensor] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def prompt_width(self) -> int:
@@ -62,6 +65,14 @@ class SharedPrompts:
         if num_rows not in self._varlen:
             self._varlen[num_rows] = lay_out_varlen(self.lengths, num_rows, self.places.device)
         return self._varlen[num_rows]
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Of the sequences among a row's tokens, and of the groups among the sequences: [N + 1] and [P + 1] int32."""
+        if not self._bounds:
+            sequences = [length for group in self.lengths for length in group]
+            self._bounds.extend((bounds_of(sequences), bounds_of([len(group) for group in self.lengths])))
+        return self._bounds[0], self._bounds[1]
 
     def mask(self, queries: str, window: int | None) -> Tensor:
         """True where a query (row) sees a key (column); `window` counts the query itself.
@@ -125,9 +136,9 @@ def shared_prompt_attention(
 ) -> Tensor:
     """Attention of packed rows, each completion over its own prompt and itself.
 
-    On a GPU one variable-length call, where a kernel for it is there (varlen.py). Else two calls of SDPA: prompts among
-    themselves, causal without a mask, and completions over their group. The square of a whole group, most of which no
-    token sees, is never formed.
+    On a GPU one variable-length call, where a kernel for it is there (varlen.py); float32 on a CPU goes to the native
+    kernel. Else two calls of SDPA: prompts among themselves, causal without a mask, and completions over their group.
+    The square of a whole group, most of which no token sees, is never formed.
 
     Args:
         q: [M, heads, S, D] queries; M rows share the layout.
@@ -140,10 +151,33 @@ def shared_prompt_attention(
     Returns:
         [M, heads, S, D], the dtype of q.
     """
-    num_rows, num_heads, num_tokens, _ = q.shape
     varlen = pick_varlen(q, softcap)
     if varlen is not None:
         return _by_varlen(q, k, v, layout, varlen, scale=scale, window=window, softcap=softcap)
+    if q.device.type == "cpu" and q.dtype == torch.float32 and _has_native():
+        return _natively(q, k, v, layout, scale=scale, window=window, softcap=softcap)
+    return _by_sdpa(q, k, v, layout, scale, window, softcap)
+
+
+@torch.compiler.assume_constant_result
+def _has_native() -> bool:
+    return pick_backend("auto", torch.device("cpu")).name == "native"
+
+
+@torch.compiler.disable  # kernels of their own, called with host numbers that vary
+def _by_varlen(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, call: Varlen, **options: Any) -> Tensor:
+    return attend_varlen(q, k, v, layout.varlen(len(q)), call, **options)
+
+
+@torch.compiler.disable
+def _natively(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, **options: Any) -> Tensor:
+    return packed_attention(q, k, v, *layout.bounds, **options)
+
+
+def _by_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    num_rows, num_heads, num_tokens, _ = q.shape
     cut = layout.prompt_width
     q, k, v = (_padded(x, layout) for x in (q, k, v))
     repeats = num_heads // k.shape[1]
@@ -162,11 +196,6 @@ def shared_prompt_attention(
     flat = [out.transpose(1, 2).reshape(num_rows, -1, num_heads, v.shape[-1]) for out in parts]
     out = torch.cat(flat, 1).index_select(1, layout.places)
     return out.view(num_rows, num_tokens, num_heads, -1).transpose(1, 2)
-
-
-@torch.compiler.disable  # a kernel of its own, called with host numbers that vary
-def _by_varlen(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, call: Varlen, **options: Any) -> Tensor:
-    return attend_varlen(q, k, v, layout.varlen(len(q)), call, **options)
 
 
 def _padded(x: Tensor, layout: SharedPrompts) -> Tensor:

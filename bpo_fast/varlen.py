@@ -36,6 +36,11 @@ class VarlenLayout:
 Varlen = Callable[[Tensor, Tensor, Tensor, VarlenLayout, float, int | None, float | None], Tensor]
 
 
+def bounds_of(lengths: Sequence[int]) -> Tensor:
+    """[N + 1] int32 bounds of what lies one after the other."""
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+
+
 def lay_out_varlen(lengths: Sequence[Sequence[int]], num_rows: int, device: torch.device) -> VarlenLayout:
     """The sequences of groups of (prompt length, completion length, ...), for `num_rows` rows of the same layout."""
     queries, keys, rows, start = [], [], [], 0
@@ -52,8 +57,8 @@ def lay_out_varlen(lengths: Sequence[Sequence[int]], num_rows: int, device: torc
             start += length
     one = torch.cat(rows)
     return VarlenLayout(
-        _bounds(queries * num_rows).to(device),
-        _bounds(keys * num_rows).to(device),
+        bounds_of(queries * num_rows).to(device),
+        bounds_of(keys * num_rows).to(device),
         torch.cat([one + m * start for m in range(num_rows)]).to(device),
         max(queries),
         max(keys),
@@ -139,7 +144,3 @@ def _torch_varlen(q, k, v, layout, scale, window, softcap) -> Tensor:
 @cache
 def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
-
-
-def _bounds(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)

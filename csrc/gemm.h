@@ -109,16 +109,16 @@ void read_words(const T* row, int64_t width, typename Op::Word* out) {
 
 typedef uint32_t Quad __attribute__((vector_size(16)));
 
-// Four rows of words at `src` -> their transpose at `dst`, whose rows are kRows apart.
+// Four rows of words at `src` -> their transpose at `dst`, whose rows are `apart`.
 template <class W>
-void transpose4(const W* src, int64_t stride, W* dst) {
+void transpose4(const W* src, int64_t stride, W* dst, int64_t apart = kRows) {
   Quad r[4];
   for (int i = 0; i < 4; ++i) std::memcpy(&r[i], src + i * stride, sizeof(Quad));
   const Quad a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
   const Quad c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
   const Quad out[4] = {__builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
                        __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
-  for (int k = 0; k < 4; ++k) std::memcpy(dst + k * kRows, &out[k], sizeof(Quad));
+  for (int k = 0; k < 4; ++k) std::memcpy(dst + k * apart, &out[k], sizeof(Quad));
 }
 
 // Words [rows][depth], `stride` apart -> one tile [depth][kRows], the left operand when k runs along a row; rows past the

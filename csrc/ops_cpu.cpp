@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "attention_cpu.h"
 #include "head_dw_cpu.h"
 
 namespace {
@@ -204,6 +205,43 @@ void recompute_dw(Tensor hidden, Tensor weight, Tensor targets, double scale, do
   });
 }
 
+bpo::Heads heads(const Tensor& t) { return {floats(t), t.stride(0), t.stride(1), t.stride(2)}; }
+
+bpo::PackedAttention make_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bounds,
+                                    const Tensor& firsts, double scale, double softcap, int64_t window) {
+  return {heads(q),
+          heads(k),
+          heads(v),
+          q.size(0),
+          q.size(1),
+          k.size(1),
+          q.size(2),
+          q.size(3),
+          static_cast<const int32_t*>(bounds.const_data_ptr()),
+          static_cast<const int32_t*>(firsts.const_data_ptr()),
+          firsts.size(0) - 1,
+          static_cast<float>(scale),
+          static_cast<float>(softcap),
+          window};
+}
+
+// Every tensor's last dimension is contiguous.
+void attend(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, double scale, double softcap, int64_t window,
+            Tensor out, Tensor masses) {
+  const auto a = make_attention(q, k, v, bounds, firsts, scale, softcap, window);
+  torch::stable::parallel_for(0, a.num_tasks(), 1, [&](int64_t begin, int64_t end) {
+    bpo::attend(a, begin, end, heads(out), floats(masses));
+  });
+}
+
+void attend_backward(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, double scale, double softcap, int64_t window,
+                     Tensor out, Tensor masses, Tensor dout, Tensor dq, Tensor dk, Tensor dv) {
+  const auto a = make_attention(q, k, v, bounds, firsts, scale, softcap, window);
+  torch::stable::parallel_for(0, a.num_tasks(), 1, [&](int64_t begin, int64_t end) {
+    bpo::attend_backward(a, begin, end, heads(out), floats(masses), heads(dout), heads(dq), heads(dk), heads(dv));
+  });
+}
+
 // Asks the system for pages of 2 MiB behind memory not touched yet: faults of 4 KiB cost 0.5 ms a MiB here.
 void use_large_pages(Tensor memory) {
 #if defined(__linux__)
@@ -247,6 +285,12 @@ STABLE_TORCH_LIBRARY(bpo_fast_cpu, m) {
   m.def(
       "block_logits(Tensor hidden, Tensor weight, float scale, float softcap, bool narrow, Tensor blocks, Tensor(a!) logits) "
       "-> ()");
+  m.def(
+      "attend(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, float scale, float softcap, int window, "
+      "Tensor(a!) out, Tensor(b!) masses) -> ()");
+  m.def(
+      "attend_backward(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, float scale, float softcap, int window, "
+      "Tensor out, Tensor masses, Tensor dout, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
   m.def("mass_block(Tensor hidden, Tensor weight, bool narrow) -> int");
   m.def("has_pairs() -> bool");
   m.def("panel_lanes() -> int");
@@ -260,6 +304,8 @@ STABLE_TORCH_LIBRARY_IMPL(bpo_fast_cpu, CPU, m) {
   m.impl("recompute_dw", TORCH_BOX(&recompute_dw));
   m.impl("block_masses", TORCH_BOX(&block_masses));
   m.impl("block_logits", TORCH_BOX(&block_logits));
+  m.impl("attend", TORCH_BOX(&attend));
+  m.impl("attend_backward", TORCH_BOX(&attend_backward));
   m.impl("mass_block", TORCH_BOX(&mass_block));
   m.impl("use_large_pages", TORCH_BOX(&use_large_pages));
 }

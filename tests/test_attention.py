@@ -154,24 +154,27 @@ def test_a_window_that_is_not_handed_over_is_noticed_in_16_bits(monkeypatch, cap
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_variable_length_sequences_are_the_same_attention(num_rows, window, softcap):
-    """What a flash kernel would be given, computed by its naive twin; groups of two, one and three completions."""
+def test_every_way_is_the_same_attention(num_rows, window, softcap, monkeypatch):
+    """Padded for SDPA, natively, and what a flash kernel would be given, by its naive twin; groups of 2, 1 and 3."""
     generator = torch.Generator().manual_seed(0)
     layout, _ = lay_out(((9, 5, 11), (3, 7), (4, 2, 1, 6)), torch.device("cpu"))
     options = {"scale": 0.3, "window": window, "softcap": softcap}
     grads = []
-    for way in ("padded", "varlen"):
+    for way in ("padded", "native", "varlen"):
+        monkeypatch.setattr(attention, "_has_native", lambda way=way: way == "native")
         q, k, v = (
             torch.randn(num_rows, heads, 48, 8, generator=generator.manual_seed(heads)).requires_grad_()
             for heads in (4, 2, 2)
         )
-        if way == "padded":
-            out = shared_prompt_attention(q, k, v, layout, **options)
-        else:
+        if way == "varlen":
             out = attend_varlen(q, k, v, layout.varlen(num_rows), varlen_reference, **options)
+        else:
+            out = shared_prompt_attention(q, k, v, layout, **options)
         out.backward(torch.randn(out.shape, generator=generator.manual_seed(9)))
         grads.append((out, q.grad, k.grad, v.grad))
-    assert worst_error(*grads) < 1e-5
+    *ours, varlen = grads
+    for way in ours:
+        assert worst_error(way, varlen) < 1e-5
 
 
 def test_sequences_on_a_cpu_go_to_sdpa():

@@ -61,21 +61,25 @@ def check_behavior(
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, hidden: torch.Tensor, *, paired: bool = False) -> None:
     """Check int32 [N+1] beside the rows or on the CPU, there also that it rises from 0 to T."""
-    require(cu_seqlens.dtype == torch.int32, "cu_seqlens.dtype", cu_seqlens.dtype, "expected torch.int32")
-    shape = list(cu_seqlens.shape)
-    require(cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1, "cu_seqlens.shape", shape, "expected [N + 1]")
-    if paired:
-        require(cu_seqlens.numel() % 2 == 1, "cu_seqlens.shape", shape, "expected [2P + 1]: chosen, then rejected")
     on_cpu = cu_seqlens.device.type == "cpu"
     expected = f"expected {' or '.join(dict.fromkeys(('cpu', str(hidden.device))))}"
     require(on_cpu or cu_seqlens.device == hidden.device, "cu_seqlens.device", cu_seqlens.device, expected)
-    if on_cpu:
-        num_rows = len(hidden)
-        values = cu_seqlens.tolist()
-        require(values[0] == 0, "cu_seqlens[0]", values[0], "expected 0")
-        require(values[-1] == num_rows, "cu_seqlens[-1]", values[-1], f"expected the number of rows, {num_rows}")
+    check_bounds("cu_seqlens", cu_seqlens, len(hidden), "rows")
+    if paired:
+        expected = "expected [2P + 1]: chosen, then rejected"
+        require(cu_seqlens.numel() % 2 == 1, "cu_seqlens.shape", list(cu_seqlens.shape), expected)
+
+
+def check_bounds(name: str, bounds: torch.Tensor, count: int, of: str) -> None:
+    """Check int32 [N+1], on the CPU also that it rises from 0 to the number of what it bounds."""
+    require(bounds.dtype == torch.int32, f"{name}.dtype", bounds.dtype, "expected torch.int32")
+    require(bounds.dim() == 1 and bounds.numel() >= 1, f"{name}.shape", list(bounds.shape), "expected [N + 1]")
+    if bounds.device.type == "cpu":
+        values = bounds.tolist()
+        require(values[0] == 0, f"{name}[0]", values[0], "expected 0")
+        require(values[-1] == count, f"{name}[-1]", values[-1], f"expected the number of {of}, {count}")
         falls = [i for i in range(len(values) - 1) if values[i] > values[i + 1]]
-        require(not falls, "cu_seqlens", values, "expected a sequence that never falls")
+        require(not falls, name, values, "expected a sequence that never falls")
 
 
 def check_scaling(temperature: float, logit_softcap: float | None) -> None:

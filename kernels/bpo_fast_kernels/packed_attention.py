@@ -1,0 +1,123 @@
+"""Attention of groups of a prompt and its completions that lie in one row without padding."""
+
+import math
+from typing import Any
+
+import torch
+
+from bpo_fast_kernels.backends import pick_backend
+from bpo_fast_kernels.checks import check_bounds, require
+
+
+def packed_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_groups: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The naive twin of `packed_attention`: all scores of a row at once, in the type of its inputs."""
+    starts, num_tokens = cu_seqlens[:-1], q.shape[2]
+    sequence = torch.searchsorted(cu_seqlens, torch.arange(num_tokens), right=True) - 1
+    group = torch.searchsorted(cu_groups, sequence, right=True) - 1
+    prompt = cu_groups[group]
+    # a completion goes on from its prompt
+    shared = torch.where(sequence == prompt, 0, cu_seqlens[prompt + 1] - cu_seqlens[prompt])
+    position = torch.arange(num_tokens) - starts[sequence] + shared
+    distance = position[:, None] - position
+    seen = (sequence[:, None] == sequence) | (prompt[:, None] == sequence)
+    seen &= (distance >= 0) & (distance < (num_tokens if window is None else window))
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_groups: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Causal attention in which a completion sees its prompt and itself, natively on the CPU.
+
+    A group's keys are packed once for all its queries; scores live in cache, forward and backward.
+
+    Args:
+        q: [M, heads, S, D] float32. queries of M rows of the same layout.
+        k, v: [M, key-value heads, S, D] float32. keys and values.
+        cu_seqlens: [N + 1] int32. bounds of the sequences among the S tokens.
+        cu_groups: [P + 1] int32. the first sequence of each group, which is its prompt; the others are its completions.
+        scale: multiplies the scores.
+        window: sliding window in tokens, the query included; None sees all.
+        softcap: c of c * tanh(score / c), or None.
+
+    Returns:
+        [M, heads, S, D] float32, laid out as [M, S, heads, D].
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or range, or native code cannot be built here.
+    """
+    require(q.dim() == 4, "q.shape", list(q.shape), "expected [M, heads, S, D]")
+    num_rows, num_heads, num_tokens, width = q.shape
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        fits = x.dim() == 4 and (len(x), *x.shape[2:]) == (num_rows, num_tokens, width)
+        require(fits, f"{name}.shape", list(x.shape), f"expected [{num_rows}, heads, {num_tokens}, {width}] like q")
+        require(x.dtype == torch.float32, f"{name}.dtype", x.dtype, "expected torch.float32")
+        require(x.device.type == "cpu", f"{name}.device", x.device, "expected cpu")
+    fits = k.shape == v.shape and k.shape[1] > 0 and num_heads % k.shape[1] == 0
+    require(fits, "k.shape", list(k.shape), f"does not go with q {list(q.shape)} and v {list(v.shape)}")
+    for name, x, count, of in (
+        ("cu_seqlens", cu_seqlens, num_tokens, "tokens"),
+        ("cu_groups", cu_groups, len(cu_seqlens) - 1, "sequences"),
+    ):
+        require(x.device.type == "cpu", f"{name}.device", x.device, "expected cpu")
+        check_bounds(name, x, count, of)
+    groups = cu_groups.tolist()
+    require(len(set(groups)) == len(groups), "cu_groups", groups, "expected a prompt in each group")
+    require(math.isfinite(scale), "scale", scale, "expected a finite number")
+    require(window is None or window > 0, "window", window, "expected None or a number above 0")
+    good = softcap is None or (math.isfinite(softcap) and softcap > 0)
+    require(good, "softcap", softcap, "expected None or a finite number above 0")
+    options = (cu_seqlens, cu_groups, float(scale), softcap or 0.0, window or 0)
+    return _PackedAttention.apply(*map(_dense, (q, k, v)), options)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple[Any, ...]) -> torch.Tensor:
+        out, masses = _like(q), q.new_empty(q.shape[:3])
+        pick_backend("native", q.device).ops.attend(q, k, v, *options, out, masses)
+        ctx.save_for_backward(q, k, v, out, masses)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, masses = ctx.saved_tensors
+        grads = [_like(x) for x in (q, k, v)]
+        native = pick_backend("native", q.device)
+        native.ops.attend_backward(q, k, v, *ctx.options, out, masses, _dense(dout), *grads)
+        return *grads, None
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """With the numbers of a head side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """Room for [M, heads, S, D] as the projections lay it out: [M, S, heads, D]."""
+    num_rows, num_heads, num_tokens, width = x.shape
+    return x.new_empty((num_rows, num_tokens, num_heads, width)).transpose(1, 2)

@@ -1,0 +1,116 @@
+import re
+
+import pytest
+import torch
+from bpo_fast_kernels import packed_attention
+from bpo_fast_kernels.packed_attention import packed_attention_reference
+from cases import offsets
+
+# lengths of each group's prompt and completions; 32 queries are a panel and 14 keys a block with AVX-512
+GROUPS = [
+    [(1, 1)],
+    [(5,)],
+    [(0, 5, 3), (2, 0, 3)],
+    [(9, 5, 11), (3, 7), (4, 2, 1, 6)],
+    [(31, 1, 33), (64, 64, 32), (14, 28, 14)],
+    [(150, 41, 40)],
+]
+# rows, heads, key-value heads, width
+HEADS = [(1, 4, 2, 8), (2, 3, 3, 64), (1, 4, 1, 20), (3, 2, 2, 33), (1, 1, 1, 1)]
+OPTIONS = [{}, {"window": 1}, {"window": 4}, {"window": 37, "softcap": 2.0}, {"softcap": 0.5}]
+
+
+def bounds(groups):
+    return offsets([n for group in groups for n in group]), offsets([len(group) for group in groups])
+
+
+def parts(groups, heads, *, spread=1.0):
+    """q, k, v and what the outputs are weighted by, laid out as projections lay them out."""
+    num_rows, num_heads, num_kv_heads, width = heads
+    num_tokens = sum(map(sum, groups))
+    return [
+        spread * torch.randn(num_rows, num_tokens, h, width).transpose(1, 2)
+        for h in (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    ]
+
+
+def outcome(attend, groups, qkv, weights, **options):
+    """The output and the three gradients."""
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    out = attend(*qkv, *bounds(groups), **options)
+    return [out.detach(), *torch.autograd.grad(out, qkv, weights)]
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 1}, {"window": 4}, {"window": 37, "softcap": 2.0}, {"softcap": 0.5}]
+)
+def test_outputs_and_gradients_are_those_of_all_scores_at_once(groups, heads, options):
+    *qkv, weights = parts(groups, heads)
+    found = outcome(packed_attention, groups, qkv, weights, scale=0.3, **options)
+    expected = outcome(
+        packed_attention_reference, groups, [x.double() for x in qkv], weights.double(), scale=0.3, **options
+    )
+    for x, y in zip(found, expected, strict=True):
+        assert float((x - y).abs().max()) <= 4e-6 * max(1.0, float(y.abs().max()))
+
+
+def test_scores_far_apart_and_far_from_zero():
+    """Scores of hundreds: the largest is taken off before exp, and what is 0 then gives no NaN."""
+    groups = [(20, 17, 9)]
+    *qkv, weights = parts(groups, (1, 2, 2, 16), spread=12.0)
+    found = outcome(packed_attention, groups, qkv, weights, scale=1.0)
+    expected = outcome(packed_attention_reference, groups, [x.double() for x in qkv], weights.double(), scale=1.0)
+    for x, y in zip(found, expected, strict=True):
+        assert float((x - y).abs().max()) <= 3e-4 * float(y.abs().max())
+
+
+def test_a_group_does_not_depend_on_what_lies_beside_it_and_runs_repeat_bit_for_bit():
+    groups = [(33, 20, 40), (8, 50), (70, 3, 3)]
+    *qkv, weights = parts(groups, (2, 4, 2, 24))
+    together = outcome(packed_attention, groups, qkv, weights, scale=0.2)
+    for x, y in zip(together, outcome(packed_attention, groups, qkv, weights, scale=0.2), strict=True):
+        assert torch.equal(x, y)
+    start = sum(groups[0])
+    cut = slice(start, start + sum(groups[1]))
+    alone = outcome(packed_attention, groups[1:2], [x[:, :, cut] for x in qkv], weights[:, :, cut], scale=0.2)
+    for x, y in zip(together, alone, strict=True):
+        assert torch.equal(x[:, :, cut], y)
+
+
+def test_any_strides():
+    groups = [(9, 5, 11)]
+    *qkv, weights = parts(groups, (2, 4, 2, 8))
+    expected = outcome(packed_attention, groups, qkv, weights, scale=0.3)
+    for change in (torch.Tensor.contiguous, lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)):
+        found = outcome(packed_attention, groups, [change(x) for x in qkv], change(weights), scale=0.3)
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 4, 25)}, "q.shape = [2, 4, 25]"),
+        ({"k": torch.zeros(1, 2, 25, 9)}, "k.shape = [1, 2, 25, 9]"),
+        ({"v": torch.zeros(1, 4, 25, 8)}, "k.shape = [1, 2, 25, 8]"),
+        ({"k": torch.zeros(1, 3, 25, 8), "v": torch.zeros(1, 3, 25, 8)}, "k.shape = [1, 3, 25, 8]"),
+        ({"v": torch.zeros(1, 2, 25, 8, dtype=torch.bfloat16)}, "v.dtype = torch.bfloat16"),
+        ({"q": torch.zeros(1, 4, 25, 8, device="meta")}, "q.device = meta"),
+        ({"cu_seqlens": torch.tensor([0, 9, 14, 25])}, "cu_seqlens.dtype = torch.int64"),
+        ({"cu_seqlens": offsets([9, 5, 12])}, "cu_seqlens[-1] = 26"),
+        ({"cu_groups": offsets([2])}, "cu_groups[-1] = 2"),
+        ({"cu_groups": offsets([3, 0])}, "cu_groups = [0, 3, 3]"),
+        ({"scale": float("nan")}, "scale = nan"),
+        ({"window": 0}, "window = 0"),
+        ({"softcap": -1.0}, "softcap = -1.0"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    cu_seqlens, cu_groups = bounds([(9, 5, 11)])
+    q, k, v, _ = parts([(9, 5, 11)], (1, 4, 2, 8))
+    good = {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens, "cu_groups": cu_groups, "scale": 0.3}
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as caught:
+        packed_attention(**good | change)
+    assert "\n" not in str(caught.value)
