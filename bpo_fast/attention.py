@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bpo_fast_kernels import packed_attention
+from bpo_fast_kernels import decoded_attention, packed_attention
 from bpo_fast_kernels.backends import pick_backend
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -94,6 +94,21 @@ class SharedPrompts:
             seen[:, :, 0] |= segment[:, :, 0] < 0
             self._masks[key] = seen[:, None]
         return self._masks[key]
+
+
+@dataclass(frozen=True)
+class DecodedRows:
+    """Whose prompts the rows of a batch go on from, token by token.
+
+    Attributes:
+        caches: of each layer, with its prompts' keys and values as `prompts`: twice [1, key-value heads, S, D].
+        cu_seqlens: [U + 1] int32. bounds of the prompts among the S tokens.
+        prompts: [B] int64. the prompt of each row.
+    """
+
+    caches: Sequence[Any]
+    cu_seqlens: Tensor
+    prompts: Tensor
 
 
 def lay_out(lengths: Sequence[Sequence[int]], device: torch.device) -> tuple[SharedPrompts, Tensor]:
@@ -226,6 +241,7 @@ def _attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     shared_prompts: SharedPrompts | None = None,
+    decoded_rows: DecodedRows | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The function that models call; see transformers' AttentionInterface."""
@@ -236,6 +252,11 @@ def _attend(
         window = sliding_window or None
         out = shared_prompt_attention(query, key, value, shared_prompts, scale=scale, window=window, softcap=softcap)
         return out.transpose(1, 2).contiguous(), None
+    if decoded_rows is not None:
+        prompts, rows = decoded_rows.caches[module.layer_idx].prompts, decoded_rows
+        options = {"scale": scale, "softcap": softcap}
+        out = decoded_attention(query, *prompts, rows.cu_seqlens, rows.prompts, key, value, **options)
+        return out.transpose(1, 2), None
     if softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if attention_mask is None and query.shape[2] > 1:  # sdpa's masks leave the causal one to a flag
@@ -250,6 +271,11 @@ AttentionInterface.register(NAME, _attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def no_mask(device: torch.device) -> Tensor:
+    """What models are given for a mask where the attention has its own: one of four dimensions is taken as it is."""
+    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+
+
 def packed_arguments(layout: SharedPrompts, position_ids: Tensor) -> dict[str, Any]:
     """What a model with this module's attention is called with for packed rows, beside their ids.
 
@@ -259,8 +285,7 @@ def packed_arguments(layout: SharedPrompts, position_ids: Tensor) -> dict[str, A
     """
     return {
         "position_ids": position_ids,
-        # a mask of four dimensions is taken as it is, and this attention has its own
-        "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=position_ids.device),
+        "attention_mask": no_mask(position_ids.device),
         "use_cache": False,
         "shared_prompts": layout,
     }

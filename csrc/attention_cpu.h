@@ -309,4 +309,106 @@ inline void attend_backward(const PackedAttention& a, int64_t begin, int64_t end
   }
 }
 
+// One new token of each row, which sees the prompt that it shares with other rows and what was written behind it.
+struct DecodedRows {
+  Heads q, out;                // [B, heads, 1, D]
+  Heads prompt_k, prompt_v;    // [1, key-value heads, S, D]
+  Heads k, v;                  // [B, key-value heads, N, D], the new token's the last
+  int64_t num_heads, num_kv_heads, num_written, width;
+  const int32_t* bounds;       // of the prompts among the S
+  const int64_t *rows, *firsts;  // rows in the order of their prompts, and each prompt's first among them
+  float scale, softcap;        // 0: none
+
+  int64_t repeats() const { return num_heads / num_kv_heads; }
+};
+
+template <int n>
+struct Lanes {
+  typedef float Type __attribute__((vector_size(n * sizeof(float))));
+};
+
+template <int n = kLanes>
+float total(typename Lanes<n>::Type v) {
+  if constexpr (n == 2) {
+    return v[0] + v[1];
+  } else {
+    typename Lanes<n / 2>::Type low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return total<n / 2>(low + high);
+  }
+}
+
+inline Vec load_some(const float* p, int64_t count) {
+  float some[kLanes] = {};
+  std::copy_n(p, count, some);
+  return load(some);
+}
+
+// Dot products of a query, padded with zeros, and `count` keys.
+inline void dot_keys(const float* query, const float* keys, int64_t stride, int64_t count, int64_t width, float* out) {
+  for (int64_t j = 0; j < count; ++j, keys += stride) {
+    Vec sum = {};
+    int64_t d = 0;
+    for (; d + kLanes <= width; d += kLanes) sum += load(query + d) * load(keys + d);
+    if (d < width) sum += load(query + d) * load_some(keys + d, width - d);
+    out[j] = total(sum);
+  }
+}
+
+// out, padded, += the sum of `count` values times their weights.
+inline void add_values(const float* weights, const float* values, int64_t stride, int64_t count, int64_t width, float* out) {
+  constexpr int64_t kTogether = 4 * kLanes;
+  int64_t d = 0;
+  for (; d + kTogether <= width; d += kTogether) {
+    Vec sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = load(out + d + i * kLanes);
+    for (int64_t j = 0; j < count; ++j)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sums[i] += load(values + j * stride + d + i * kLanes) * weights[j];
+    for (int i = 0; i < 4; ++i) store(out + d + i * kLanes, sums[i]);
+  }
+  for (; d < width; d += kLanes) {
+    const int64_t some = std::min<int64_t>(kLanes, width - d);
+    Vec sum = load(out + d);
+    for (int64_t j = 0; j < count; ++j) sum += load_some(values + j * stride + d, some) * weights[j];
+    store(out + d, sum);
+  }
+}
+
+// Outputs of the tasks [begin, end): a prompt under one head of keys and values, which its rows take from cache. A row's
+// numbers do not depend on the rows that share its prompt.
+inline void attend_decoded(const DecodedRows& a, int64_t begin, int64_t end, int64_t longest) {
+  const int64_t room = round_up(longest + a.num_written, kLanes), padded = round_up(a.width, kLanes);
+  const auto query = make_buffer(padded), sums = make_buffer(padded), weights = make_buffer(room);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t prompt = task / a.num_kv_heads, kv = task % a.num_kv_heads, first = a.bounds[prompt];
+    const int64_t shared = a.bounds[prompt + 1] - first, keys = shared + a.num_written;
+    for (int64_t place = a.firsts[prompt]; place < a.firsts[prompt + 1]; ++place)
+      for (int64_t head = kv * a.repeats(); head < (kv + 1) * a.repeats(); ++head) {
+        const int64_t row = a.rows[place];
+        float* w = weights.get();
+        std::fill_n(query.get(), padded, 0.0f);
+        for (int64_t d = 0; d < a.width; ++d) query[d] = a.q.at(row, head, 0)[d] * a.scale;
+        dot_keys(query.get(), a.prompt_k.at(0, kv, first), a.prompt_k.token, shared, a.width, w);
+        dot_keys(query.get(), a.k.at(row, kv, 0), a.k.token, a.num_written, a.width, w + shared);
+        if (a.softcap != 0.0f)
+          for (int64_t j = 0; j < keys; j += kLanes) store(w + j, tanh(load(w + j) * (1.0f / a.softcap)) * a.softcap);
+        std::fill(w + keys, w + round_up(keys, kLanes), -std::numeric_limits<float>::infinity());
+        const float top = *std::max_element(w, w + keys);
+        Vec mass = {};
+        for (int64_t j = 0; j < keys; j += kLanes) {
+          const Vec weight = exp(load(w + j) - top);
+          mass += weight;
+          store(w + j, weight);
+        }
+        std::fill_n(sums.get(), padded, 0.0f);
+        add_values(w, a.prompt_v.at(0, kv, first), a.prompt_v.token, shared, a.width, sums.get());
+        add_values(w + shared, a.v.at(row, kv, 0), a.v.token, a.num_written, a.width, sums.get());
+        const float factor = 1.0f / total(mass);
+        for (int64_t d = 0; d < a.width; ++d) a.out.at(row, head, 0)[d] = sums[d] * factor;
+      }
+  }
+}
+
 }  // namespace bpo

@@ -242,6 +242,40 @@ void attend_backward(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts,
   });
 }
 
+// `prompts` [B] int64 names the prompt of each row.
+void attend_decoded(Tensor q, Tensor prompt_k, Tensor prompt_v, Tensor bounds, Tensor prompts, Tensor k, Tensor v, double scale,
+                    double softcap, Tensor out) {
+  const int64_t num_prompts = bounds.size(0) - 1, num_rows = q.size(0);
+  const int32_t* ends = static_cast<const int32_t*>(bounds.const_data_ptr());
+  std::vector<int64_t> firsts(num_prompts + 1), rows(num_rows);
+  for (int64_t b = 0; b < num_rows; ++b) ++firsts[ints(prompts)[b] + 1];
+  int64_t longest = 0;
+  for (int64_t p = 0; p < num_prompts; ++p) {
+    longest = std::max<int64_t>(longest, ends[p + 1] - ends[p]);
+    firsts[p + 1] += firsts[p];
+  }
+  std::vector<int64_t> next(firsts);
+  for (int64_t b = 0; b < num_rows; ++b) rows[next[ints(prompts)[b]]++] = b;
+  const bpo::DecodedRows a = {heads(q),
+                              heads(out),
+                              heads(prompt_k),
+                              heads(prompt_v),
+                              heads(k),
+                              heads(v),
+                              q.size(1),
+                              k.size(1),
+                              k.size(2),
+                              q.size(3),
+                              ends,
+                              rows.data(),
+                              firsts.data(),
+                              static_cast<float>(scale),
+                              static_cast<float>(softcap)};
+  torch::stable::parallel_for(0, num_prompts * a.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
+    bpo::attend_decoded(a, begin, end, longest);
+  });
+}
+
 // Asks the system for pages of 2 MiB behind memory not touched yet: faults of 4 KiB cost 0.5 ms a MiB here.
 void use_large_pages(Tensor memory) {
 #if defined(__linux__)
@@ -291,6 +325,9 @@ STABLE_TORCH_LIBRARY(bpo_fast_cpu, m) {
   m.def(
       "attend_backward(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, float scale, float softcap, int window, "
       "Tensor out, Tensor masses, Tensor dout, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+  m.def(
+      "attend_decoded(Tensor q, Tensor prompt_k, Tensor prompt_v, Tensor bounds, Tensor prompts, Tensor k, Tensor v, "
+      "float scale, float softcap, Tensor(a!) out) -> ()");
   m.def("mass_block(Tensor hidden, Tensor weight, bool narrow) -> int");
   m.def("has_pairs() -> bool");
   m.def("panel_lanes() -> int");
@@ -306,6 +343,7 @@ STABLE_TORCH_LIBRARY_IMPL(bpo_fast_cpu, CPU, m) {
   m.impl("block_logits", TORCH_BOX(&block_logits));
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("attend_backward", TORCH_BOX(&attend_backward));
+  m.impl("attend_decoded", TORCH_BOX(&attend_decoded));
   m.impl("mass_block", TORCH_BOX(&mass_block));
   m.impl("use_large_pages", TORCH_BOX(&use_large_pages));
 }

@@ -11,7 +11,7 @@ from bpo_fast.attention import NAME as SHARED_PROMPTS
 from bpo_fast.engine import SamplingParams
 from bpo_fast.engine import decode as decoding
 from bpo_fast.engine.choose import Chooser
-from bpo_fast.engine.decode import CachedRows, cache_argument, cache_bytes, decode, rows_together
+from bpo_fast.engine.decode import CachedRows, cache_argument, cache_bytes, decode, rows_together, shares_rows
 from bpo_fast.head import probe_head
 
 BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "initializer_range": 0.2}
@@ -35,10 +35,10 @@ def make_prompts():
 
 
 @torch.inference_mode()
-def run(model, prompts, seeds, *, temperature=1.0, max_new_tokens=16, head=None):
+def run(model, prompts, seeds, *, temperature=1.0, max_new_tokens=16, head=None, shared=False):
     params = SamplingParams(max_new_tokens, temperature=temperature, logps=True)
-    choose = Chooser(seeds, params, torch.device("cpu"), head)
-    return decode(model, prompts, choose, ended=lambda ids: ids[-1] in ENDS, max_new_tokens=max_new_tokens, pad_id=0)
+    choose, options = Chooser(seeds, params, torch.device("cpu"), head), {"pad_id": 0, "shared": shared}
+    return decode(model, prompts, choose, ended=lambda ids: ids[-1] in ENDS, max_new_tokens=max_new_tokens, **options)
 
 
 @pytest.fixture
@@ -91,6 +91,30 @@ def test_hidden_states_give_the_tokens_of_logits(name, temperature, monkeypatch)
         assert [ids for ids, _ in found] == [ids for ids, _ in expected]
         for (_, logps), (_, others) in zip(found, expected, strict=True):
             assert relative_error(torch.tensor(logps), torch.tensor(others)) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if shares_rows(make_model(name)) and name != "bloom"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_prompts_that_are_held_once_give_the_same_tokens(name, temperature, monkeypatch):
+    monkeypatch.setattr(decoding, "PLACES", 3)
+    monkeypatch.setattr(decoding, "PROMPT_TOKENS", 16)  # a prompt or two at a time
+    model, prompts = make_model(name), make_prompts()
+    head = (probe_head(model), model.lm_head.weight)
+    expected = run(model, prompts, range(10), temperature=temperature, head=head)
+    model.set_attn_implementation(SHARED_PROMPTS)
+    found = run(model, prompts, range(10), temperature=temperature, head=head, shared=True)
+    assert [ids for ids, _ in found] == [ids for ids, _ in expected]
+    for (_, logps), (_, others) in zip(found, expected, strict=True):
+        assert relative_error(torch.tensor(logps), torch.tensor(others)) < 1e-5
+    monkeypatch.setattr(decoding, "CachedRows", None)
+    for prompt, seed, (ids, _) in zip(prompts, range(10), found, strict=True):
+        [(alone, _)] = run(model, [prompt], [seed], temperature=temperature, head=head, shared=True)
+        assert ids == alone
+
+
+def test_layers_with_windows_hold_rows_of_their_own():
+    assert not shares_rows(make_model("mistral"))
+    assert not shares_rows(make_model("gemma2"))
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from bpo_fast.config import ModelConfig
 from bpo_fast.engine import SamplingParams, decode, request_seed
+from bpo_fast.engine import decode as decoding
 from bpo_fast.engine.decode import cache_bytes
 from bpo_fast.engine.hf import HfEngine
 from bpo_fast.engine.stopping import StopStrings
@@ -392,6 +393,16 @@ def test_tokens_from_hidden_states_are_those_from_logits(tiny_model_dir, params)
     for both, others in zip(found, expected, strict=True):
         for c, other in zip(both, others, strict=True):
             assert relative_error(torch.tensor(c.logps), torch.tensor(other.logps)) < 1e-5
+
+
+def test_prompts_are_held_once_where_the_policy_shares_them(tiny_model_dir, monkeypatch):
+    config = ModelConfig(path=str(tiny_model_dir), lora_r=4, lora_alpha=8.0)
+    policy = load_policy(config, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
+    monkeypatch.setattr(decoding, "CachedRows", None)
+    assert sample(HfEngine.of(policy, None), [Prompt(0, "", (3, 7, 1))], n=2)
+    policy.shares_prompts = False
+    with pytest.raises(TypeError):
+        sample(HfEngine.of(policy, None), [Prompt(0, "", (3, 7, 1))], n=2)
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.6}, {"temperature": 0.0}])

@@ -1,7 +1,8 @@
 """Decoding with transformers' KV cache: a prompt is encoded once for all its completions, rows that are done leave."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from bpo_fast.attention import DecodedRows, lay_out, no_mask, packed_arguments
 from bpo_fast.engine.choose import Chooser
 from bpo_fast.loading import trunk_of
+from bpo_fast.varlen import bounds_of
 
 # what cache and logits of a batch may take; how many rows it has at least (fewer leave matrix products waiting for the
 # weights) and at most (more gain nothing)
@@ -18,6 +21,8 @@ CPU_BYTES, GPU_BYTES = 2**27, 2**31
 MIN_ROWS, MAX_ROWS = 64, 512
 # rows that are done are dropped once they are this share of the batch: that copies the cache of the others
 DROPPED_SHARE = 1 / 8
+# prompts encoded at once where nothing is padded: what layers make of more tokens no longer fits the caches of a CPU
+PROMPT_TOKENS = 2048
 # places of the cache that are taken at a time: every time copies it
 PLACES = 64
 
@@ -100,6 +105,30 @@ class GrowingLayer(DynamicLayer):
         self._room = None
 
 
+class SharedLayer(GrowingLayer):
+    """Keys and values of prompts, held once for all rows that share them, and of what the rows wrote behind them.
+
+    Attributes:
+        prompts: of all prompts, one after the other: twice [1, heads, S, D].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompts: tuple[Tensor, ...] = ()
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes prompts until `join`, and gives them back; from then on what the rows wrote."""
+        if self.prompts:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self._parts.append((key_states, value_states))
+        return key_states, value_states
+
+    def join(self) -> None:
+        """There are no more prompts."""
+        self.prompts, self._parts = tuple(torch.cat(part, 2) for part in zip(*self._parts, strict=True)), []
+
+
 def _with_room(kept: Tensor, places: int) -> Tensor:
     """[B, heads, L, D] -> [B, heads, places, D] that begins with it."""
     room = kept.new_empty((*kept.shape[:2], places, kept.shape[3]))
@@ -148,6 +177,71 @@ class CachedRows:
         return (out.logits if "logits" in out else out.last_hidden_state)[:, -1]
 
 
+class SharedRows:
+    """The same where nothing is padded and a prompt's keys and values are held once: native attention, hidden states.
+
+    Args:
+        model: a causal LM whose `shares_rows`.
+        prompts: token ids.
+
+    Attributes:
+        last: [B, H] hidden states of the next token of each row.
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[tuple[int, ...]]):
+        self._model = trunk_of(model)
+        self._cache = DynamicCache(config=model.config)
+        self._cache.layers = [SharedLayer() for _ in self._cache.layers]
+        self._options = {cache_argument(self._model): self._cache, "use_cache": True}
+        lengths = [len(ids) for ids in prompts]
+        self.last = torch.cat([self._encode(part) for part in _parts(prompts, PROMPT_TOKENS)])
+        for layer in self._cache.layers:
+            layer.join()
+        self._rows = DecodedRows(self._cache.layers, bounds_of(lengths), torch.arange(len(prompts)))
+        self._positions = torch.tensor(lengths)
+
+    def _encode(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        lengths = [len(ids) for ids in prompts]
+        layout, positions = lay_out([(length,) for length in lengths], self._model.device)
+        ids = torch.tensor([token for prompt in prompts for token in prompt])
+        out = self._model(input_ids=ids[None], **packed_arguments(layout, positions[None]) | self._options)
+        return out.last_hidden_state[0, torch.tensor(lengths).cumsum(0) - 1]
+
+    def pick(self, rows: Tensor) -> None:
+        """See `CachedRows.pick`."""
+        self._cache.reorder_cache(rows)
+        self._rows = replace(self._rows, prompts=self._rows.prompts[rows])
+        self._positions, self.last = self._positions[rows], self.last[rows]
+
+    def append(self, tokens: Tensor) -> None:
+        """See `CachedRows.append`."""
+        out = self._model(
+            input_ids=tokens[:, None],
+            position_ids=self._positions[:, None],
+            attention_mask=no_mask(tokens.device),
+            decoded_rows=self._rows,
+            **self._options,
+        )
+        self._positions = self._positions + 1
+        self.last = out.last_hidden_state[:, -1]
+
+
+def shares_rows(model: Any) -> bool:
+    """Whether prompts can be held once where the attention is that of shared prompts: no layer has a window."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def _parts(prompts: Sequence[tuple[int, ...]], most_tokens: int) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Neighbors of together so many tokens, or one by itself."""
+    start = tokens = 0
+    for end, ids in enumerate(prompts):
+        if end > start and tokens + len(ids) > most_tokens:
+            yield prompts[start:end]
+            start, tokens = end, 0
+        tokens += len(ids)
+    yield prompts[start:]
+
+
 def decode(
     model: Any,
     prompts: Sequence[tuple[int, ...]],
@@ -156,6 +250,7 @@ def decode(
     ended: Callable[[list[int]], bool],
     max_new_tokens: int,
     pad_id: int,
+    shared: bool = False,
 ) -> list[tuple[list[int], list[float]]]:
     """Decodes a completion for each prompt.
 
@@ -166,6 +261,7 @@ def decode(
         ended: whether a completion is over with its newest token.
         max_new_tokens: where it is over at the latest.
         pad_id: id that fills up prompts.
+        shared: whether to decode by `SharedRows`; `choose` reads hidden states then.
 
     Returns:
         For each prompt the completion's ids and, if `choose` gives them, their log-probs.
@@ -173,7 +269,10 @@ def decode(
     device = model.device
     places: dict[tuple[int, ...], int] = {}
     rows = torch.tensor([places.setdefault(ids, len(places)) for ids in prompts], device=device)
-    batch = CachedRows(model, *_padded(list(places), pad_id, device), hidden=choose.reads_hidden)
+    if shared:
+        batch = SharedRows(model, list(places))
+    else:
+        batch = CachedRows(model, *_padded(list(places), pad_id, device), hidden=choose.reads_hidden)
     batch.pick(rows)
     out: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     requests, open_rows = list(range(len(prompts))), set(range(len(prompts)))

@@ -9,7 +9,7 @@ from bpo_fast_kernels.backends import pick_backend
 
 from bpo_fast.engine import OnDone, Request, SamplingParams, in_order, make_requests
 from bpo_fast.engine.choose import Chooser, reads_hidden
-from bpo_fast.engine.decode import cache_argument, decode, rows_together, takes_cache
+from bpo_fast.engine.decode import cache_argument, decode, rows_together, shares_rows, takes_cache
 from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.head import Head
 from bpo_fast.loading import trunk_of
@@ -29,6 +29,7 @@ class HfEngine:
         pad_id: id that fills batches.
         batch_size: sequences decoded together; None: as many as `rows_together` says.
         head: of the model; None: of a form that is not known.
+        shares_prompts: whether the model has the attention of attention.py.
 
     Raises:
         ValueError: a model without a KV cache of transformers' own kind.
@@ -50,11 +51,13 @@ class HfEngine:
         pad_id: int,
         batch_size: int | None = None,
         head: Head | None = None,
+        shares_prompts: bool = False,
     ):
         self._model, self._tokenizer, self._view, self._num_members = model, tokenizer, view, num_members
         cache_argument(model)  # or there is none, and this says so
         self._eos_ids, self._pad_id, self._batch_size = eos_ids, pad_id, batch_size
         self._head = native_head(model, head)
+        self._shares_rows = shares_prompts and shares_rows(model)
 
     @classmethod
     def of(cls, policy: Policy, batch_size: int | None) -> Self:
@@ -68,6 +71,7 @@ class HfEngine:
             pad_id=policy.pad_id,
             batch_size=batch_size,
             head=policy.head,
+            shares_prompts=policy.shares_prompts,
         )
 
     def refresh(self, policy_version: int) -> dict[str, float]:
@@ -131,6 +135,7 @@ class HfEngine:
             ended=lambda ids: ids[-1] in self._eos_ids or stop.found(ids),
             max_new_tokens=params.max_new_tokens,
             pad_id=self._pad_id,
+            shared=choose.reads_hidden and self._shares_rows,
         )
         if not choose.finite:
             raise RuntimeError("the policy's logits are NaN or infinite: nothing can be sampled from it")

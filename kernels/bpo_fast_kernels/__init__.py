@@ -3,12 +3,13 @@
 from bpo_fast_kernels.linear_draw import linear_draw
 from bpo_fast_kernels.linear_logps import linear_logps, linear_token_logps
 from bpo_fast_kernels.linear_pair_loss import LowRank, linear_pair_loss
-from bpo_fast_kernels.packed_attention import packed_attention
+from bpo_fast_kernels.packed_attention import decoded_attention, packed_attention
 from bpo_fast_kernels.pair_loss import PairLoss, pair_loss
 
 __all__ = [
     "LowRank",
     "PairLoss",
+    "decoded_attention",
     "linear_draw",
     "linear_logps",
     "linear_pair_loss",

@@ -1,4 +1,4 @@
-"""Attention of groups of a prompt and its completions that lie in one row without padding."""
+"""Attention of completions over prompts that they share: whole ones in one row without padding, or token by token."""
 
 import math
 from typing import Any
@@ -74,8 +74,7 @@ def packed_attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         fits = x.dim() == 4 and (len(x), *x.shape[2:]) == (num_rows, num_tokens, width)
         require(fits, f"{name}.shape", list(x.shape), f"expected [{num_rows}, heads, {num_tokens}, {width}] like q")
-        require(x.dtype == torch.float32, f"{name}.dtype", x.dtype, "expected torch.float32")
-        require(x.device.type == "cpu", f"{name}.device", x.device, "expected cpu")
+        _check_floats(name, x)
     fits = k.shape == v.shape and k.shape[1] > 0 and num_heads % k.shape[1] == 0
     require(fits, "k.shape", list(k.shape), f"does not go with q {list(q.shape)} and v {list(v.shape)}")
     for name, x, count, of in (
@@ -86,12 +85,106 @@ def packed_attention(
         check_bounds(name, x, count, of)
     groups = cu_groups.tolist()
     require(len(set(groups)) == len(groups), "cu_groups", groups, "expected a prompt in each group")
-    require(math.isfinite(scale), "scale", scale, "expected a finite number")
     require(window is None or window > 0, "window", window, "expected None or a number above 0")
-    good = softcap is None or (math.isfinite(softcap) and softcap > 0)
-    require(good, "softcap", softcap, "expected None or a finite number above 0")
+    _check_scores(scale, softcap)
     options = (cu_seqlens, cu_groups, float(scale), softcap or 0.0, window or 0)
     return _PackedAttention.apply(*map(_dense, (q, k, v)), options)
+
+
+def decoded_attention_reference(
+    q: torch.Tensor,
+    prompt_k: torch.Tensor,
+    prompt_v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    prompts: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The naive twin of `decoded_attention`: a row at a time, in the type of its inputs."""
+    repeats, out = q.shape[1] // k.shape[1], []
+    for row, prompt in enumerate(prompts.tolist()):
+        tokens = slice(int(cu_seqlens[prompt]), int(cu_seqlens[prompt + 1]))
+        keys, values = (
+            torch.cat([shared[0, :, tokens], own[row]], 1).repeat_interleave(repeats, 0)
+            for shared, own in ((prompt_k, k), (prompt_v, v))
+        )
+        scores = q[row] @ keys.transpose(-1, -2) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        out.append(scores.softmax(-1) @ values)
+    return torch.stack(out)
+
+
+def decoded_attention(
+    q: torch.Tensor,
+    prompt_k: torch.Tensor,
+    prompt_v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    prompts: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention of one new token a row over its prompt, held once for all rows that share it, and what it wrote so far.
+
+    Native, on the CPU; the rows of a prompt take its keys and values from cache. No gradients.
+
+    Args:
+        q: [B, heads, 1, D] float32. queries of the new tokens.
+        prompt_k, prompt_v: [1, key-value heads, S, D] float32. of the prompts, one after the other.
+        cu_seqlens: [U + 1] int32. bounds of the prompts among the S tokens.
+        prompts: [B] int64. the prompt of each row.
+        k, v: [B, key-value heads, N, D] float32. of what the rows wrote, the new token the last.
+        scale: multiplies the scores.
+        softcap: c of c * tanh(score / c), or None.
+
+    Returns:
+        [B, heads, 1, D] float32; a row's bits do not depend on the rows that share its prompt.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or range, or native code cannot be built here.
+    """
+    num_rows, num_heads, num_kv_heads, width = len(q), q.shape[1], k.shape[1], q.shape[-1]
+    shapes = {
+        "q": (q, (num_rows, num_heads, 1, width)),
+        "prompt_k": (prompt_k, (1, num_kv_heads, prompt_k.shape[2], width)),
+        "prompt_v": (prompt_v, tuple(prompt_k.shape)),
+        "k": (k, (num_rows, num_kv_heads, k.shape[2], width)),
+        "v": (v, tuple(k.shape)),
+    }
+    for name, (x, shape) in shapes.items():
+        require(tuple(x.shape) == shape, f"{name}.shape", list(x.shape), f"expected {list(shape)}")
+        _check_floats(name, x)
+    fits = num_kv_heads > 0 and num_heads % num_kv_heads == 0
+    require(fits, "k.shape", list(k.shape), f"does not go with q {list(q.shape)}")
+    check_bounds("cu_seqlens", cu_seqlens, prompt_k.shape[2], "tokens")
+    require(prompts.dtype == torch.int64, "prompts.dtype", prompts.dtype, "expected torch.int64")
+    require(prompts.shape == (num_rows,), "prompts.shape", list(prompts.shape), f"expected [{num_rows}]")
+    size = len(cu_seqlens) - 1
+    for bound in map(int, prompts.aminmax()) if num_rows else ():
+        require(0 <= bound < size, "prompts", bound, f"expected 0 <= prompt < {size}")
+    _check_scores(scale, softcap)
+    q, prompt_k, prompt_v, k, v = map(_dense, (q, prompt_k, prompt_v, k, v))
+    out = _like(q)
+    native = pick_backend("native", q.device)
+    native.ops.attend_decoded(q, prompt_k, prompt_v, cu_seqlens, prompts, k, v, float(scale), softcap or 0.0, out)
+    return out
+
+
+def _check_floats(name: str, x: torch.Tensor) -> None:
+    require(x.dtype == torch.float32, f"{name}.dtype", x.dtype, "expected torch.float32")
+    require(x.device.type == "cpu", f"{name}.device", x.device, "expected cpu")
+
+
+def _check_scores(scale: float, softcap: float | None) -> None:
+    require(math.isfinite(scale), "scale", scale, "expected a finite number")
+    good = softcap is None or (math.isfinite(softcap) and softcap > 0)
+    require(good, "softcap", softcap, "expected None or a finite number above 0")
 
 
 class _PackedAttention(torch.autograd.Function):

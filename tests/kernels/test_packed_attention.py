@@ -2,8 +2,8 @@ import re
 
 import pytest
 import torch
-from bpo_fast_kernels import packed_attention
-from bpo_fast_kernels.packed_attention import packed_attention_reference
+from bpo_fast_kernels import decoded_attention, packed_attention
+from bpo_fast_kernels.packed_attention import decoded_attention_reference, packed_attention_reference
 from cases import offsets
 
 # lengths of each group's prompt and completions; 32 queries are a panel and 14 keys a block with AVX-512
@@ -87,6 +87,62 @@ def test_any_strides():
         found = outcome(packed_attention, groups, [change(x) for x in qkv], change(weights), scale=0.3)
         for x, y in zip(found, expected, strict=True):
             assert torch.equal(x, y)
+
+
+def decoded_parts(lengths, prompts, num_written, heads):
+    """The tensors of `decoded_attention`, as projections and caches lay them out."""
+    _, num_heads, num_kv_heads, width = heads
+    prompt_k, prompt_v = (torch.randn(1, sum(lengths), num_kv_heads, width).transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(len(prompts), num_kv_heads, num_written + 3, width)[:, :, :num_written] for _ in range(2))
+    q = torch.randn(len(prompts), 1, num_heads, width).transpose(1, 2)
+    return {
+        "q": q,
+        "prompt_k": prompt_k,
+        "prompt_v": prompt_v,
+        "cu_seqlens": offsets(lengths),
+        "prompts": torch.tensor(prompts, dtype=torch.int64),
+        "k": k,
+        "v": v,
+    }
+
+
+@pytest.mark.parametrize("prompts", [[0], [2, 0, 0, 1, 2, 2], [1, 1, 1, 1, 1], []])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("num_written", [1, 18])
+@pytest.mark.parametrize("options", [{}, {"softcap": 0.7}])
+def test_a_decoded_token_sees_its_prompt_and_what_its_row_wrote(prompts, heads, num_written, options):
+    parts = decoded_parts([5, 1, 70], prompts, num_written, heads)
+    found = decoded_attention(**parts, scale=0.3, **options)
+    assert found.shape == parts["q"].shape
+    wide = {name: x.double() if x.dtype == torch.float32 else x for name, x in parts.items()}
+    if prompts:
+        expected = decoded_attention_reference(**wide, scale=0.3, **options)
+        assert float((found - expected).abs().max()) < 2e-6
+    for row, prompt in enumerate(prompts):  # a row is what it is alone
+        alone = parts | {name: parts[name][row : row + 1] for name in ("q", "k", "v")}
+        alone["prompts"] = torch.tensor([prompt])
+        assert torch.equal(decoded_attention(**alone, scale=0.3, **options)[0], found[row])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 4, 2, 8)}, "q.shape = [2, 4, 2, 8]"),
+        ({"prompt_v": torch.zeros(1, 2, 5, 8)}, "prompt_v.shape = [1, 2, 5, 8]"),
+        ({"k": torch.zeros(2, 2, 3, 9)}, "k.shape = [2, 2, 3, 9]"),
+        ({"v": torch.zeros(2, 2, 4, 8)}, "v.shape = [2, 2, 4, 8]"),
+        ({"v": torch.zeros(2, 2, 3, 8).double()}, "v.dtype = torch.float64"),
+        ({"cu_seqlens": offsets([5, 2])}, "cu_seqlens[-1] = 7"),
+        ({"prompts": torch.tensor([0, 2])}, "prompts = 2: expected 0 <= prompt < 2"),
+        ({"prompts": torch.tensor([-1, 0])}, "prompts = -1"),
+        ({"prompts": torch.tensor([0])}, "prompts.shape = [1]"),
+        ({"softcap": 0.0}, "softcap = 0.0"),
+    ],
+)
+def test_bad_input_of_decoded_rows_is_named(change, message):
+    good = decoded_parts([5, 1], [0, 1], 3, (1, 4, 2, 8)) | {"scale": 0.3}
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        decoded_attention(**good | change)
 
 
 @pytest.mark.parametrize(
