@@ -205,8 +205,9 @@ inline void add_to_keys(const PackedAttention& a, const Queries& queries, const 
     });
 }
 
-// Outputs [M, heads, S, D] of the tasks [begin, end), and the logarithm of each query's mass: [M, heads, S].
-inline void attend(const PackedAttention& a, int64_t begin, int64_t end, const Heads& out, float* masses) {
+// Outputs [M, heads, S, D] of the tasks [begin, end); each query's largest score and the inverse of its mass above that, which
+// give weights without the rounding of one large logarithm: twice [M, heads, S].
+inline void attend(const PackedAttention& a, int64_t begin, int64_t end, const Heads& out, float* tops, float* inverses) {
   const int64_t keys = a.longest();
   const Vec scale[2] = {splat(a.scale), splat(a.scale)};
   const auto along = make_buffer(keys * a.width), across = make_buffer(keys * a.padded());
@@ -242,16 +243,18 @@ inline void attend(const PackedAttention& a, int64_t begin, int64_t end, const H
         const Vec factor[2] = {1.0f / mass[0], 1.0f / mass[1]};
         scale_lanes(sums.get(), a.width, factor);
         transpose(sums.get(), kPanel, a.width, queries.lanes, out.at(g.m, h, token), out.token);
-        float* logs = masses + (g.m * a.num_heads + h) * a.num_tokens + token;
-        for (int64_t i = 0; i < queries.lanes; ++i)
-          logs[i] = top[i / kLanes][i % kLanes] + std::log(mass[i / kLanes][i % kLanes]);
+        const int64_t at = (g.m * a.num_heads + h) * a.num_tokens + token;
+        for (int64_t i = 0; i < queries.lanes; ++i) {
+          tops[at + i] = top[i / kLanes][i % kLanes];
+          inverses[at + i] = factor[i / kLanes][i % kLanes];
+        }
       });
   }
 }
 
 // dQ, dK and dV of the tasks [begin, end).
-inline void attend_backward(const PackedAttention& a, int64_t begin, int64_t end, const Heads& out, const float* masses,
-                            const Heads& dout, const Heads& dq, const Heads& dk, const Heads& dv) {
+inline void attend_backward(const PackedAttention& a, int64_t begin, int64_t end, const Heads& out, const float* tops,
+                            const float* inverses, const Heads& dout, const Heads& dq, const Heads& dk, const Heads& dv) {
   const int64_t keys = a.longest(), stride = a.paneled();
   const Vec scale[2] = {splat(a.scale), splat(a.scale)};
   const auto k_along = make_buffer(keys * a.width), v_along = make_buffer(keys * a.width);
@@ -277,8 +280,10 @@ inline void attend_backward(const PackedAttention& a, int64_t begin, int64_t end
         pack_rows(q, a.q.token, queries.lanes, a.width, a.scale, rows.get());
         pack_lanes(slope, dout.token, queries.lanes, a.width, dout_lanes.get());
         pack_rows(slope, dout.token, queries.lanes, a.width, 1.0f, dout_rows.get());
-        float mass[kPanel] = {}, mean[kPanel] = {};
-        std::copy_n(masses + (g.m * a.num_heads + h) * a.num_tokens + token, queries.lanes, mass);
+        float top[kPanel] = {}, inverse[kPanel] = {}, mean[kPanel] = {};
+        const int64_t first = (g.m * a.num_heads + h) * a.num_tokens + token;
+        std::copy_n(tops + first, queries.lanes, top);
+        std::copy_n(inverses + first, queries.lanes, inverse);
         for (int64_t i = 0; i < queries.lanes; ++i)
           for (int64_t d = 0; d < a.width; ++d) mean[i] += slope[i * dout.token + d] * value[i * out.token + d];
         queries.each_block([&](int64_t block, int64_t place) {
@@ -286,7 +291,7 @@ inline void attend_backward(const PackedAttention& a, int64_t begin, int64_t end
           score_block(a, queries, block, k_along.get(), lanes.get(), weight);
           tile<Floats>(v_along.get() + block * a.width * kRows, dout_lanes.get(), a.width, change, kPanel, false);
           for (int64_t at = 0; at < kRows * kPanel; at += kLanes) {
-            const Vec score = load(weight + at), p = exp(score - load(mass + at % kPanel));
+            const Vec score = load(weight + at), p = exp(score - load(top + at % kPanel)) * load(inverse + at % kPanel);
             Vec ds = p * (load(change + at) - load(mean + at % kPanel));
             if (a.softcap != 0.0f) {
               const Vec share = score * (1.0f / a.softcap);

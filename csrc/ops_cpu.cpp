@@ -225,20 +225,22 @@ bpo::PackedAttention make_attention(const Tensor& q, const Tensor& k, const Tens
           window};
 }
 
-// Every tensor's last dimension is contiguous.
+// Every tensor's last dimension is contiguous; `shifts` is [2, M, heads, S].
 void attend(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, double scale, double softcap, int64_t window,
-            Tensor out, Tensor masses) {
+            Tensor out, Tensor shifts) {
   const auto a = make_attention(q, k, v, bounds, firsts, scale, softcap, window);
+  float* tops = floats(shifts);
   torch::stable::parallel_for(0, a.num_tasks(), 1, [&](int64_t begin, int64_t end) {
-    bpo::attend(a, begin, end, heads(out), floats(masses));
+    bpo::attend(a, begin, end, heads(out), tops, tops + shifts.stride(0));
   });
 }
 
 void attend_backward(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, double scale, double softcap, int64_t window,
-                     Tensor out, Tensor masses, Tensor dout, Tensor dq, Tensor dk, Tensor dv) {
+                     Tensor out, Tensor shifts, Tensor dout, Tensor dq, Tensor dk, Tensor dv) {
   const auto a = make_attention(q, k, v, bounds, firsts, scale, softcap, window);
+  const float* tops = floats(shifts);
   torch::stable::parallel_for(0, a.num_tasks(), 1, [&](int64_t begin, int64_t end) {
-    bpo::attend_backward(a, begin, end, heads(out), floats(masses), heads(dout), heads(dq), heads(dk), heads(dv));
+    bpo::attend_backward(a, begin, end, heads(out), tops, tops + shifts.stride(0), heads(dout), heads(dq), heads(dk), heads(dv));
   });
 }
 
@@ -321,10 +323,10 @@ STABLE_TORCH_LIBRARY(bpo_fast_cpu, m) {
       "-> ()");
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, float scale, float softcap, int window, "
-      "Tensor(a!) out, Tensor(b!) masses) -> ()");
+      "Tensor(a!) out, Tensor(b!) shifts) -> ()");
   m.def(
       "attend_backward(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, float scale, float softcap, int window, "
-      "Tensor out, Tensor masses, Tensor dout, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+      "Tensor out, Tensor shifts, Tensor dout, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
   m.def(
       "attend_decoded(Tensor q, Tensor prompt_k, Tensor prompt_v, Tensor bounds, Tensor prompts, Tensor k, Tensor v, "
       "float scale, float softcap, Tensor(a!) out) -> ()");

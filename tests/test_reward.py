@@ -262,8 +262,10 @@ def test_swapped_pairs_teach_relevance(tmp_path):
     )
     assert result["num_train"] == 400
     model = RewardModel(str(tmp_path / "rm"))
-    report = measure(model, [TextPair(f"Say {c} Assistant:", f" {c}", " red") for c in COLORS[1:]], seed=0)
-    assert report["accuracy"] == report["swapped"]["accuracy"] == 1.0
+    pairs = [TextPair(f"Say {c} Assistant:", f" {c}", f" {other}") for c in COLORS for other in COLORS if other != c]
+    report = measure(model, pairs, seed=0)
+    # 10 of 12 and more over many seeds; whoever does not read the prompt gets 6
+    assert min(report["accuracy"], report["swapped"]["accuracy"]) > 0.7
 
 
 def test_swapped_answers_come_from_other_prompts():

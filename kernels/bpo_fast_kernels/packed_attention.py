@@ -190,18 +190,18 @@ def _check_scores(scale: float, softcap: float | None) -> None:
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple[Any, ...]) -> torch.Tensor:
-        out, masses = _like(q), q.new_empty(q.shape[:3])
-        pick_backend("native", q.device).ops.attend(q, k, v, *options, out, masses)
-        ctx.save_for_backward(q, k, v, out, masses)
+        out, shifts = _like(q), q.new_empty((2, *q.shape[:3]))
+        pick_backend("native", q.device).ops.attend(q, k, v, *options, out, shifts)
+        ctx.save_for_backward(q, k, v, out, shifts)
         ctx.options = options
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, masses = ctx.saved_tensors
+        q, k, v, out, shifts = ctx.saved_tensors
         grads = [_like(x) for x in (q, k, v)]
         native = pick_backend("native", q.device)
-        native.ops.attend_backward(q, k, v, *ctx.options, out, masses, _dense(dout), *grads)
+        native.ops.attend_backward(q, k, v, *ctx.options, out, shifts, _dense(dout), *grads)
         return *grads, None
 
 
