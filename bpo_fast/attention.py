@@ -152,8 +152,8 @@ def shared_prompt_attention(
     """Attention of packed rows, each completion over its own prompt and itself.
 
     On a GPU one variable-length call, where a kernel for it is there (varlen.py); float32 on a CPU goes to the native
-    kernel. Else two calls of SDPA: prompts among themselves, causal without a mask, and completions over their group.
-    The square of a whole group, most of which no token sees, is never formed.
+    kernel if values are as wide as keys. Else two calls of SDPA: prompts among themselves, causal without a mask, and
+    completions over their group. The square of a whole group, most of which no token sees, is never formed.
 
     Args:
         q: [M, heads, S, D] queries; M rows share the layout.
@@ -169,7 +169,7 @@ def shared_prompt_attention(
     varlen = pick_varlen(q, softcap)
     if varlen is not None:
         return _by_varlen(q, k, v, layout, varlen, scale=scale, window=window, softcap=softcap)
-    if q.device.type == "cpu" and q.dtype == torch.float32 and _has_native():
+    if q.device.type == "cpu" and q.dtype == torch.float32 and k.shape == v.shape and _has_native():
         return _natively(q, k, v, layout, scale=scale, window=window, softcap=softcap)
     return _by_sdpa(q, k, v, layout, scale, window, softcap)
 

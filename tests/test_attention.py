@@ -36,6 +36,16 @@ LONGROPE = {
     "long_factor": [4.0] * 4,
     "original_max_position_embeddings": 32,
 }
+# values that are narrower than keys
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "first_k_dense_replace": 4,
+}
 SHORT_LLAMA4 = {"intermediate_size_mlp": 64, "use_qk_norm": False}
 CONFIGS = {
     "llama": ("LlamaConfig", {}),
@@ -49,6 +59,7 @@ CONFIGS = {
     "smollm3": ("SmolLM3Config", {}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),  # SmolLM, SmolLM2
     "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True}),  # Qwen2.5-0.5B
+    "deepseek3": ("DeepseekV3Config", LATENT),
     "phi3-longrope": ("Phi3Config", {"max_position_embeddings": 128, "rope_scaling": LONGROPE}),
     "mistral-32": ("MistralConfig", {"sliding_window": 32}),
     "gemma2-32": ("Gemma2Config", {**HEAD, "sliding_window": 32}),

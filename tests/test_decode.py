@@ -117,6 +117,10 @@ def test_layers_with_windows_hold_rows_of_their_own():
     assert not shares_rows(make_model("gemma2"))
 
 
+def test_values_of_another_width_than_keys_are_held_by_rows():
+    assert not shares_rows(make_model("deepseek3"))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_greedy_is_generate_s(name):
     model, prompts = make_model(name), make_prompts()

@@ -227,7 +227,12 @@ class SharedRows:
 
 
 def shares_rows(model: Any) -> bool:
-    """Whether prompts can be held once where the attention is that of shared prompts: no layer has a window."""
+    """Whether prompts can be held once where the attention is that of shared prompts.
+
+    No layer has a window, and values are as wide as keys: latent attention has a width for each.
+    """
+    if getattr(model.config.get_text_config(), "v_head_dim", None):
+        return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 

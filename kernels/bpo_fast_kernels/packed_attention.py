@@ -87,7 +87,9 @@ def packed_attention(
     require(len(set(groups)) == len(groups), "cu_groups", groups, "expected a prompt in each group")
     require(window is None or window > 0, "window", window, "expected None or a number above 0")
     _check_scores(scale, softcap)
-    options = (cu_seqlens, cu_groups, float(scale), softcap or 0.0, window or 0)
+    # native code holds the window in 32 bits, and one as long as the row hides nothing
+    window = 0 if window is None or window >= num_tokens else window
+    options = (cu_seqlens.contiguous(), cu_groups.contiguous(), float(scale), softcap or 0.0, window)
     return _PackedAttention.apply(*map(_dense, (q, k, v)), options)
 
 
@@ -170,6 +172,7 @@ def decoded_attention(
         require(0 <= bound < size, "prompts", bound, f"expected 0 <= prompt < {size}")
     _check_scores(scale, softcap)
     q, prompt_k, prompt_v, k, v = map(_dense, (q, prompt_k, prompt_v, k, v))
+    cu_seqlens, prompts = cu_seqlens.contiguous(), prompts.contiguous()
     out = _like(q)
     native = pick_backend("native", q.device)
     native.ops.attend_decoded(q, prompt_k, prompt_v, cu_seqlens, prompts, k, v, float(scale), softcap or 0.0, out)

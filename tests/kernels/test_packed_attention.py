@@ -145,6 +145,48 @@ def test_bad_input_of_decoded_rows_is_named(change, message):
         decoded_attention(**good | change)
 
 
+def test_a_window_of_any_length():
+    """Longer than a row, or than 32 bits hold."""
+    groups = [(9, 5, 11)]
+    *qkv, weights = parts(groups, (1, 4, 2, 8))
+    expected = outcome(packed_attention, groups, qkv, weights, scale=0.3)
+    for window in (25, 2**31 - 5, 2**31, 2**40):
+        for x, y in zip(
+            outcome(packed_attention, groups, qkv, weights, scale=0.3, window=window), expected, strict=True
+        ):
+            assert torch.equal(x, y)
+
+
+def test_bounds_that_are_not_dense():
+    groups = [(9, 5, 11)]
+    *qkv, _ = parts(groups, (1, 4, 2, 8))
+    cu_seqlens, cu_groups = bounds(groups)
+    expected = packed_attention(*qkv, cu_seqlens, cu_groups, scale=0.3)
+    apart = [torch.stack([x, x + 7], 1)[:, 0] for x in (cu_seqlens, cu_groups)]
+    assert torch.equal(packed_attention(*qkv, *apart, scale=0.3), expected)
+    rows = decoded_parts([5, 1], [0, 1], 3, (1, 4, 2, 8))
+    apart = {name: torch.stack([rows[name], rows[name] + 7], 1)[:, 0] for name in ("cu_seqlens", "prompts")}
+    assert torch.equal(decoded_attention(**rows, scale=0.3), decoded_attention(**rows | apart, scale=0.3))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(bad):
+    """Wherever it is seen, and only there: the second group is as it was."""
+    groups = [(9, 5), (4, 6)]
+    *qkv, _ = parts(groups, (1, 2, 2, 8))
+    qkv[1][0, 0, 3, 0] = bad
+    out = packed_attention(*qkv, *bounds(groups), scale=0.3)
+    expected = packed_attention_reference(*qkv, *bounds(groups), scale=0.3)
+    assert bool(out[0, 0, 3:14].isnan().any())
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert bool(out[0, :, 14:].isfinite().all())
+    rows = decoded_parts([5, 1], [0, 1], 3, (1, 2, 2, 8))
+    rows["k"][0, 0, 1, 0] = bad * rows["q"][0, 0, 0, 0].sign()
+    out = decoded_attention(**rows, scale=0.3)
+    assert bool(out[0, 0].isnan().any())
+    assert bool(out[1].isfinite().all())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
