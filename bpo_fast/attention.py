@@ -253,6 +253,8 @@ def _attend(
         out = shared_prompt_attention(query, key, value, shared_prompts, scale=scale, window=window, softcap=softcap)
         return out.transpose(1, 2).contiguous(), None
     if decoded_rows is not None:
+        if sliding_window:
+            raise ValueError("its layers have windows that its cache does not know of")
         prompts, rows = decoded_rows.caches[module.layer_idx].prompts, decoded_rows
         options = {"scale": scale, "softcap": softcap}
         out = decoded_attention(query, *prompts, rows.cu_seqlens, rows.prompts, key, value, **options)

@@ -398,11 +398,13 @@ def test_tokens_from_hidden_states_are_those_from_logits(tiny_model_dir, params)
 def test_prompts_are_held_once_where_the_policy_shares_them(tiny_model_dir, monkeypatch):
     config = ModelConfig(path=str(tiny_model_dir), lora_r=4, lora_alpha=8.0)
     policy = load_policy(config, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
-    monkeypatch.setattr(decoding, "CachedRows", None)
-    assert sample(HfEngine.of(policy, None), [Prompt(0, "", (3, 7, 1))], n=2)
+    engine = HfEngine.of(policy, None)
     policy.shares_prompts = False
+    other = HfEngine.of(policy, None)
+    monkeypatch.setattr(decoding, "CachedRows", None)
+    assert sample(engine, [Prompt(0, "", (3, 7, 1))], n=2)
     with pytest.raises(TypeError):
-        sample(HfEngine.of(policy, None), [Prompt(0, "", (3, 7, 1))], n=2)
+        sample(other, [Prompt(0, "", (3, 7, 1))], n=2)
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.6}, {"temperature": 0.0}])

@@ -57,7 +57,7 @@ class HfEngine:
         cache_argument(model)  # or there is none, and this says so
         self._eos_ids, self._pad_id, self._batch_size = eos_ids, pad_id, batch_size
         self._head = native_head(model, head)
-        self._shares_rows = shares_prompts and shares_rows(model)
+        self._shares_rows = shares_prompts and self._head is not None and shares_rows(model)
 
     @classmethod
     def of(cls, policy: Policy, batch_size: int | None) -> Self:

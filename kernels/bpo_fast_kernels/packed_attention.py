@@ -151,6 +151,8 @@ def decoded_attention(
     Raises:
         ValueError: a wrong shape, dtype, device or range, or native code cannot be built here.
     """
+    for name, x in (("q", q), ("prompt_k", prompt_k), ("k", k)):
+        require(x.dim() == 4, f"{name}.shape", list(x.shape), "expected four dimensions")
     num_rows, num_heads, num_kv_heads, width = len(q), q.shape[1], k.shape[1], q.shape[-1]
     shapes = {
         "q": (q, (num_rows, num_heads, 1, width)),
@@ -164,6 +166,9 @@ def decoded_attention(
         _check_floats(name, x)
     fits = num_kv_heads > 0 and num_heads % num_kv_heads == 0
     require(fits, "k.shape", list(k.shape), f"does not go with q {list(q.shape)}")
+    require(k.shape[2] > 0, "k.shape", list(k.shape), "expected the new token at least")
+    for name, x in (("cu_seqlens", cu_seqlens), ("prompts", prompts)):
+        require(x.device.type == "cpu", f"{name}.device", x.device, "expected cpu")
     check_bounds("cu_seqlens", cu_seqlens, prompt_k.shape[2], "tokens")
     require(prompts.dtype == torch.int64, "prompts.dtype", prompts.dtype, "expected torch.int64")
     require(prompts.shape == (num_rows,), "prompts.shape", list(prompts.shape), f"expected [{num_rows}]")
