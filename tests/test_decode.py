@@ -1,5 +1,7 @@
 """Decoding with rows that share a prefill and leave the batch, for every architecture, against generate."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -17,6 +19,8 @@ from bpo_fast.head import probe_head
 BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "initializer_range": 0.2}
 ALL = {name: (kind, {**SMALL, **extra}) for name, (kind, extra) in CONFIGS.items()} | {
     "bloom": ("BloomConfig", BLOOM),
+    "diffllama": ("DiffLlamaConfig", SMALL),
+    "jetmoe": ("JetMoeConfig", {**SMALL, "kv_channels": 8, "num_local_experts": 2}),
     "lfm2": ("Lfm2Config", {**SMALL, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
 }
 ENDS = {*range(2, 30)}  # so many that rows end all the time
@@ -93,7 +97,7 @@ def test_hidden_states_give_the_tokens_of_logits(name, temperature, monkeypatch)
             assert relative_error(torch.tensor(logps), torch.tensor(others)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "smollm3", "llama-tied", "qwen2-tied"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "smollm3", "llama-tied", "qwen2-tied", "phi3-longrope"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_prompts_that_are_held_once_give_the_same_tokens(name, temperature, monkeypatch):
     monkeypatch.setattr(decoding, "PLACES", 3)
@@ -118,6 +122,8 @@ def test_prompts_that_are_held_once_give_the_same_tokens(name, temperature, monk
     [
         ("mistral", ""),
         ("gemma2", ""),
+        ("diffllama", "hidden states differ by"),  # values are joined and repeated behind the cache
+        ("jetmoe", "prompt_k.shape = "),  # keys are repeated there
         ("deepseek3", "prompt_k.shape = "),  # heads are joined behind the cache
         ("bloom", "BloomForCausalLM"),  # its attention is its own
     ],
@@ -133,6 +139,16 @@ def test_who_cannot_hold_prompts_once_decodes_rows_of_its_own(name, reason, capl
 def test_attention_that_is_not_of_shared_prompts_is_noticed(caplog):
     assert not shares_rows(make_model("llama"))
     assert "hidden states differ by" in caplog.text
+
+
+def test_a_window_that_only_the_layers_know_of_is_noticed(caplog):
+    model = make_model("mistral")
+    model.set_attn_implementation(SHARED_PROMPTS)
+    for layer in model.model.layers:
+        layer.self_attn.config = copy.deepcopy(model.config)
+    model.config.sliding_window = None
+    assert not shares_rows(model)
+    assert "have windows that its cache does not know of" in caplog.text
 
 
 @pytest.mark.parametrize("name", ALL)

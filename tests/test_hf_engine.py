@@ -407,6 +407,18 @@ def test_prompts_are_held_once_where_the_policy_shares_them(tiny_model_dir, monk
         sample(other, [Prompt(0, "", (3, 7, 1))], n=2)
 
 
+@pytest.mark.parametrize("layer", ["q_proj", "k_proj", "v_proj"])
+def test_a_model_that_breaks_is_noticed_where_prompts_are_held_once(layer, tiny_model_dir, monkeypatch):
+    config = ModelConfig(path=str(tiny_model_dir), full=True)
+    policy = load_policy(config, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
+    engine = HfEngine.of(policy, None)
+    monkeypatch.setattr(decoding, "CachedRows", None)
+    weight = next(p for n, p in policy.model.named_parameters() if n.endswith(f"{layer}.weight"))
+    weight.data[1, 1] = float("nan")
+    with pytest.raises(RuntimeError, match="the policy's logits are NaN or infinite"):
+        sample(engine, [Prompt(0, "", (3, 7, 1))], n=2)
+
+
 @pytest.mark.parametrize("params", [{"temperature": 0.6}, {"temperature": 0.0}])
 def test_logits_are_not_made_where_none_are_cut_off(tiny_model_dir, monkeypatch, params):
     config = ModelConfig(path=str(tiny_model_dir), lora_r=4, lora_alpha=8.0)

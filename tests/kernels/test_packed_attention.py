@@ -43,9 +43,7 @@ def outcome(attend, groups, qkv, weights, **options):
 
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize(
-    "options", [{}, {"window": 1}, {"window": 4}, {"window": 37, "softcap": 2.0}, {"softcap": 0.5}]
-)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_outputs_and_gradients_are_those_of_all_scores_at_once(groups, heads, options):
     *qkv, weights = parts(groups, heads)
     found = outcome(packed_attention, groups, qkv, weights, scale=0.3, **options)
@@ -129,6 +127,9 @@ def test_a_decoded_token_sees_its_prompt_and_what_its_row_wrote(prompts, heads, 
     [
         ({"q": torch.zeros(2, 4, 2, 8)}, "q.shape = [2, 4, 2, 8]"),
         ({"q": torch.zeros(4, 8)}, "q.shape = [4, 8]"),
+        ({"k": torch.zeros(2)}, "k.shape = [2]"),
+        ({"prompt_k": torch.zeros(6, 8)}, "prompt_k.shape = [6, 8]"),
+        ({"prompts": torch.tensor([0, 1], device="meta")}, "prompts.device = meta"),
         ({"k": torch.zeros(2, 2, 0, 8), "v": torch.zeros(2, 2, 0, 8)}, "k.shape = [2, 2, 0, 8]"),
         ({"cu_seqlens": offsets([5, 1]).to("meta")}, "cu_seqlens.device = meta"),
         ({"prompt_v": torch.zeros(1, 2, 5, 8)}, "prompt_v.shape = [1, 2, 5, 8]"),
