@@ -8,6 +8,7 @@ unchanged: it looks for a `SharedPrompts` among the arguments that models pass d
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,7 +54,6 @@ class SharedPrompts:
     lengths: tuple[tuple[int, ...], ...]
     _masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict, compare=False, repr=False)
     _varlen: dict[int, VarlenLayout] = field(default_factory=dict, compare=False, repr=False)
-    _bounds: list[Tensor] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def prompt_width(self) -> int:
@@ -66,13 +66,11 @@ class SharedPrompts:
             self._varlen[num_rows] = lay_out_varlen(self.lengths, num_rows, self.places.device)
         return self._varlen[num_rows]
 
-    @property
+    @cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Of the sequences among a row's tokens, and of the groups among the sequences: [N + 1] and [P + 1] int32."""
-        if not self._bounds:
-            sequences = [length for group in self.lengths for length in group]
-            self._bounds.extend((bounds_of(sequences), bounds_of([len(group) for group in self.lengths])))
-        return self._bounds[0], self._bounds[1]
+        sequences = [length for group in self.lengths for length in group]
+        return bounds_of(sequences), bounds_of([len(group) for group in self.lengths])
 
     def mask(self, queries: str, window: int | None) -> Tensor:
         """True where a query (row) sees a key (column); `window` counts the query itself.
@@ -169,13 +167,14 @@ def shared_prompt_attention(
     varlen = pick_varlen(q, softcap)
     if varlen is not None:
         return _by_varlen(q, k, v, layout, varlen, scale=scale, window=window, softcap=softcap)
-    if q.device.type == "cpu" and q.dtype == torch.float32 and k.shape == v.shape and _has_native():
+    if q.device.type == "cpu" and q.dtype == torch.float32 and k.shape == v.shape and has_native():
         return _natively(q, k, v, layout, scale=scale, window=window, softcap=softcap)
     return _by_sdpa(q, k, v, layout, scale, window, softcap)
 
 
 @torch.compiler.assume_constant_result
-def _has_native() -> bool:
+def has_native() -> bool:
+    """Whether native kernels run on the CPU here."""
     return pick_backend("auto", torch.device("cpu")).name == "native"
 
 

@@ -43,16 +43,17 @@ struct PackedAttention {
 
 // A group under one head of keys and values; tokens count from the group's first.
 struct PromptGroup {
-  int64_t m, kv_head, first, sequence, last_sequence, begin, count, prompt;
+  int64_t m, kv_head, first, end;  // sequences [first, end), the prompt first
+  int64_t begin, count, prompt;    // its first token in the row, its tokens, those of its prompt
 
   PromptGroup(const PackedAttention& a, int64_t task) {
     kv_head = task % a.num_kv_heads;
     const int64_t g = task / a.num_kv_heads % a.num_groups;
     m = task / a.num_kv_heads / a.num_groups;
-    first = sequence = a.firsts[g];
-    last_sequence = a.firsts[g + 1];
+    first = a.firsts[g];
+    end = a.firsts[g + 1];
     begin = a.bounds[first];
-    count = a.bounds[last_sequence] - begin;
+    count = a.bounds[end] - begin;
     prompt = a.bounds[first + 1] - begin;
   }
   int64_t padded() const { return round_up(count, kRows); }
@@ -101,7 +102,7 @@ struct Queries {
 // Calls f(queries) for all panels of queries of a group.
 template <class F>
 void each_panel(const PackedAttention& a, const PromptGroup& g, const F& f) {
-  for (int64_t s = g.sequence; s < g.last_sequence; ++s) {
+  for (int64_t s = g.first; s < g.end; ++s) {
     const int64_t own = a.bounds[s] - g.begin, end = a.bounds[s + 1] - g.begin;
     for (int64_t from = own; from < end; from += kPanel)
       f(Queries(a, from, std::min<int64_t>(kPanel, end - from), own, s == g.first ? 0 : g.prompt));
@@ -169,8 +170,7 @@ inline void score_block(const PackedAttention& a, const Queries& queries, int64_
                         const float* lanes, float* scores) {
   tile<Floats>(keys + block * a.width * kRows, lanes, a.width, scores, kPanel, false);
   if (a.softcap != 0.0f)
-    for (int64_t at = 0; at < kRows * kPanel; at += kLanes)
-      store(scores + at, tanh(load(scores + at) * (1.0f / a.softcap)) * a.softcap);
+    for (int64_t at = 0; at < kRows * kPanel; at += kLanes) store(scores + at, capped(load(scores + at), a.softcap));
   if (queries.all_seen(a, block)) return;
   IVec lane[2];
   for (int i = 0; i < kPanel; ++i)
@@ -398,7 +398,7 @@ inline void attend_decoded(const DecodedRows& a, int64_t begin, int64_t end, int
         dot_keys(query.get(), a.prompt_k.at(0, kv, first), a.prompt_k.token, shared, a.width, w);
         dot_keys(query.get(), a.k.at(row, kv, 0), a.k.token, a.num_written, a.width, w + shared);
         if (a.softcap != 0.0f)
-          for (int64_t j = 0; j < keys; j += kLanes) store(w + j, tanh(load(w + j) * (1.0f / a.softcap)) * a.softcap);
+          for (int64_t j = 0; j < keys; j += kLanes) store(w + j, capped(load(w + j), a.softcap));
         std::fill(w + keys, w + round_up(keys, kLanes), -std::numeric_limits<float>::infinity());
         const float top = *std::max_element(w, w + keys);
         Vec mass = {};

@@ -289,9 +289,7 @@ void block_masses(const H& head, const typename H::Logits::Word* tokens, int64_t
         float* z = block.logits.get() + half;
         Vec top = splat(-std::numeric_limits<float>::infinity()), sum{};
         for (int64_t v = 0; v < rows; ++v) {
-          Vec logit = load(z + v * kPanel);
-          if (head.softcap > 0) logit = tanh(logit * (1.0f / head.softcap)) * head.softcap;
-          logit *= head.scale;
+          const Vec logit = capped(load(z + v * kPanel), head.softcap) * head.scale;
           top = logit > top ? logit : top;
           store(z + v * kPanel, logit);
         }

@@ -37,6 +37,7 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 float* floats(const Tensor& t) { return data<float>(t); }
+const int32_t* bounds_in(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 const int64_t* ints(const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); }
 
 template <class H>
@@ -217,8 +218,8 @@ bpo::PackedAttention make_attention(const Tensor& q, const Tensor& k, const Tens
           k.size(1),
           q.size(2),
           q.size(3),
-          static_cast<const int32_t*>(bounds.const_data_ptr()),
-          static_cast<const int32_t*>(firsts.const_data_ptr()),
+          bounds_in(bounds),
+          bounds_in(firsts),
           firsts.size(0) - 1,
           static_cast<float>(scale),
           static_cast<float>(softcap),
@@ -248,7 +249,7 @@ void attend_backward(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts,
 void attend_decoded(Tensor q, Tensor prompt_k, Tensor prompt_v, Tensor bounds, Tensor prompts, Tensor k, Tensor v, double scale,
                     double softcap, Tensor out) {
   const int64_t num_prompts = bounds.size(0) - 1, num_rows = q.size(0);
-  const int32_t* ends = static_cast<const int32_t*>(bounds.const_data_ptr());
+  const int32_t* ends = bounds_in(bounds);
   std::vector<int64_t> firsts(num_prompts + 1), rows(num_rows);
   for (int64_t b = 0; b < num_rows; ++b) ++firsts[ints(prompts)[b] + 1];
   int64_t longest = 0;

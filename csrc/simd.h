@@ -67,4 +67,7 @@ inline Vec tanh(Vec x) {
   return square < 0.390625f ? near : 1.0f - 2.0f / (exp(2.0f * x) + 1.0f);
 }
 
+// cap * tanh(x / cap); a cap of 0 is none.
+inline Vec capped(Vec x, float cap) { return cap > 0.0f ? tanh(x * (1.0f / cap)) * cap : x; }
+
 }  // namespace bpo

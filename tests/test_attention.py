@@ -175,7 +175,7 @@ def test_every_way_is_the_same_attention(num_rows, window, softcap, monkeypatch)
     options = {"scale": 0.3, "window": window, "softcap": softcap}
     grads = []
     for way in ("padded", "native", "varlen"):
-        monkeypatch.setattr(attention, "_has_native", lambda way=way: way == "native")
+        monkeypatch.setattr(attention, "has_native", lambda way=way: way == "native")
         q, k, v = (
             torch.randn(num_rows, heads, 48, 8, generator=generator.manual_seed(heads)).requires_grad_()
             for heads in (4, 2, 2)

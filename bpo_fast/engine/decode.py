@@ -204,11 +204,11 @@ class SharedRows:
         self._positions = torch.tensor(lengths)
 
     def _encode(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
-        lengths = [len(ids) for ids in prompts]
-        layout, positions = lay_out([(length,) for length in lengths], self._model.device)
+        layout, positions = lay_out([(len(ids),) for ids in prompts], self._model.device)
         ids = torch.tensor([token for prompt in prompts for token in prompt])
         out = self._model(input_ids=ids[None], **packed_arguments(layout, positions[None]) | self._options)
-        return out.last_hidden_state[0, torch.tensor(lengths).cumsum(0) - 1]
+        cu_seqlens, _ = layout.bounds
+        return out.last_hidden_state[0, cu_seqlens[1:] - 1]
 
     def pick(self, rows: Tensor) -> None:
         """See `CachedRows.pick`."""

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
-from bpo_fast_kernels.backends import pick_backend
 
+from bpo_fast.attention import has_native
 from bpo_fast.engine import OnDone, Request, SamplingParams, in_order, make_requests
 from bpo_fast.engine.choose import Chooser, reads_hidden
 from bpo_fast.engine.decode import cache_argument, decode, rows_together, shares_rows, takes_cache
@@ -146,5 +146,4 @@ def native_head(model: Any, head: Head | None) -> Head | None:
     """The head if tokens can be drawn from hidden states: where a kernel for it is there and no rounding in the way."""
     if head is None or not head.fused or model.device.type != "cpu" or model.dtype != torch.float32:
         return None
-    native = pick_backend("auto", model.device).name == "native"
-    return head if native and takes_cache(trunk_of(model)) else None
+    return head if has_native() and takes_cache(trunk_of(model)) else None

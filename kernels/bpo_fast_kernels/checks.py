@@ -86,8 +86,13 @@ def check_scaling(temperature: float, logit_softcap: float | None) -> None:
     """Check the two scalars that shape the logits."""
     good = math.isfinite(temperature) and temperature > 0
     require(good, "temperature", temperature, "expected a finite number above 0")
-    good = logit_softcap is None or (math.isfinite(logit_softcap) and logit_softcap > 0)
-    require(good, "logit_softcap", logit_softcap, "expected None or a finite number above 0")
+    check_softcap("logit_softcap", logit_softcap)
+
+
+def check_softcap(name: str, softcap: float | None) -> None:
+    """Check what logits or scores are capped at."""
+    good = softcap is None or (math.isfinite(softcap) and softcap > 0)
+    require(good, name, softcap, "expected None or a finite number above 0")
 
 
 def check_loss(loss: str, beta: float, label_smoothing: float) -> None:

@@ -6,7 +6,12 @@ from typing import Any
 import torch
 
 from bpo_fast_kernels.backends import pick_backend
-from bpo_fast_kernels.checks import check_bounds, require
+from bpo_fast_kernels.checks import check_bounds, check_softcap, require
+
+
+def _scores_reference(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    scores = q @ k.transpose(-1, -2) * scale
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def packed_attention_reference(
@@ -33,10 +38,7 @@ def packed_attention_reference(
     seen &= (distance >= 0) & (distance < (num_tokens if window is None else window))
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scores = q @ k.transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    return _scores_reference(q, k, scale, softcap).masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
 def packed_attention(
@@ -113,10 +115,7 @@ def decoded_attention_reference(
             torch.cat([shared[0, :, tokens], own[row]], 1).repeat_interleave(repeats, 0)
             for shared, own in ((prompt_k, k), (prompt_v, v))
         )
-        scores = q[row] @ keys.transpose(-1, -2) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        out.append(scores.softmax(-1) @ values)
+        out.append(_scores_reference(q[row], keys, scale, softcap).softmax(-1) @ values)
     return torch.stack(out)
 
 
@@ -191,8 +190,7 @@ def _check_floats(name: str, x: torch.Tensor) -> None:
 
 def _check_scores(scale: float, softcap: float | None) -> None:
     require(math.isfinite(scale), "scale", scale, "expected a finite number")
-    good = softcap is None or (math.isfinite(softcap) and softcap > 0)
-    require(good, "softcap", softcap, "expected None or a finite number above 0")
+    check_softcap("softcap", softcap)
 
 
 class _PackedAttention(torch.autograd.Function):

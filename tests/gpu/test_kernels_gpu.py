@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -39,6 +40,16 @@ def inputs(rows: int, width: int, vocab: int, dtype=torch.bfloat16, spread: floa
 
 def offsets(lengths, device="cuda"):
     return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+
+
+@contextmanager
+def nothing_waits():
+    """An error where the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -154,11 +165,8 @@ def test_frozen_step_waits_for_nothing(backend):
     cu_seqlens, ref = offsets(LENGTHS), torch.zeros(8, device="cuda")
     x.requires_grad_()
     linear_pair_loss(x, w, y, cu_seqlens, ref, backend=backend)[0].backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         linear_pair_loss(x, w, y, cu_seqlens, ref, backend=backend)[0].backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("backend", ["triton", "triton-gemm"])
@@ -168,11 +176,8 @@ def test_trained_step_waits_for_nothing_with_offsets_on_the_host(backend):
     x.requires_grad_()
     w.requires_grad_()
     linear_pair_loss(x, w, y, cu_seqlens, ref, backend=backend)[0].backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         linear_pair_loss(x, w, y, cu_seqlens, ref, backend=backend)[0].backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("backend", ["triton", "triton-gemm"])
@@ -242,11 +247,8 @@ def test_draws_wait_for_nothing():
     x, w, _ = inputs(300, 64, 300_000)
     uniforms = torch.rand(300, dtype=torch.float64, device="cuda")
     linear_draw(x, w, uniforms)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         linear_draw(x, w, uniforms)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_pair_loss_is_one_launch_and_right():
