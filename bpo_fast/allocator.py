@@ -1,38 +1,67 @@
-"""The C library's allocator on a CPU: what is freed stays in the process, as it does in PyTorch's allocator on a GPU.
+"""PyTorch's memory on a CPU: what is freed stays in the process, as it does in PyTorch's allocator on a GPU.
 
-A training step frees and takes the same megabytes again and again. By default every large block is new memory from the
-system, whose pages are faulted in and zeroed each time: a tenth of a step on bare metal, more in a virtual machine that
-hands free pages back to its host.
+A training step frees and takes the same megabytes again and again. The C library either has large blocks come from the
+system each time, whose pages are faulted in and zeroed (a tenth of a step on bare metal, more in a virtual machine that
+hands free pages back to its host), or keeps them in a heap with holes, and a step holds up to twice what is alive. Both
+are spared by an arena, csrc/arena_cpu.cpp.
 """
 
 import ctypes
+import functools
+import logging
 from typing import Any
 
-# parameters of mallopt in glibc's malloc.h with their new values
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = (-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)
+log = logging.getLogger(__name__)
+
+_wanted = False
+_arena: Any = None  # its library, once it is open
 
 
 def keep_freed_memory() -> None:
-    """Has blocks of up to 32 MiB, the most that glibc allows, come from a heap that does not shrink by itself.
+    """Makes this process one that opens the arena, once the CPU is what it computes on."""
+    global _wanted
+    _wanted = True
 
-    Larger ones would leave holes in it: glibc 2.36 finds no place for an aligned block where one of its size has been.
-    Nothing happens where the library is another.
+
+def open_arena() -> None:
+    """Has tensors on the CPU come from the arena from now on, in a process that keeps freed memory.
+
+    Without a C++ compiler, or where the system gives the arena no addresses, the C library's allocator stays.
     """
-    mallopt = _function("mallopt")
-    if mallopt:
-        for parameter, value in (_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD):
-            mallopt(parameter, value)
+    global _arena
+    if _wanted and _arena is None:
+        _arena = _opened()
+
+
+def arena_is_open() -> bool:
+    """Whether tensors come from the arena: memory that is freed and taken again is whole and has its pages."""
+    return _arena is not None
 
 
 def give_back_freed_memory() -> None:
     """Returns what is free to the system, between parts of a run that need memory of different kinds."""
-    trim = _function("malloc_trim")
+    if _arena is not None:
+        _arena.bpo_fast_trim_arena()
+    trim = _malloc_trim()
     if trim:
         trim(0)
 
 
-def _function(name: str) -> Any:
+@functools.cache
+def _opened() -> Any:
+    from bpo_fast_kernels.build import NativeUnavailable, built_library, cxx_command
+
     try:
-        return getattr(ctypes.CDLL(None), name, None)
+        arena = ctypes.CDLL(str(built_library("arena_cpu.cpp", tuple(cxx_command()), ("c10",))))
+    except (NativeUnavailable, OSError) as error:
+        log.debug("no arena: %s", error)
+        return None
+    arena.bpo_fast_use_arena.restype = ctypes.c_bool
+    return arena if arena.bpo_fast_use_arena() else None
+
+
+def _malloc_trim() -> Any:
+    try:
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)
     except OSError:
         return None

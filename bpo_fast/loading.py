@@ -8,11 +8,16 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from bpo_fast.allocator import open_arena
+
 
 def pick_device(what: str, name: str) -> torch.device:
-    """The device called auto (the GPU if there is one), cpu, cuda or cuda:N; ValueError `what = name` otherwise."""
+    """The device called auto (the GPU if there is one), cpu, cuda or cuda:N; ValueError `what = name` otherwise.
+
+    If it is the CPU, its tensors come from the arena of allocator.py from now on, where that is wanted.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -21,6 +26,8 @@ def pick_device(what: str, name: str) -> torch.device:
         raise ValueError(f"{what} = {name}: not supported; auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"{what} = {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cpu":
+        open_arena()
     return device
 
 

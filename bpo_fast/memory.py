@@ -2,8 +2,8 @@
 
 Weights, gradients and moments are counted. Activations are measured, not modelled: a forward and a backward of two and
 of four pairs of the greatest lengths run under a mode that follows every tensor from birth to death, and a whole
-micro-batch is their straight line. So checkpointing, LoRA and any architecture count as they are. On a CPU the
-allocator's holes between tensors come on top, which can be as much again.
+micro-batch is their straight line. So checkpointing, LoRA and any architecture count as they are. On a CPU the holes of
+the arena between tensors come on top, a tenth or two; without it (allocator.py) they can be as much again.
 """
 
 import weakref

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from bpo_fast.allocator import arena_is_open
 from bpo_fast.attention import exchange_attention_, packed_arguments
 from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.dequantise import dense_, loading_options, quantised_by, quietly
@@ -204,7 +205,7 @@ class Policy:
             **options,
             **self._head_options(),
         )
-        if self.config.recomputed != "none":  # memory is short, and the backward pass is about to need it
+        if self.config.recomputed != "none" or arena_is_open():  # E's memory, which the backward pass has a use for
             pick_backend("auto", self.device).release()
         return found
 

@@ -1,7 +1,7 @@
 """A small policy with its optimizer, for tests of memory; as a script, the peaks of its steps in a process of its own.
 
-`python memory_parts.py FORM OPTIONS_JSON` prints {"predicted_gib", "measured_gib"}. A process of its own, because
-resident memory is that of the tensors only where no earlier work has left holes for them to fall into.
+`python memory_parts.py FORM OPTIONS_JSON [arena]` prints {"predicted_gib", "measured_gib"}. A process of its own,
+because resident memory is that of the tensors only where no earlier work has left holes for them to fall into.
 """
 
 import json
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 from tiny_policy import make_policy
 
+from bpo_fast.allocator import keep_freed_memory, open_arena
 from bpo_fast.config import Config, MethodConfig, ModelConfig, OptimConfig
 from bpo_fast.dryrun import _try_steps
 from bpo_fast.memory import make_ledger
@@ -52,11 +53,12 @@ def make_parts(form, *, pairs=8, microbatch_tokens=8192, **optim):
     return SimpleNamespace(config=config, policy=policy, optimizer=optimizer, engine=engine)
 
 
-def peaks_of_steps(form, options):
-    """What this script prints; every block of 64 KiB is mapped alone, so that it is handed back when it is freed."""
+def peaks_of_steps(form, options, *, arena=False):
+    """What this script prints; without the arena every block of 64 KiB is mapped alone, and handed back when freed."""
+    alone = {} if arena else {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, __file__, form, json.dumps(options)],
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+        [sys.executable, __file__, form, json.dumps(options), *(["arena"] if arena else [])],
+        env=os.environ | {"OMP_NUM_THREADS": "1", **alone},
         capture_output=True,
         text=True,
         timeout=120,
@@ -65,7 +67,10 @@ def peaks_of_steps(form, options):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(form, options):
+def main(form, options, arena=""):
+    if arena:  # as in every process of bpo-fast
+        keep_freed_memory()
+        open_arena()
     parts = make_parts(form, **json.loads(options))
     ledger = make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
     found = _try_steps(parts, ledger)

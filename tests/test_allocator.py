@@ -1,51 +1,161 @@
-"""Freed memory stays in the process, and goes back when that is asked for."""
+"""The arena: tensors are whole wherever they lie, freed memory is taken again, and goes back when that is asked for."""
 
+import os
+import random
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from bpo_fast import allocator
 
-MEASURE = """
-import ctypes, resource
-from bpo_fast import allocator, cli
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-def faults(*mib):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [libc.malloc(n * 2**20) for n in mib]
-    for block, n in zip(blocks, mib):
-        ctypes.memset(block, 1, n * 2**20)
-    for block in blocks:
-        libc.free(block)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-def show(**_):
-    faults(*[5] * 6)
-    print(faults(20))  # the largest so far: a mapping of its own by default
+MIB = 2**20
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc"),
+    pytest.mark.skipif(all(shutil.which(name) is None for name in ("g++", "c++", "clang++")), reason="C++ compiler"),
+]
+
+
+def alone(function, *, opened="allocator.keep_freed_memory(); allocator.open_arena()", **environ):
+    """Runs a function of this file in a process of its own, where PyTorch's allocator may be exchanged."""
+    code = f"from bpo_fast import allocator; {opened}; import test_allocator; test_allocator.{function}()"
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])} | environ
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def resident():
+    with open("/proc/self/status", encoding="ascii") as status:
+        fields = dict(line.split(":") for line in status)
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
+def faults(tensors):
+    before = resident()
+    kept = [torch.ones(n, dtype=torch.uint8) for n in tensors]
+    return kept, resident() - before
+
+
+def take_again():
+    del_me, _ = faults([20 * MIB, 3 * MIB, 20 * MIB])
+    places = sorted(t.data_ptr() for t in del_me)
+    del del_me
+    again, grown = faults([20 * MIB, 3 * MIB, 20 * MIB])
+    assert sorted(t.data_ptr() for t in again) == places
+    assert grown < MIB
+    del again
+    (joined,), grown = faults([42 * MIB])  # neighbors that are free are one block
+    assert joined.data_ptr() == min(places)
+    assert grown < MIB
+
+
+def give_back():
+    kept, grown = faults([8 * MIB, 32 * MIB, 8 * MIB])
+    assert grown > 47 * MIB
+    kept[1] = None
+    before = resident()
+    assert before > 47 * MIB
     allocator.give_back_freed_memory()
-    print(faults(20))
-"""
-PAGES = 20 * 2**20 // 4096
+    assert before - resident() > 31 * MIB
+    assert all(bool((t == 1).all()) for t in (kept[0], kept[2]))
+    assert bool((torch.zeros(32 * MIB, dtype=torch.uint8) == 0).all())
 
-THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-pytestmark = pytest.mark.skipif(
-    allocator._function("mallopt") is None or (THP.exists() and "[always]" in THP.read_text(encoding="ascii")),
-    reason="glibc and pages of 4 KiB",
+
+def stay_whole():
+    """Threads that take, keep, resize and free blocks of all sizes find in each what they wrote."""
+    wrong = []
+
+    def work(seed):
+        draw, held = random.Random(seed), {}
+        for i in range(1500):
+            size = int(2 ** draw.uniform(0, 22))
+            if held and (draw.random() < 0.5 or len(held) > 20):
+                key = draw.choice(list(held))
+                value, tensor = held.pop(key)
+                if draw.random() < 0.3:
+                    tensor.resize_(tensor.numel() + size)[-size:] = value
+                if tensor.data_ptr() % 64 or bool((tensor != value).any()):
+                    wrong.append((seed, i))
+            else:
+                value = draw.randrange(256)
+                held[i] = value, torch.full((size,), value, dtype=torch.uint8)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def live_through_a_fork():
+    """The child of a fork takes and frees blocks, whoever held the lock."""
+    stop = threading.Event()
+
+    def work():
+        while not stop.is_set():
+            torch.empty(MIB)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    block = torch.full((MIB,), 7)
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                os._exit(int(int(torch.full((2 * MIB,), 1).sum() + block.sum()) != 9 * MIB))
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        thread.join()
+
+
+def count_for_the_profiler():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        block = torch.empty(4 * MIB)
+        del block
+    events = profile.events() or []
+    sizes = [event.cpu_memory_usage for event in events if event.name in ("aten::empty", "[memory]")]
+    assert sorted(sizes) == [-16 * MIB, 16 * MIB]
+
+
+def more_than_there_is():
+    with pytest.raises(RuntimeError, match="allocate"):
+        torch.empty(2**50, dtype=torch.uint8)
+    assert int(torch.ones(MIB).sum()) == MIB
+
+
+def say_whether_it_is_open():
+    print(allocator.arena_is_open())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [take_again, give_back, stay_whole, live_through_a_fork, count_for_the_profiler, more_than_there_is],
+    ids=lambda function: function.__name__,
 )
+def test_in_the_arena(function):
+    alone(function.__name__)
 
 
-def faults_of(run):
-    done = subprocess.run([sys.executable, "-c", MEASURE + run], capture_output=True, text=True, check=True)
-    return [int(number) for number in done.stdout.split()]
+def test_a_command_opens_the_arena_when_it_computes_on_the_cpu():
+    opened = (
+        "from bpo_fast import cli, loading; cli.app = lambda **_: loading.pick_device('run.device', 'cpu');"
+        "assert not allocator.arena_is_open(); cli.main()"
+    )
+    assert alone("say_whether_it_is_open", opened=opened) == ["True"]
 
 
-def test_a_command_takes_large_blocks_from_what_it_freed():
-    taken_again, after_giving_back = faults_of("cli.app = show; cli.main()")
-    assert taken_again < PAGES / 10
-    assert after_giving_back > PAGES / 2
+def test_elsewhere_pytorch_keeps_its_allocator():
+    opened = "from bpo_fast import loading; loading.pick_device('run.device', 'cpu')"
+    assert alone("say_whether_it_is_open", opened=opened) == ["False"]
 
 
-def test_elsewhere_a_large_block_is_new_memory():
-    assert faults_of("show()")[0] >= PAGES
+def test_without_a_compiler_the_c_librarys_allocator_stays():
+    found = alone("say_whether_it_is_open", CXX="/no/such/compiler")
+    assert found == ["False"]

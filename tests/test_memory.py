@@ -1,6 +1,7 @@
 """The ledger against what the process really holds, and each way to hold less."""
 
 import mmap
+import sys
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,13 @@ from bpo_fast.memory import Ledger, make_ledger
 def test_predicted_and_measured_peaks_agree(form, options):
     found = peaks_of_steps(form, options)
     assert found["measured_gib"] == pytest.approx(found["predicted_gib"], rel=0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.parametrize("form", ["full", "full-selective", "lora"])
+def test_in_the_arena_a_step_takes_little_more_than_what_is_alive(form):
+    found = peaks_of_steps(form, {}, arena=True)
+    assert found["measured_gib"] < 1.25 * found["predicted_gib"]
 
 
 @pytest.mark.parametrize("form", ["full", "lora"])

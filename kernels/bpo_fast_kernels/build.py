@@ -62,13 +62,13 @@ def find_nvcc() -> str:
 def cxx_command() -> list[str]:
     """Compiler and flags of the CPU library, sources and output left out."""
     tuned = {"x86_64": ["-march=native"], "aarch64": ["-mcpu=native"]}.get(platform.machine(), [])
-    return [find_cxx(), "-std=c++20", "-O3", *tuned, "-fno-math-errno", "-fPIC", "-shared", ABI_FLAG]
+    return [find_cxx(), "-std=c++20", "-O3", *tuned, "-fno-math-errno", "-fPIC", "-shared"]
 
 
 def nvcc_command(arch: str) -> list[str]:
     """Compiler and flags of the CUDA library for one architecture such as "90a"."""
     gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    return [find_nvcc(), "-std=c++20", "-O3", gencode, "-Xcompiler=-fPIC", "-shared", "-DUSE_CUDA", ABI_FLAG]
+    return [find_nvcc(), "-std=c++20", "-O3", gencode, "-Xcompiler=-fPIC", "-shared", "-DUSE_CUDA"]
 
 
 def _cpu_features() -> str:
@@ -77,9 +77,23 @@ def _cpu_features() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-@functools.cache
 def load_library(source: str, command: tuple[str, ...], libraries: tuple[str, ...]) -> None:
-    """Compile `source` of csrc/ unless a cached library fits, and register its operators."""
+    """Registers the operators of `source`, which is on the stable ABI."""
+    torch.ops.load_library(str(built_library(source, (*command, ABI_FLAG), libraries)))
+
+
+@functools.cache
+def built_library(source: str, command: tuple[str, ...], libraries: tuple[str, ...]) -> Path:
+    """Compiles `source` of csrc/ unless a cached library fits.
+
+    Args:
+        source: name of the file.
+        command: compiler and flags.
+        libraries: of PyTorch, to link with.
+
+    Raises:
+        NativeUnavailable: it cannot be compiled here.
+    """
     folder = source_dir()
     root = Path(torch.__file__).parent
     texts = [path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in {".h", Path(source).suffix}]
@@ -88,7 +102,7 @@ def load_library(source: str, command: tuple[str, ...], libraries: tuple[str, ..
     if not target.is_file():
         links = [f"-L{root / 'lib'}", *(f"-l{name}" for name in libraries)]
         _compile([*command, f"-I{root / 'include'}", str(folder / source), *links], target)
-    torch.ops.load_library(str(target))
+    return target
 
 
 def _compile(command: list[str], target: Path) -> None:

@@ -142,7 +142,7 @@ class NativeBackend:
     def _room(self, shape: tuple[int, int, int], dtype: torch.dtype, *, lasting: bool) -> torch.Tensor:
         """Memory for E: fresh where it lasts, else that of the thread's last call, which is done with it.
 
-        Faults on fresh memory take up to a fifth of a call; what is not touched costs nothing.
+        Faults on fresh memory take up to a fifth of a call.
         """
         size = math.prod(shape)
         if lasting or size == 0:

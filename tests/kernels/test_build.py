@@ -16,7 +16,7 @@ from cases import random_case
 def fresh(monkeypatch, tmp_path):
     """An empty cache folder, and pickers that have not chosen yet."""
     monkeypatch.setenv("BPO_FAST_CACHE", str(tmp_path / "cache"))
-    pickers = (backends._native_cpu, backends._auto_cpu, build.load_library)
+    pickers = (backends._native_cpu, backends._auto_cpu, build.built_library)
     for picker in pickers:
         picker.cache_clear()
     yield tmp_path / "cache"
