@@ -11,7 +11,7 @@ import torch
 
 from bpo_fast.annotate import Checked
 from bpo_fast.config import Config
-from bpo_fast.engine import Engine, SamplingParams
+from bpo_fast.engine import Engine, sampling_params
 from bpo_fast.evaluate import shape
 from bpo_fast.gradients import TokenBudget, microbatches
 from bpo_fast.pairs import PairCounts, PhasePairs, make_pairs
@@ -77,7 +77,7 @@ class Collector:
                     scorer.add(done)
 
                 completions = self._engine.generate(
-                    prompts, self._params(), run_seed=config.run.seed, policy_version=version, on_done=take
+                    prompts, sampling_params(config), run_seed=config.run.seed, policy_version=version, on_done=take
                 )
             start = time.perf_counter()
             with self._run.timed("annotate"), self._progress.task(title + "scoring", num) as task:
@@ -86,20 +86,6 @@ class Collector:
             self.overlapped_s += max(0.0, scorer.busy_s - (time.perf_counter() - start))
         pairs, dropped = make_pairs(prompts, completions, [scores[p.id] for p in prompts])
         return pairs, dropped, [c for both in completions for c in both]
-
-    def _params(self) -> SamplingParams:
-        sampling = self._config.sampling
-        assert sampling.max_new_tokens, "resolve() has set it"
-        return SamplingParams(
-            max_new_tokens=sampling.max_new_tokens,
-            n=2,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            logps=self._config.method.ref_logps == "sampler",
-            stop=sampling.stop or (),
-            single_members=sampling.members == "single" and self._config.model.members > 1,
-        )
 
 
 def with_reference(

@@ -18,10 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bpo_fast.config import Config
-from bpo_fast.engine import Engine
-from bpo_fast.engine.choose import reads_hidden
-from bpo_fast.engine.decode import cache_bytes, rows_together
-from bpo_fast.engine.hf import native_head
+from bpo_fast.engine import Engine, sampling_params
 from bpo_fast.gradients import TokenBudget, microbatch_tokens, microbatches
 from bpo_fast.optim import Optimizer
 from bpo_fast.packing import pair_tokens
@@ -121,6 +118,7 @@ def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, engine: En
         policy, optimizer: as they will train.
         engine: the sampler, for its KV cache.
     """
+    assert config.data.max_prompt_length, "resolve() has set it"
     step_pairs = longest_pairs(config, policy, config.method.batch_pairs or 1)
     batches = microbatches(step_pairs, policy, token_budget(config, policy).tokens)
     largest = max(len(b.pairs) for b in batches)
@@ -133,7 +131,7 @@ def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, engine: En
         optimizer=optimizer.num_bytes(policy.device),
         activations=int(high + a_pair * (largest - more)),
         head_chunk=_head_chunk(config, policy, largest * policy.num_members),
-        kv=_batch_kv_bytes(config, policy) if engine.kv_bytes is None else engine.kv_bytes,
+        kv=engine.kv_bytes(config.data.max_prompt_length, sampling_params(config)),
         kv_stays=engine.kv_stays,
         num_microbatches=len(batches),
     )
@@ -200,16 +198,6 @@ def _head_chunk(config: Config, policy: Policy, num_pairs: int) -> int:
     beside_dw = max(num_rows - (engine.free_rows(weight) if weight.requires_grad else 0), 0)
     chunk = min(engine.kept_bytes(beside_dw, head), max(budget, engine.kept_bytes(rows_a_pair, head)))
     return chunk + (weight.numel() * 4 if weight.requires_grad else 0)
-
-
-def _batch_kv_bytes(config: Config, policy: Policy) -> int:
-    """Bytes of the KV cache that transformers fills for one batch of the greatest lengths."""
-    assert config.data.max_prompt_length, "resolve() has set it"
-    assert config.sampling.max_new_tokens, "resolve() has set it"
-    model, sampling = policy.model, config.sampling
-    length = config.data.max_prompt_length + config.sampling.max_new_tokens
-    logits = not reads_hidden(native_head(model, policy.head), top_p=sampling.top_p, top_k=sampling.top_k)
-    return (sampling.batch_size or rows_together(model, length, logits=logits)) * cache_bytes(model, length)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

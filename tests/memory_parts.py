@@ -16,6 +16,7 @@ from tiny_policy import make_policy
 from bpo_fast.allocator import keep_freed_memory, open_arena
 from bpo_fast.config import Config, MethodConfig, ModelConfig, OptimConfig
 from bpo_fast.dryrun import _try_steps
+from bpo_fast.engine.hf import HfEngine
 from bpo_fast.memory import make_ledger
 from bpo_fast.optim import Optimizer
 
@@ -49,7 +50,7 @@ def make_parts(form, *, pairs=8, microbatch_tokens=8192, **optim):
     )
     members = policy.num_members if policy.lora else None
     optimizer = Optimizer(policy.parameters(), config.optim, num_steps=2, num_members=members)
-    engine = SimpleNamespace(kv_bytes=None, kv_stays=False)
+    engine = HfEngine.of(policy, config.sampling.batch_size)
     return SimpleNamespace(config=config, policy=policy, optimizer=optimizer, engine=engine)
 
 

@@ -13,7 +13,15 @@ from bpo_fast.attention import NAME as SHARED_PROMPTS
 from bpo_fast.engine import SamplingParams
 from bpo_fast.engine import decode as decoding
 from bpo_fast.engine.choose import Chooser
-from bpo_fast.engine.decode import CachedRows, cache_argument, cache_bytes, decode, rows_together, shares_rows
+from bpo_fast.engine.decode import (
+    CachedRows,
+    cache_argument,
+    cache_bytes,
+    decode,
+    row_bytes,
+    rows_together,
+    shares_rows,
+)
 from bpo_fast.head import probe_head
 
 BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "initializer_range": 0.2}
@@ -172,13 +180,14 @@ def test_a_model_without_a_cache_of_transformers_is_named():
 def test_the_rows_of_a_batch_go_by_their_memory():
     model = make_model("llama")
     assert cache_bytes(model, 10) == 2 * 4 * 2 * 8 * 10 * 4
-    assert rows_together(model, 10, logits=True) == rows_together(model, 10, logits=False) == 512
+    token = cache_bytes(model, 1)
+    assert row_bytes(model, 10, 1, sharing=1) == row_bytes(model, 10, 64, sharing=1) == 74 * token
+    assert row_bytes(model, 10, 65, sharing=2) == (5 + 128) * token
+    assert rows_together(model, token, logits=True) == rows_together(model, token, logits=False) == 512
     each = 2**27 // 100
-    length = (each - 97 * 4) // cache_bytes(model, 1)
-    assert rows_together(model, length, logits=True) in (100, 101)
-    assert rows_together(model, 10**6, logits=False) == 64
+    assert rows_together(model, each - 97 * 4, logits=True) in (100, 101)
+    assert rows_together(model, 10**9, logits=False) == 64
     model.resize_token_embeddings(each // 4)  # as much as the rest of a row
-    length = each // cache_bytes(model, 1)
-    assert rows_together(model, length, logits=True) == 64
-    assert rows_together(model, length // 2, logits=True) in (66, 67)
-    assert rows_together(model, length, logits=False) in (100, 101)
+    assert rows_together(model, each, logits=True) == 64
+    assert rows_together(model, each // 2, logits=True) in (66, 67)
+    assert rows_together(model, each, logits=False) in (100, 101)

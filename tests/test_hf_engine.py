@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from bpo_fast.config import ModelConfig
 from bpo_fast.engine import SamplingParams, decode, request_seed
 from bpo_fast.engine import decode as decoding
-from bpo_fast.engine.decode import cache_bytes
 from bpo_fast.engine.hf import HfEngine
 from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.policy import load_policy
@@ -287,10 +286,12 @@ def test_progress_counts_every_completion_once(model, tokenizer, prompts):
 def test_a_batch_counts_logits_where_they_are_made(tail, prompts, tiny_model_dir, monkeypatch):
     config, done = ModelConfig(path=str(tiny_model_dir), full=True), []
     policy = load_policy(config, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
-    row = cache_bytes(policy.model, max(len(p.ids) for p in prompts) + 2)
-    monkeypatch.setattr(decode, "MIN_ROWS", 1)
-    monkeypatch.setattr(decode, "CPU_BYTES", 12 * row)
     engine, params = HfEngine.of(policy, None), SamplingParams(2, n=2, **tail)
+    monkeypatch.setattr(decode, "MIN_ROWS", 1)
+    monkeypatch.setattr(decode, "MAX_ROWS", 1)
+    row = engine.kv_bytes(max(len(p.ids) for p in prompts), params)
+    monkeypatch.setattr(decode, "MAX_ROWS", 512)
+    monkeypatch.setattr(decode, "CPU_BYTES", 12 * row)
     engine.generate(prompts, params, run_seed=0, policy_version=0, on_done=done.append)
     with_logits = 12 * row // (row + 4 * len(policy.model.lm_head.weight))
     assert with_logits < 12

@@ -9,13 +9,17 @@ import torch
 from memory_parts import make_parts, peaks_of_steps
 from relative import worst_error
 from tiny_policy import make_pairs
+from transformers import DynamicCache
 
 from bpo_fast import machine
+from bpo_fast.attention import has_native
 from bpo_fast.config import MethodConfig
-from bpo_fast.engine import decode
+from bpo_fast.engine import SamplingParams, decode
 from bpo_fast.engine.decode import cache_bytes
+from bpo_fast.engine.hf import HfEngine
 from bpo_fast.gradients import step_gradients
 from bpo_fast.memory import Ledger, make_ledger
+from bpo_fast.types import Prompt
 
 
 @pytest.mark.parametrize(
@@ -60,16 +64,40 @@ def test_checkpointing_takes_less_memory_and_gives_the_same_gradients():
     assert all(worst_error(other, grads[0]) < 1e-5 for other in grads[1:])
 
 
-def test_the_cache_of_a_batch_that_makes_no_logits(monkeypatch):
+@pytest.mark.skipif(not has_native(), reason="no native kernels")
+def test_the_cache_of_a_batch(monkeypatch):
     parts, kv = make_parts("full"), []
-    a_row = cache_bytes(parts.policy.model, 128 + 64)
+    model = parts.policy.model
+    pair, apart = (cache_bytes(model, 128 // shared + 64) for shared in (2, 1))
     monkeypatch.setattr(decode, "MIN_ROWS", 1)
-    monkeypatch.setattr(decode, "CPU_BYTES", 8 * a_row)
-    for top_k in (0, 3):
+    monkeypatch.setattr(decode, "CPU_BYTES", 8 * apart)
+    for top_k in (0, 3):  # with a tail to cut, logits are made and every row has its prompt to itself
         sampling = replace(parts.config.sampling, batch_size=None, top_k=top_k)
-        config = replace(parts.config, sampling=sampling)
-        kv.append(make_ledger(config, parts.policy, parts.optimizer, parts.engine).kv)
-    assert kv == [8 * a_row, 8 * a_row // (a_row + 4 * 4096) * a_row]
+        config, engine = replace(parts.config, sampling=sampling), HfEngine.of(parts.policy, None)
+        kv.append(make_ledger(config, parts.policy, parts.optimizer, engine).kv)
+    assert kv == [8 * apart // pair * pair, 8 * apart // (apart + 4 * 4096) * apart]
+
+
+@pytest.mark.skipif(not has_native(), reason="no native kernels")
+@pytest.mark.parametrize("tail", [{}, {"top_k": 3}], ids=["prompts shared", "prompts apart"])
+def test_a_cache_takes_what_the_engine_foretells(tail, monkeypatch):
+    engine, params = HfEngine.of(make_parts("full").policy, 8), SamplingParams(70, n=2, **tail)
+    most, update = 0, DynamicCache.update
+
+    def held(cache):
+        parts = [getattr(layer, name, None) or () for layer in cache.layers for name in ("prompts", "_room")]
+        return sum(t.numel() * t.element_size() for part in parts for t in part)
+
+    def watched(self, *args, **kwargs):
+        nonlocal most
+        out = update(self, *args, **kwargs)
+        most = max(most, held(self))
+        return out
+
+    monkeypatch.setattr(DynamicCache, "update", watched)
+    prompts = [Prompt(i, "", tuple(range(1, 41))) for i in range(4)]
+    engine.generate(prompts, params, run_seed=0, policy_version=0)
+    assert 0.75 * engine.kv_bytes(40, params) < most <= engine.kv_bytes(40, params)
 
 
 def test_words_name_every_part():

@@ -11,9 +11,12 @@ LENGTHS = ((4, 3, 5), (3, 1, 6), (6, 4, 2), (1, 1, 1))
 
 
 class Tokens:
-    """What Policy needs of a tokenizer."""
+    """What Policy and the engine need of a tokenizer."""
 
     pad_token_id, eos_token_id = 0, 1
+
+    def decode(self, ids, **options):
+        return " ".join(map(str, ids))
 
 
 def make_policy(form: ModelConfig | None = None, window: int | None = None, **changes) -> Policy:

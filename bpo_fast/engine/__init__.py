@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from bpo_fast.config import Config
 from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.types import Completion, Prompt
 
@@ -79,13 +80,11 @@ class Engine(Protocol):
 
     Attributes:
         name: what it is called in settings.
-        kv_bytes: of a KV cache that outlives a call; None where it grows with the batch and goes with it.
         kv_stays: whether that cache keeps its memory while the policy trains.
         num_retried: completions so far that it has sampled a second time.
     """
 
     name: str
-    kv_bytes: int | None
     kv_stays: bool
     num_retried: int
 
@@ -114,9 +113,29 @@ class Engine(Protocol):
         """
         ...
 
+    def kv_bytes(self, prompt_tokens: int, params: SamplingParams) -> int:
+        """What the KV cache takes at most in a call whose prompts have up to so many tokens."""
+        ...
+
     def close(self) -> None:
         """Frees what the engine holds; the policy's weights stay usable."""
         ...
+
+
+def sampling_params(config: Config) -> SamplingParams:
+    """How the pairs of a run are sampled."""
+    sampling = config.sampling
+    assert sampling.max_new_tokens, "resolve() has set it"
+    return SamplingParams(
+        max_new_tokens=sampling.max_new_tokens,
+        n=2,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        logps=config.method.ref_logps == "sampler",
+        stop=sampling.stop or (),
+        single_members=sampling.members == "single" and config.model.members > 1,
+    )
 
 
 def by_length(prompts: Sequence[Prompt]) -> list[int]:

@@ -65,15 +65,21 @@ def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def rows_together(model: Any, length: int, *, logits: bool) -> int:
-    """How many sequences of a length are decoded together: as many as the memory of a batch is meant for.
+def row_bytes(model: Any, prompt_tokens: int, new_tokens: int, *, sharing: int) -> int:
+    """Bytes of the KV cache of a prompt's completion; so many completions share what the prompt takes."""
+    places = -(-new_tokens // PLACES) * PLACES
+    return cache_bytes(model, places) + -(-cache_bytes(model, prompt_tokens) // sharing)
+
+
+def rows_together(model: Any, bytes_a_row: int, *, logits: bool) -> int:
+    """How many sequences are decoded together: as many as the memory of a batch is meant for.
 
     Args:
         model: a causal LM.
-        length: tokens of a prompt and its completion.
+        bytes_a_row: of the KV cache of one.
         logits: whether tokens are chosen from logits; drawn from hidden states, a row makes none.
     """
-    row = cache_bytes(model, length) + (model.get_output_embeddings().weight.shape[0] * 4 if logits else 0)
+    row = bytes_a_row + (model.get_output_embeddings().weight.shape[0] * 4 if logits else 0)
     rows = (CPU_BYTES if model.device.type == "cpu" else GPU_BYTES) // row
     return min(max(rows, MIN_ROWS), MAX_ROWS)
 
@@ -96,7 +102,8 @@ class GrowingLayer(DynamicLayer):
         assert self.values is not None, "initialized"
         length, total = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         if self._room is None or self._room[0].shape[2] < total:
-            self._room = _with_room(self.keys, total + PLACES), _with_room(self.values, total + PLACES)
+            places = length + max(PLACES, key_states.shape[2])
+            self._room = _with_room(self.keys, places), _with_room(self.values, places)
         for room, new in zip(self._room, (key_states, value_states), strict=True):
             room[:, :, length:total] = new
         self.keys, self.values = (room[:, :, :total] for room in self._room)

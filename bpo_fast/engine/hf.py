@@ -9,7 +9,7 @@ import torch
 from bpo_fast.attention import has_native
 from bpo_fast.engine import OnDone, Request, SamplingParams, in_order, make_requests
 from bpo_fast.engine.choose import Chooser, reads_hidden
-from bpo_fast.engine.decode import cache_argument, decode, rows_together, shares_rows, takes_cache
+from bpo_fast.engine.decode import cache_argument, decode, row_bytes, rows_together, shares_rows, takes_cache
 from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.head import Head
 from bpo_fast.loading import trunk_of
@@ -36,7 +36,6 @@ class HfEngine:
     """
 
     name = "hf"
-    kv_bytes: int | None = None
     kv_stays = False
     num_retried = 0
 
@@ -97,8 +96,7 @@ class HfEngine:
         stop = StopStrings(self._tokenizer, params.stop)
         done: dict[int, Completion] = {}
         longest = max((len(p.ids) for p in prompts), default=0)
-        logits = not reads_hidden(self._head, top_p=params.top_p, top_k=params.top_k)
-        num_rows = self._batch_size or rows_together(self._model, longest + params.max_new_tokens, logits=logits)
+        num_rows, _ = self._batch(longest, params)
         was_training = self._model.training
         self._model.eval()
         try:
@@ -122,6 +120,18 @@ class HfEngine:
         finally:
             self._model.train(was_training)
         return in_order(prompts, params.n, [done[i] for i in range(len(requests))])
+
+    def kv_bytes(self, prompt_tokens: int, params: SamplingParams) -> int:
+        """Of one batch: it goes with it."""
+        num_rows, bytes_a_row = self._batch(prompt_tokens, params)
+        return num_rows * bytes_a_row
+
+    def _batch(self, prompt_tokens: int, params: SamplingParams) -> tuple[int, int]:
+        """(sequences decoded together; bytes of the KV cache of one at most)"""
+        reads = reads_hidden(self._head, top_p=params.top_p, top_k=params.top_k)
+        shared = reads and self._shares_rows and not params.single_members  # whose members share no prompts
+        a_row = row_bytes(self._model, prompt_tokens, params.max_new_tokens, sharing=params.n if shared else 1)
+        return self._batch_size or rows_together(self._model, a_row, logits=not reads), a_row
 
     def _decode(
         self, requests: Sequence[Request], params: SamplingParams, stop: StopStrings

@@ -131,7 +131,6 @@ class VllmEngine:
 
     def __init__(self, policy: Policy, session: Session, *, max_length: int):
         self._policy, self._session, self._max_length = policy, session, max_length
-        self.kv_bytes: int | None = session.kv_bytes
         self.kv_stays = not session.releases_kv
         members = tuple(range(policy.num_members)) if session.member_rows else ()
         self._probe = Probe(
@@ -203,6 +202,10 @@ class VllmEngine:
             if on_done and dropped:
                 on_done(list(dropped.values()))
         return in_order(prompts, params.n, [done[i] for i in range(len(requests))])
+
+    def kv_bytes(self, prompt_tokens: int, params: SamplingParams) -> int:
+        """What was taken at the start: it outlives a call."""
+        return self._session.kv_bytes
 
     def close(self) -> None:
         """Shuts vLLM down; the policy's weights stay usable."""
