@@ -97,6 +97,9 @@ class SamplingConfig:
     merge_lora: bool | None = knob(
         None, "vLLM: merge the members into a second copy of their layers, or read them in place; none: merge on a CPU"
     )
+    tensor_parallel: int = knob(
+        1, "processes that split the model of vLLM, each on a GPU; over 1 it has copies of the weights", ge=1
+    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bpo_fast.config import ON_POLICY, Config, did_you_mean
+from bpo_fast.config import ON_POLICY, Config, SamplingConfig, did_you_mean
 
 ASSETS = Path(__file__).parent / "assets"
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
@@ -94,6 +94,7 @@ def resolve(config: Config) -> Config:
         base |= {"pairs": 1024, "batch_pairs": 16, "r": 16, "eval": 128}
         base |= {"lr": 3e-4 if config.model.full else 3e-3, "new": 64, "stop": ()}
     r = config.model.lora_r or base["r"]
+    several = config.sampling.tensor_parallel > 1
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, lora_r=r, lora_alpha=config.model.lora_alpha or 2.0 * r),
@@ -105,6 +106,7 @@ def resolve(config: Config) -> Config:
         ),
         sampling=dataclasses.replace(
             config.sampling,
+            engine="vllm" if several and config.sampling.engine == "auto" else config.sampling.engine,
             max_new_tokens=config.sampling.max_new_tokens or base["new"],
             stop=base["stop"] if config.sampling.stop is None else config.sampling.stop,
         ),
@@ -167,7 +169,20 @@ def _check(config: Config) -> None:
         )
     if config.sampling.members == "single" and config.sampling.merge_lora:
         raise ValueError("sampling.merge_lora = true: what is merged is the average, not sampling.members = single")
+    if config.sampling.tensor_parallel > 1:
+        _check_tensor_parallel(config.sampling)
     if (method.ref == "golden") != (method.golden is not None):
         raise ValueError(f"method.golden = {method.golden!r}: method.ref = golden and method.golden go together")
     if method.label_smoothing and method.loss != "dpo":
         raise ValueError(f"method.label_smoothing = {method.label_smoothing}: only dpo has it, not {method.loss}")
+
+
+def _check_tensor_parallel(sampling: SamplingConfig) -> None:
+    """ValueError for what cannot be sampled from by several processes."""
+    for knob, is_set, why in (
+        ("sampling.engine = hf", sampling.engine == "hf", "one process; it is vllm that has several"),
+        ("sampling.members = single", sampling.members == "single", "copies hold the average only"),
+        ("sampling.merge_lora = false", sampling.merge_lora is False, "no member is read in place"),
+    ):
+        if is_set:
+            raise ValueError(f"sampling.tensor_parallel = {sampling.tensor_parallel}: {knob}: {why}")

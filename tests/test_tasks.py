@@ -57,6 +57,24 @@ def test_single_members_are_not_merged():
         resolved(sampling__members="single", sampling__merge_lora=True)
 
 
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"sampling__engine": "hf"}, r"sampling\.engine = hf: one process"),
+        ({"sampling__members": "single"}, r"sampling\.members = single: copies hold the average"),
+        ({"sampling__merge_lora": False}, r"sampling\.merge_lora = false: no member is read in place"),
+    ],
+)
+def test_several_processes_of_vllm_have_copies_of_the_average(knobs, words):
+    with pytest.raises(ValueError, match=rf"^sampling\.tensor_parallel = 2: {words}"):
+        resolved(sampling__tensor_parallel=2, **knobs)
+    assert resolved(sampling__tensor_parallel=1, **knobs)
+    assert resolved(sampling__tensor_parallel=2).sampling.engine == "vllm"
+    assert resolved().sampling.engine == "auto"
+    with pytest.raises(ValueError, match=r"^sampling\.tensor_parallel = 0: must be >= 1$"):
+        resolved(sampling__tensor_parallel=0)
+
+
 def test_resolve_twice_changes_nothing():
     for config in (Config(), replace(Config(), {"model.path": "m", "task": "tldr"})):
         once = resolve(config)

@@ -184,7 +184,7 @@ def measure_memory(options: SamplingBench) -> dict[str, Any]:
     engine.generate(prompts, SamplingParams(max_new_tokens=8), run_seed=0, policy_version=0)
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
-        for p in (*policy.model.parameters(), *engine._session.module.parameters())
+        for p in (*policy.model.parameters(), *engine._session.held.module.parameters())
     }
     on_gpu = policy.device.type == "cuda"
     out = _refreshes(engine) | {

@@ -27,27 +27,29 @@ def first_difference(session: "Session", policy: Policy, probe: Probe) -> str:
         policy: the trainer's side.
         probe: has just failed.
     """
-    view = policy.behavior if session.live_lora else policy.merged
-    with torch.no_grad(), nullcontext() if session.live_lora else policy.merged():
+    view = policy.behavior if session.held.live_lora else policy.merged
+    with torch.no_grad(), nullcontext() if session.held.live_lora else policy.merged():
         for name, parameter in policy.model.named_parameters():
-            if session.views and not torch.equal(parameter, session.views[name]):
+            if session.held.views and not torch.equal(parameter, session.held.views[name]):
                 return f"the weights of {name}"
     session.reset_prefix_cache()
     result = probe.run()
     if result.mean <= result.limit:
         return "no weights differ; the prefix cache held states of older ones"
+    if session.held.module is None:
+        return "not known, the weights in the processes of vLLM's workers are not compared one by one"
     session.reset_prefix_cache()
-    name = _first_output(session, policy, probe, view)
+    name = _first_output(session.held.module, policy, probe, view)
     return f"the output of {name}" if name else "no weights and no linear layer; look at attention and norms"
 
 
 def _first_output(
-    session: "Session", policy: Policy, probe: Probe, view: Callable[[], AbstractContextManager[None]]
+    module: nn.Module, policy: Policy, probe: Probe, view: Callable[[], AbstractContextManager[None]]
 ) -> str | None:
     """The first linear layer that computes something else on the probe's prompts; None too where graphs hide them."""
     layers = find_linears(policy.model, ())
     try:
-        located = {name: locate_linear(session.module, name) for name in layers}
+        located = {name: locate_linear(module, name) for name in layers}
     except NotShareableError:
         return None
     with _outputs({n: (layer, slice(None)) for n, layer in layers.items()}) as ours, torch.no_grad(), view():

@@ -12,10 +12,11 @@ import signal
 import sys
 import tempfile
 import threading
+import types
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import torch
@@ -114,23 +115,47 @@ def preserved_random() -> Iterator[None]:
 
 
 @contextmanager
+def redirected(file: IO[bytes], *descriptors: int) -> Iterator[None]:
+    """What is written to these descriptors inside goes to the file, and what processes that start inside ever write."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(descriptor) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.dup2(file.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, old in zip(descriptors, kept, strict=True):
+            os.dup2(old, descriptor)
+            os.close(old)
+
+
+@contextmanager
 def quiet_stderr() -> Iterator[None]:
     """What native code writes to standard error is shown only if an exception leaves the block."""
-    sys.stderr.flush()
-    kept = os.dup(2)
     with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
         failed = True
         try:
-            yield
+            with redirected(file, 2):
+                yield
             failed = False
         finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
             if failed:
                 file.seek(0)
                 os.write(2, file.read())
+
+
+@contextmanager
+def main_hidden() -> Iterator[None]:
+    """Processes that start inside do not run the script of this one again, which may have no guard against it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 class Interrupts:

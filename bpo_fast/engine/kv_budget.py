@@ -23,8 +23,9 @@ def kv_budget(config: Config, model: PreTrainedModel, device: torch.device, max_
         ValueError: less than one sequence needs, or more than is free; says how much would do.
     """
     block = BLOCK_SIZE[device.type]
-    a_sequence = cache_bytes(model, -(-max_length // block) * block)
-    own = cache_bytes(model, 2 * block)  # vLLM keeps a block of its own
+    held_here = _share_of_a_worker(config, model) * workers_on(config, device)
+    a_sequence = round(held_here * cache_bytes(model, -(-max_length // block) * block))
+    own = round(held_here * cache_bytes(model, 2 * block))  # vLLM keeps a block of its own
     least = a_sequence + own
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
     free = max(0, free - _held_bytes(config, model, device))
@@ -43,10 +44,25 @@ def kv_budget(config: Config, model: PreTrainedModel, device: torch.device, max_
     return budget
 
 
+def workers_on(config: Config, device: torch.device) -> int:
+    """How many of vLLM's workers have their KV cache on the trainer's device: each has a GPU, or all this machine."""
+    return config.sampling.tensor_parallel if device.type == "cpu" else 1
+
+
+def _share_of_a_worker(config: Config, model: PreTrainedModel) -> float:
+    """Of the KV cache; heads are split, and held several times where there are fewer heads than workers."""
+    form = model.config.get_text_config()
+    heads = getattr(form, "num_key_value_heads", None) or form.num_attention_heads
+    return max(1, heads // config.sampling.tensor_parallel) / heads
+
+
 def _held_bytes(config: Config, model: PreTrainedModel, device: torch.device) -> int:
     """Bytes that weights, adapters and optimizer will hold on the device, none of which are there yet."""
     num_weights = model.num_parameters()
+    num_workers = config.sampling.tensor_parallel
     held = num_weights * model.dtype.itemsize
+    if num_workers > 1:  # a copy beside the trainer's weights, or the part of it on this GPU
+        held += held * workers_on(config, device) // num_workers
     if config.model.full:
         copied = num_weights if model.dtype != torch.float32 else 0
         return held + (0 if config.optim.offload else state_bytes(config.optim, num_weights, copied))

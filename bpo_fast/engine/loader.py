@@ -19,10 +19,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from bpo_fast.engine.handover import Handover
 from bpo_fast.engine.member_rows import MemberRows
 from bpo_fast.engine.shared_weights import NotShareableError, locate_linear
 
 LOAD_FORMAT = "bpo_fast"
+HANDOVER = "handover"  # of the loader's configuration, where it is in another process than the trainer
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,21 @@ class PlainEmbedding(UnquantizedEmbeddingMethod):
 class PolicyLoader(DefaultModelLoader):
     """Loads the trainer's weights, keeps them plain and makes room for the members of a live LoRA ensemble."""
 
-    # of the engine that is being built
+    # of the engine that is being built in this process
     policy: PreTrainedModel | None = None
     live_lora: LiveLora | None = None
 
     def __init__(self, load_config: LoadConfig):
+        extra: Any = load_config.model_loader_extra_config or {}
+        self._handover: Handover | None = extra.get(HANDOVER)
         plain = LoadConfig(load_format="safetensors", download_dir=load_config.download_dir)
         plain.device, plain.use_tqdm_on_load = load_config.device, False
         super().__init__(plain)
 
     def get_all_weights(self, model_config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """The trainer's weights, not the file's: those may be quantised, and are read already."""
+        if self._handover is not None:
+            return self._handover.weights()
         assert self.policy is not None, "the engine's start has set it"
         return checkpoint_weights(self.policy)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from transformers import PreTrainedModel
 from bpo_fast.config import Config
 from bpo_fast.engine import versions
 from bpo_fast.engine.decode import head_size
+from bpo_fast.engine.handover import handed_over
 from bpo_fast.engine.host_state import guest_functions, preserved, preserved_class, quiet_stderr
-from bpo_fast.engine.kv_budget import BLOCK_SIZE, MAX_NUM_SEQS, kv_budget
+from bpo_fast.engine.kv_budget import BLOCK_SIZE, MAX_NUM_SEQS, kv_budget, workers_on
 from bpo_fast.engine.member_rows import MemberRows
-from bpo_fast.engine.shared_weights import NotShareableError, Views, adopt_, find_views, strays
 from bpo_fast.lora import find_linears
 from bpo_fast.policy import Policy
 
@@ -36,12 +37,14 @@ MAX_BATCHED_TOKENS = 4096
 _open: "Session | None" = None
 
 with preserved(ENVIRON):
+    import pydantic
     import vllm
     from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
     from vllm.model_executor.models import ModelRegistry
     from vllm.platforms import current_platform
 
     from bpo_fast.engine import loader
+    from bpo_fast.engine.held import Held, held_by_workers, held_here
 
 
 @dataclass
@@ -50,24 +53,14 @@ class Session:
 
     Attributes:
         llm: the engine.
-        module: its live model.
-        views: where each parameter of the trainer lies in `module`; empty if there is no such place.
-        shared: names of the trainer's parameters that are those views.
-        copied: names of the parameters whose values a refresh copies.
-        why_copied: in words, where sharing was not possible.
-        live_lora: vLLM's layers read the members' own tensors.
-        kv_bytes: budget of the KV cache.
+        held: how it holds the weights.
+        kv_bytes: budget of the KV cache on the trainer's device.
         logps_temperature: temperature of the log-probs that vLLM returns.
         member_rows: opened for sampling from single members.
     """
 
     llm: Any
-    module: nn.Module
-    views: Views
-    shared: tuple[str, ...]
-    copied: tuple[str, ...]
-    why_copied: str | None
-    live_lora: bool
+    held: Held
     kv_bytes: int
     block_size: int
     logps_temperature: float
@@ -78,36 +71,17 @@ class Session:
     def attach(self, policy: Policy) -> None:
         """Takes the policy whose weights these are; the members of a live ensemble move into vLLM's storages."""
         self.policy = policy
-        if self.live_lora:
-            assert policy.lora is not None, "only an ensemble is live"
-            for name, a, b in zip(policy.lora.names, policy.lora.a, policy.lora.b, strict=True):
-                for parameter, storage in zip((a, b), loader.live_lora_storage(self.module, name), strict=True):
-                    parameter.data = storage.copy_(parameter.data)
+        self.held.attach(policy)
 
     def strays(self) -> list[str]:
         """Names of the trainer's tensors that no longer lie in the storage that vLLM reads."""
         assert self.policy is not None, "attach() comes first"
-        lost = strays(self.policy.model, self.views, self.shared)
-        if self.live_lora and self.policy.lora is not None:
-            for name, *pair in zip(self.policy.lora.names, self.policy.lora.a, self.policy.lora.b, strict=True):
-                storages = loader.live_lora_storage(self.module, name)
-                if any(p.data_ptr() != s.data_ptr() for p, s in zip(pair, storages, strict=True)):
-                    lost.append(f"the members of {name}")
-        return lost
+        return self.held.strays(self.policy)
 
-    @torch.no_grad()
     def copy_weights(self) -> int:
         """Brings the copied weights up to date; returns the bytes that took."""
         assert self.policy is not None, "attach() comes first"
-        if not self.copied:
-            return 0
-        with self.policy.merged():
-            parameters = {n: p for n, p in self.policy.model.named_parameters() if n in set(self.copied)}
-            if self.views:
-                torch._foreach_copy_([self.views[n] for n in parameters], [p.data for p in parameters.values()])
-            else:
-                self.module.load_weights(loader.checkpoint_weights(self.policy.model))
-        return sum(p.numel() * p.element_size() for p in parameters.values())
+        return self.held.copy(self.policy)
 
     def reset_prefix_cache(self) -> None:
         """Forgets the KV of older weights; vLLM does not do it when weights change."""
@@ -142,16 +116,8 @@ class Session:
 
     def in_words(self) -> str:
         """One line for the log."""
-        version = versions.installed()
-        if self.why_copied:
-            held = f"weights copied at every refresh ({self.why_copied})"
-        elif self.live_lora:
-            held = "base and members shared, nothing is copied"
-        elif self.copied:
-            held = "base shared, members merged into a second copy of its linear layers"
-        else:
-            held = "weights shared, nothing is copied"
-        return f"sampling: vLLM {version} in this process, {held}; KV cache {self.kv_bytes / 2**30:.2f} GiB"
+        kv = f"KV cache {self.kv_bytes / 2**30:.2f} GiB"
+        return f"sampling: vLLM {versions.installed()} in this process, {self.held.in_words()}; {kv}"
 
     def close(self) -> None:
         """Shuts vLLM down and leaves a process group that was there before it."""
@@ -187,6 +153,9 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
         )
     lora_names = () if config.model.full else tuple(find_linears(model, config.model.lora_targets))
     live = _live_lora(config, device, lora_names, max_length)
+    num_workers = config.sampling.tensor_parallel
+    if device.type == "cuda" and num_workers > torch.cuda.device_count():
+        raise ValueError(f"sampling.tensor_parallel = {num_workers}: this machine has {torch.cuda.device_count()} GPUs")
     kv_bytes = kv_budget(config, model, device, max_length)
     own_group = not torch.distributed.is_initialized()
     loader.register()
@@ -195,33 +164,28 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
         llm = _start(config, model, device, max_length, kv_bytes, live)
     except BaseException:
         with preserved(ENVIRON), _group_spared(own_group):  # what a start that failed half-way has left
+            if num_workers > 1:
+                _workers().close_all()
             destroy_model_parallel()
             destroy_distributed_environment()
         raise
     finally:
         loader.PolicyLoader.policy = loader.PolicyLoader.live_lora = None
     try:
-        module = llm.apply_model(lambda m: m)[0]
-        if live and not loader.reads_live_lora(module, lora_names):
-            live = None
-        merged = set() if live else {f"{name}.weight" for name in lora_names}
-        views, shared, copied, why = _share(module, model, merged)
-        if why:
-            live = None  # which rows of a layer are whose is not known
-        if lora_names and not live:
-            _check_merging(config, module)
+        if num_workers > 1:
+            held = held_by_workers(llm, model, num_workers)
+        else:
+            module = llm.apply_model(lambda m: m)[0]
+            held = held_here(module, model, lora_names, live_lora=live is not None)
+            if lora_names and not held.live_lora:
+                _check_merging(config, module)
         model.to(device)
-        rows = live.rows if live else None
+        rows = live.rows if live and held.live_lora else None
         if rows:
             rows.attach(llm.collective_rpc(lambda worker: worker.model_runner)[0])
         _open = Session(
             llm=llm,
-            module=module,
-            views=views,
-            shared=shared,
-            copied=copied,
-            why_copied=why,
-            live_lora=live is not None,
+            held=held,
             kv_bytes=kv_bytes,
             block_size=llm.llm_engine.vllm_config.cache_config.block_size,
             logps_temperature=config.sampling.temperature,
@@ -243,21 +207,6 @@ def _check_merging(config: Config, module: nn.Module) -> None:
         if is_set:
             layers = f"the linear layers of {config.model.path} as the trainer has them"
             raise ValueError(f"{knob}: vLLM's {type(module).__name__} does not hold {layers}")
-
-
-def _share(
-    module: nn.Module, model: PreTrainedModel, merged: set[str]
-) -> tuple[Views, tuple[str, ...], tuple[str, ...], str | None]:
-    """Puts the trainer's weights, but for the merged ones, into vLLM's storages: views, the names of the shared and of
-    the copied parameters, and, where sharing is impossible, why; all are copied then."""
-    names = tuple(n for n, _ in model.named_parameters())
-    shared = tuple(n for n in names if n not in merged)
-    try:
-        views = find_views(module, dict(model.named_parameters()))
-        adopt_(model, views, shared)
-    except NotShareableError as error:
-        return {}, (), names, str(error)
-    return views, shared, tuple(n for n in names if n in merged), None
 
 
 def unsupported(model: PreTrainedModel, device: torch.device) -> str | None:
@@ -286,6 +235,8 @@ def merges_lora(config: Config, device: torch.device) -> bool:
     """
     if single_members(config):
         return False  # a merged copy is one policy, not several
+    if config.sampling.tensor_parallel > 1:
+        return True  # other processes have copies
     if config.sampling.merge_lora is not None:
         return config.sampling.merge_lora
     return device.type == "cpu"
@@ -305,13 +256,19 @@ def _start(
     live: loader.LiveLora | None,
 ) -> Any:
     on_gpu = device.type == "cuda"
+    num_workers = config.sampling.tensor_parallel
     options: dict[str, Any] = {"worker_cls": "bpo_fast.engine.worker.KvPoolWorker"} if on_gpu else {}
     plain = config.sampling.temperature == 1.0
     environ = ENVIRON | ({"HF_HUB_OFFLINE": "1"} if Path(str(config.model.path)).exists() else {})
+    if num_workers > 1:
+        options = _workers().options(num_workers)
+        environ |= _workers().environ(num_workers, device)
     if single_members(config):
         environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # MemberRows hooks into the first one
     quiet = nullcontext() if "VLLM_LOGGING_LEVEL" in os.environ else quiet_stderr()
-    with preserved(environ), preserved_class(type(model.base_model)), quiet:
+    # all that the processes of its workers can load is what lies in memory they map, too
+    handing_over = handed_over(loader.checkpoint_weights(model)) if num_workers > 1 else nullcontext()
+    with preserved(environ), preserved_class(type(model.base_model)), quiet, handing_over as handover:
         _import_architecture(model)
         if on_gpu:
             torch.cuda.set_device(device)
@@ -321,6 +278,7 @@ def _start(
                 dtype=str(model.dtype).removeprefix("torch."),
                 trust_remote_code=config.model.trust_remote_code,
                 load_format=loader.LOAD_FORMAT,
+                model_loader_extra_config={loader.HANDOVER: handover} if handover else {},
                 hf_overrides={"quantization_config": None},  # the trainer's weights are dense, whatever the file holds
                 use_tqdm_on_load=False,
                 skip_tokenizer_init=True,
@@ -331,7 +289,7 @@ def _start(
                 # a seeded request whose prompt is cut over two steps fails on a CPU, whose generators cannot step back
                 enable_chunked_prefill=False,
                 max_num_batched_tokens=_batched_tokens(max_length),
-                kv_cache_memory_bytes=kv_bytes,
+                kv_cache_memory_bytes=kv_bytes // workers_on(config, device),
                 gpu_memory_utilization=0.1,  # only checked against what is free; the line above decides
                 enable_prefix_caching=True,
                 enable_sleep_mode=on_gpu,
@@ -343,8 +301,21 @@ def _start(
             )
         except (ValueError, RuntimeError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
-            said = " ".join(str(error).split())
-            raise kind(f"sampling.engine = vllm: {said}; choose sampling.engine = hf") from None
+            raise kind(f"sampling.engine = vllm: {_said(error)}; choose sampling.engine = hf") from None
+
+
+def _workers() -> ModuleType:
+    """Brings more of vLLM with it, which an engine in one process does without."""
+    with preserved(ENVIRON):
+        from bpo_fast.engine import workers
+    return workers
+
+
+def _said(error: Exception) -> str:
+    """One line of an error."""
+    if isinstance(error, pydantic.ValidationError):  # of vLLM's settings; its own text shows all of them
+        return "; ".join(part["msg"].removeprefix("Value error, ") for part in error.errors(include_context=False))
+    return " ".join(str(error).split())
 
 
 def _shut_down(llm: Any, own_group: bool) -> None:

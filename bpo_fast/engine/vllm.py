@@ -84,8 +84,8 @@ def load_learner(
     [session] = sessions
     session.attach(policy)
     engine = VllmEngine(policy, session, max_length=max_length)
-    if session.why_copied:
-        _prove_copy(config, policy, engine, session.why_copied)
+    if session.held.why_copied:
+        _prove_copy(config, policy, engine, session.held.why_copied)
     say(session.in_words())
     return policy, engine
 

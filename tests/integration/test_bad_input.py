@@ -413,7 +413,8 @@ def test_the_process_itself_prints_one_line_and_exits_with_2(tiny_args, tmp_path
 def test_several_processes_of_a_launcher_are_refused(tiny_args, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(
-        [*tiny_args, "--out", "run"], "WORLD_SIZE = 2: a run is one process on one device, its sampler without tensor"
+        [*tiny_args, "--out", "run"],
+        "WORLD_SIZE = 2: a run is one process on one device, and starts the sampler's processes of sampling.tensor_",
     )
     assert not (tmp_path / "run").exists()
 

@@ -102,6 +102,18 @@ def test_the_kv_budget_is_checked_before_vllm_opens(llama_dir, monkeypatch):
     assert budget(None) == int(0.4 * 10 * needed)
 
 
+@pytest.mark.parametrize(("num_heads", "num_workers", "times"), [(1, 2, 2), (2, 2, 1), (2, 4, 2)])
+def test_the_kv_budget_is_of_all_workers(tmp_path, tiny_tokenizer, num_heads, num_workers, times):
+    small = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    folder = save_model(
+        tmp_path, LlamaConfig(vocab_size=len(tiny_tokenizer), num_key_value_heads=num_heads, **small), tiny_tokenizer
+    )
+    config = settings(folder, sampling__tensor_parallel=num_workers)
+    model, _ = load_model(config.model, CPU)
+    a_token = times * 2 * num_heads * 32 * 4  # a head is held by every worker that has no other
+    assert kv_budget.kv_budget(config, model, CPU, MAX_LENGTH) == (256 * MAX_LENGTH + 2 * 32) * a_token
+
+
 def test_the_least_kv_budget_is_enough_and_gives_the_same_completions(llama_dir, learner):
     a_token = 2 * 2 * 1 * 32 * 4
     questions = [Prompt(i, "", tuple((i * 7 + j) % 300 + 2 for j in range(100 + i % 4))) for i in range(8)]

@@ -115,7 +115,7 @@ def test_a_weight_that_is_not_copied_is_noticed_at_the_start(tmp_path, tiny_toke
     copy_weights = Session.copy_weights
 
     def copy_but_one(self):
-        lost = self.module.transformer.h[1].mlp.c_fc.bias
+        lost = self.held.module.transformer.h[1].mlp.c_fc.bias
         kept = lost.clone()
         copied = copy_weights(self)
         lost.data.copy_(kept)
@@ -128,7 +128,7 @@ def test_a_weight_that_is_not_copied_is_noticed_at_the_start(tmp_path, tiny_toke
 
 def test_layers_that_vllm_does_not_have_cannot_read_members(llama_dir, learner):
     policy, engine = learner(llama_dir, sampling__merge_lora=False)
-    module = engine._session.module
+    module = engine._session.held.module
     assert reads_live_lora(module, policy.lora.names)
     assert not reads_live_lora(module, ["model.layers.0.self_attn.nowhere"])
     assert not reads_live_lora(module, ["model.norm"])

@@ -28,10 +28,10 @@ def test_the_behavior_is_the_exact_average(llama_dir, learner, members, merge):
     num_bytes = sum(p.numel() * 4 for n, p in policy.model.named_parameters() if n in linears)
     assert engine.last_refresh.bytes_copied == (num_bytes if merge else 0)
     for name, parameter in policy.model.named_parameters():
-        shared = parameter.data_ptr() == engine._session.views[name].data_ptr()
+        shared = parameter.data_ptr() == engine._session.held.views[name].data_ptr()
         assert shared == (not merge or name not in linears)
     if not merge:
-        storages = [s.data_ptr() for layer in engine._session.module.modules() for s in storage(layer)]
+        storages = [s.data_ptr() for layer in engine._session.held.module.modules() for s in storage(layer)]
         assert addresses == set(storages)
 
 

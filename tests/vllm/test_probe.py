@@ -47,7 +47,7 @@ def test_a_merge_that_was_left_out_is_named(llama_dir, learner, monkeypatch):
 def test_a_weight_that_vllm_has_replaced_is_named(llama_dir, learner):
     policy, engine = learner(llama_dir, model__full=True)
     engine.refresh(0)
-    layer = engine._session.module.model.layers[1].mlp.down_proj
+    layer = engine._session.held.module.model.layers[1].mlp.down_proj
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     train_a_little(policy)
     with pytest.raises(RuntimeError, match=r"first difference: the output of model\.layers\.1\.mlp\.down_proj"):
@@ -57,7 +57,7 @@ def test_a_weight_that_vllm_has_replaced_is_named(llama_dir, learner):
 def test_a_layer_that_computes_something_else_is_named(llama_dir, learner):
     _, engine = learner(llama_dir, model__full=True)
     engine.refresh(0)
-    layer = engine._session.module.model.layers[1].mlp.gate_up_proj
+    layer = engine._session.held.module.model.layers[1].mlp.gate_up_proj
     layer.register_forward_hook(lambda module, args, out: (out[0] * torch.linspace(0.5, 1.5, out[0].shape[-1]), out[1]))
     with pytest.raises(RuntimeError, match=r"the output of model\.layers\.1\.mlp\.gate_proj"):
         engine.refresh(0)
@@ -67,7 +67,7 @@ def test_where_sharing_is_impossible_weights_are_copied_and_proven(llama_dir, le
     def refuse(module, parameters):
         raise NotShareableError("x: a fused layout")
 
-    monkeypatch.setattr("bpo_fast.engine.session.find_views", refuse)
+    monkeypatch.setattr("bpo_fast.engine.held.find_views", refuse)
     policy, engine = learner(llama_dir, model__full=True)
     assert "weights copied at every refresh (x: a fused layout)" in engine._session.in_words()
     engine.refresh(0)

@@ -67,13 +67,13 @@ def test_dequantised_weights_are_shared(method, form, llama_dir, tmp_path, learn
     assert capfd.readouterr() == ("", "")  # pytest has the line of the log, below
     assert f"its {method} weights are dequantised to float32" in caplog.text
     session, parameters = engine._session, dict(policy.model.named_parameters())
-    assert session.why_copied is None
+    assert session.held.why_copied is None
     assert len(values) == 14
     for name, value in values.items():
         torch.testing.assert_close(parameters[name], value, rtol=0, atol=1e-6)
     merged = set() if policy.config.full else {f"{n}.weight" for n in policy.lora.names}
     for name, parameter in parameters.items():
-        assert (parameter.data_ptr() == session.views[name].data_ptr()) == (name not in merged)
+        assert (parameter.data_ptr() == session.held.views[name].data_ptr()) == (name not in merged)
     questions = prompts(4)
     engine.refresh(0)
     before = greedy(engine, questions, 0)

@@ -36,7 +36,7 @@ def test_a_vllm_that_does_not_start_or_does_not_follow_is_told(monkeypatch):
 @pytest.mark.parametrize(
     ("place", "error", "verdict"),
     [
-        ("bpo_fast.engine.session.find_views", AttributeError("gone"), ("start", "AttributeError: gone")),
+        ("bpo_fast.engine.held.find_views", AttributeError("gone"), ("start", "AttributeError: gone")),
         ("bpo_fast.engine.vllm.open_session", KeyError("q_proj"), ("start", "KeyError: 'q_proj'")),
         ("bpo_fast.engine.vllm.open_session", OSError(), ("start", "OSError:")),
         ("bpo_fast.engine.probe.Probe.run", IndexError("no\nrow"), ("policy = sampler", "IndexError: no row")),

@@ -46,10 +46,10 @@ def test_full_fine_tuning_moves_the_sampler_without_a_copy(name, tmp_path, tiny_
     stored = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(p, stored[n]) for n, p in policy.model.named_parameters())
     session, questions = engine._session, prompts(6)
-    storages = {p.untyped_storage().data_ptr() for p in session.module.parameters()}
+    storages = {p.untyped_storage().data_ptr() for p in session.held.module.parameters()}
     addresses = {n: p.data_ptr() for n, p in policy.model.named_parameters()}
     assert all(p.untyped_storage().data_ptr() in storages for p in policy.model.parameters())
-    assert session.module.model.embed_tokens.weight.shape[0] > vocabulary
+    assert session.held.module.model.embed_tokens.weight.shape[0] > vocabulary
     engine.refresh(0)
     before, logps_before = greedy(engine, questions, 0)
     assert before == greedy_by_transformers(policy, questions, NUM_NEW)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_vllm import MAX_LENGTH, greedy_by_transformers, prompts, settings
 
-from bpo_fast.engine import SamplingParams
+from bpo_fast.engine import SamplingParams, host_state
 from bpo_fast.engine.host_state import preserved
 from bpo_fast.setup import load_learner
 
@@ -196,7 +196,8 @@ def test_two_processes_of_torchrun_have_an_engine_each(llama_dir, tmp_path):
     assert done.stdout.count("rank is done") == 2
 
 
-def test_what_is_preserved_is_put_back_after_an_error():
+def test_what_is_preserved_is_put_back_after_an_error(monkeypatch):
+    monkeypatch.setattr(host_state, "_replacements", {})  # what is spoilt here is not for the next guest
     before = state()
 
     def spoil():
