@@ -212,10 +212,11 @@ def serve(case: Case, blocks: Iterator[Any]) -> None:
     import torch
 
     from bpo_fast import machine
-    from bpo_fast.allocator import keep_freed_memory
+    from bpo_fast.allocator import keep_freed_memory, open_arena
 
-    if case.who.startswith("ours"):  # as in every process of bpo-fast
+    if case.who.startswith("ours") and case.device == "cpu":  # as in every process of bpo-fast
         keep_freed_memory()
+        open_arena()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # trainers print to what would be our line to the parent
     torch.set_num_threads(case.threads)
