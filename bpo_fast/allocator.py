@@ -26,7 +26,8 @@ def keep_freed_memory() -> None:
 def open_arena() -> None:
     """Has tensors on the CPU come from the arena from now on, in a process that keeps freed memory.
 
-    Without a C++ compiler, or where the system gives the arena no addresses, the C library's allocator stays.
+    Without a C++ compiler, or where the system gives the arena no addresses or counts them (`ulimit -v`), the C
+    library's allocator stays.
     """
     global _arena
     if _wanted and _arena is None:

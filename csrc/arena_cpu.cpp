@@ -7,9 +7,11 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cstdint>
+#include <fstream>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -47,6 +49,7 @@ class Arena {
   // place of a page, and a processor that knows addresses by their low 12 bits has reads of the one wait for writes to
   // the other.
   void* take(size_t n) {
+    if (n > size_) return nullptr;  // a negative size is a huge one, and rounding up would begin at 0 again
     n = ((n + kAlign - 1) & ~(kAlign - 1)) + kAlign;
     std::lock_guard<std::mutex> hold(mutex);
     const auto found = by_size_.lower_bound({n, 0});
@@ -103,6 +106,18 @@ class Arena {
   std::unordered_map<uintptr_t, size_t> taken_;     // start to size
 };
 
+// Whether addresses that nothing is written to are counted, and the arena would leave none to others: by a limit of this
+// process (ulimit -v, -d), or by a system that promises no more memory than it has.
+bool addresses_are_counted() {
+  for (const auto kind : {RLIMIT_AS, RLIMIT_DATA}) {
+    rlimit limit;
+    if (getrlimit(kind, &limit) != 0 || limit.rlim_cur != RLIM_INFINITY) return true;
+  }
+  std::ifstream file("/proc/sys/vm/overcommit_memory");
+  int mode = 0;
+  return file >> mode && mode == 2;
+}
+
 // As large as the machine's memory; never destroyed, for blocks outlive whatever could destroy it.
 Arena& arena() {
   static Arena* const made = new Arena(sysconf(_SC_PHYS_PAGES) * static_cast<size_t>(sysconf(_SC_PAGESIZE)));
@@ -133,10 +148,10 @@ class ArenaAllocator final : public c10::Allocator {
 
 }  // namespace
 
-// Makes the arena PyTorch's allocator on the CPU; false where the system gives it no addresses. What was allocated
-// before goes back to where it came from.
+// Makes the arena PyTorch's allocator on the CPU; false where the system gives it no addresses, or counts them. What was
+// allocated before goes back to where it came from.
 extern "C" bool bpo_fast_use_arena() {
-  if (!arena().works()) return false;
+  if (addresses_are_counted() || !arena().works()) return false;
   static ArenaAllocator* const allocator = new ArenaAllocator;
   // a child of fork() finds the lock as nobody's
   pthread_atfork([] { arena().mutex.lock(); }, [] { arena().mutex.unlock(); }, [] { arena().mutex.unlock(); });

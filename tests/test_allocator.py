@@ -127,6 +127,9 @@ def count_for_the_profiler():
 def more_than_there_is():
     with pytest.raises(RuntimeError, match="allocate"):
         torch.empty(2**50, dtype=torch.uint8)
+    for less_than_nothing in (-1, -64):
+        with pytest.raises(RuntimeError, match="alloc"):
+            torch.empty(MIB).untyped_storage().resize_(less_than_nothing)
     assert int(torch.ones(MIB).sum()) == MIB
 
 
@@ -159,3 +162,13 @@ def test_elsewhere_pytorch_keeps_its_allocator():
 def test_without_a_compiler_the_c_librarys_allocator_stays():
     found = alone("say_whether_it_is_open", CXX="/no/such/compiler")
     assert found == ["False"]
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_where_addresses_are_counted_the_arena_leaves_them_to_others(limit):
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + 2**34  # enough for the arena
+    opened = (
+        f"import resource; resource.setrlimit(resource.{limit}, ({most}, -1));"
+        "allocator.keep_freed_memory(); allocator.open_arena()"
+    )
+    assert alone("say_whether_it_is_open", opened=opened) == ["False"]
