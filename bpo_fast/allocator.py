@@ -40,7 +40,7 @@ def arena_is_open() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Returns what is free to the system, between parts of a run that need memory of different kinds."""
+    """Returns what is free to the system."""
     if _arena is not None:
         _arena.bpo_fast_trim_arena()
     trim = _malloc_trim()

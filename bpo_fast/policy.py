@@ -205,7 +205,8 @@ class Policy:
             **options,
             **self._head_options(),
         )
-        if self.config.recomputed != "none" or arena_is_open():  # E's memory, which the backward pass has a use for
+        # memory of E that the backward pass has a use for, and that is whole and has its pages when it comes back
+        if self.config.recomputed != "none" or (self.device.type == "cpu" and arena_is_open()):
             pick_backend("auto", self.device).release()
         return found
 

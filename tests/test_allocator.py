@@ -35,27 +35,27 @@ def resident():
     return int(fields["RssAnon"].split()[0]) * 1024
 
 
-def faults(tensors):
+def taken(tensors):
     before = resident()
     kept = [torch.ones(n, dtype=torch.uint8) for n in tensors]
     return kept, resident() - before
 
 
 def take_again():
-    del_me, _ = faults([20 * MIB, 3 * MIB, 20 * MIB])
+    del_me, _ = taken([20 * MIB, 3 * MIB, 20 * MIB])
     places = sorted(t.data_ptr() for t in del_me)
     del del_me
-    again, grown = faults([20 * MIB, 3 * MIB, 20 * MIB])
+    again, grown = taken([20 * MIB, 3 * MIB, 20 * MIB])
     assert sorted(t.data_ptr() for t in again) == places
     assert grown < MIB
     del again
-    (joined,), grown = faults([42 * MIB])  # neighbors that are free are one block
+    (joined,), grown = taken([42 * MIB])  # neighbors that are free are one block
     assert joined.data_ptr() == min(places)
     assert grown < MIB
 
 
 def give_back():
-    kept, grown = faults([8 * MIB, 32 * MIB, 8 * MIB])
+    kept, grown = taken([8 * MIB, 32 * MIB, 8 * MIB])
     assert grown > 47 * MIB
     kept[1] = None
     before = resident()
@@ -93,26 +93,34 @@ def stay_whole():
     assert not wrong
 
 
-def live_through_a_fork():
-    """The child of a fork takes and frees blocks, whoever held the lock."""
-    stop = threading.Event()
+def serve_many_threads():
+    """Nothing but taking and giving, by more threads than there are cores."""
 
     def work():
-        while not stop.is_set():
-            torch.empty(MIB)
+        for _ in range(400):
+            del_me = [torch.empty(70_000 + 64 * i, dtype=torch.uint8) for i in range(50)]
+            del del_me[::2]
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    block = torch.full((MIB,), 7)
-    try:
-        for _ in range(20):
-            child = os.fork()
-            if child == 0:
-                os._exit(int(int(torch.full((2 * MIB,), 1).sum() + block.sum()) != 9 * MIB))
-            assert os.waitpid(child, 0)[1] == 0
-    finally:
-        stop.set()
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
         thread.join()
+    before = resident()
+    kept, _ = taken([MIB] * 20)  # what came out of it is one piece again
+    assert len({t.data_ptr() for t in kept}) == 20
+    assert all(bool((t == 1).all()) for t in kept)
+    assert resident() - before < 24 * MIB
+
+
+def live_through_a_fork():
+    """The child of a fork reads its parent's blocks and takes blocks of its own."""
+    torch.set_num_threads(1)  # OpenMP's threads do not live through one
+    block = torch.full((MIB,), 7)
+    child = os.fork()
+    if child == 0:
+        os._exit(int(int(torch.full((2 * MIB,), 1).sum() + block.sum()) != 9 * MIB))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def count_for_the_profiler():
@@ -137,11 +145,11 @@ def say_whether_it_is_open():
     print(allocator.arena_is_open())
 
 
-@pytest.mark.parametrize(
-    "function",
-    [take_again, give_back, stay_whole, live_through_a_fork, count_for_the_profiler, more_than_there_is],
-    ids=lambda function: function.__name__,
-)
+IN_THE_ARENA = (take_again, give_back, stay_whole, serve_many_threads, live_through_a_fork)
+IN_THE_ARENA += (count_for_the_profiler, more_than_there_is)
+
+
+@pytest.mark.parametrize("function", IN_THE_ARENA, ids=lambda function: function.__name__)
 def test_in_the_arena(function):
     alone(function.__name__)
 

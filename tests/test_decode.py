@@ -15,6 +15,7 @@ from bpo_fast.engine import decode as decoding
 from bpo_fast.engine.choose import Chooser
 from bpo_fast.engine.decode import (
     CachedRows,
+    GrowingLayer,
     cache_argument,
     cache_bytes,
     decode,
@@ -168,6 +169,18 @@ def test_greedy_is_generate_s(name):
             torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=[*ENDS], pad_token_id=0
         )
         assert ids == own[0, len(prompt) :].tolist()
+
+
+def test_rows_that_go_on_keep_their_places():
+    layer, places = GrowingLayer(), []
+    layer.update(*torch.randn(2, 4, 2, 5, 8))
+    for step in range(decoding.PLACES + 1):
+        if step in (1, 60):
+            layer.reorder_cache(torch.arange(3 if step == 1 else 2))
+        layer.update(*torch.randn(2, len(layer.keys), 2, 1, 8))
+        places.append(layer._room[0].shape[2])
+    assert places == [5 + decoding.PLACES] * decoding.PLACES + [5 + 2 * decoding.PLACES]
+    assert layer.keys.shape == layer.values.shape == (2, 2, 5 + decoding.PLACES + 1, 8)
 
 
 def test_a_model_without_a_cache_of_transformers_is_named():

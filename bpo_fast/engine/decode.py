@@ -91,6 +91,7 @@ class GrowingLayer(DynamicLayer):
         """Takes a prompt's as they are: its rows are about to be picked, and room would be copied with them."""
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self._room: tuple[Tensor, Tensor] | None = None
+        self._places = 0  # of a row, with those that are still empty
         self.keys, self.values = key_states, value_states
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -101,9 +102,10 @@ class GrowingLayer(DynamicLayer):
         assert self.keys is not None, "initialized"
         assert self.values is not None, "initialized"
         length, total = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if self._room is None or self._room[0].shape[2] < total:
-            places = length + max(PLACES, key_states.shape[2])
-            self._room = _with_room(self.keys, places), _with_room(self.values, places)
+        if self._places < total:
+            self._places, self._room = max(length + PLACES, total), None
+        if self._room is None:
+            self._room = _with_room(self.keys, self._places), _with_room(self.values, self._places)
         for room, new in zip(self._room, (key_states, value_states), strict=True):
             room[:, :, length:total] = new
         self.keys, self.values = (room[:, :, :total] for room in self._room)

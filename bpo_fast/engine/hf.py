@@ -130,7 +130,8 @@ class HfEngine:
         """(sequences decoded together; bytes of the KV cache of one at most)"""
         reads = reads_hidden(self._head, top_p=params.top_p, top_k=params.top_k)
         shared = reads and self._shares_rows and not params.single_members  # whose members share no prompts
-        a_row = row_bytes(self._model, prompt_tokens, params.max_new_tokens, sharing=params.n if shared else 1)
+        sharing = min(params.n, self._batch_size or params.n) if shared else 1
+        a_row = row_bytes(self._model, prompt_tokens, params.max_new_tokens, sharing=sharing)
         return self._batch_size or rows_together(self._model, a_row, logits=not reads), a_row
 
     def _decode(
