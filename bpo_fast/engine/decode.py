@@ -56,8 +56,12 @@ def takes_cache(trunk: Any) -> bool:
 def cache_bytes(model: Any, length: int) -> int:
     """Bytes of the KV cache of one sequence."""
     form = model.config.get_text_config()
-    heads = getattr(form, "num_key_value_heads", None) or form.num_attention_heads
-    return 2 * form.num_hidden_layers * heads * head_size(form) * length * model.dtype.itemsize
+    return 2 * form.num_hidden_layers * num_kv_heads(form) * head_size(form) * length * model.dtype.itemsize
+
+
+def num_kv_heads(config: Any) -> int:
+    """Heads of keys and values; `config` is that of the text model."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def head_size(config: Any) -> int:

@@ -53,8 +53,9 @@ class Held:
         """Brings the copied weights up to date; returns the bytes that took."""
         if not self.copied:
             return 0
+        copied = set(self.copied)
         with policy.merged():
-            parameters = {n: p for n, p in policy.model.named_parameters() if n in set(self.copied)}
+            parameters = {n: p for n, p in policy.model.named_parameters() if n in copied}
             if self.views:
                 torch._foreach_copy_([self.views[n] for n in parameters], [p.data for p in parameters.values()])
             else:

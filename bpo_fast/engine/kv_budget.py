@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bpo_fast.config import Config
-from bpo_fast.engine.decode import cache_bytes
+from bpo_fast.engine.decode import cache_bytes, num_kv_heads
 from bpo_fast.lora import find_linears
 from bpo_fast.optim import state_bytes
 
@@ -51,8 +51,7 @@ def workers_on(config: Config, device: torch.device) -> int:
 
 def _share_of_a_worker(config: Config, model: PreTrainedModel) -> float:
     """Of the KV cache; heads are split, and held several times where there are fewer heads than workers."""
-    form = model.config.get_text_config()
-    heads = getattr(form, "num_key_value_heads", None) or form.num_attention_heads
+    heads = num_kv_heads(model.config.get_text_config())
     return max(1, heads // config.sampling.tensor_parallel) / heads
 
 

@@ -419,5 +419,5 @@ def test_several_processes_of_a_launcher_are_refused(tiny_args, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
-def test_tensor_parallelism_is_no_knob(tiny_args):
+def test_a_knob_by_its_name_in_vllm_is_refused(tiny_args):
     refused([*tiny_args, "--set", "sampling.tensor_parallel_size=2"], "sampling.tensor_parallel_size: no such knob")
