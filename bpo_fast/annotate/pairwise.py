@@ -216,6 +216,8 @@ class HttpJudge:
                     raise TimeoutError
                 if size > MAX_BODY_BYTES:
                     raise http.client.HTTPException(f"an answer of over {MAX_BODY_BYTES} bytes")
+                if response.isclosed():  # after the last byte, from Python 3.13 on, and the socket with it
+                    break
                 sock.settimeout(left)
             text = b"".join(parts).decode("utf-8", errors="replace")
             return response.status, response.reason, response.getheader("Retry-After"), text
