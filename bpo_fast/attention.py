@@ -164,7 +164,7 @@ def shared_prompt_attention(
     Returns:
         [M, heads, S, D], the dtype of q.
     """
-    varlen = pick_varlen(q, softcap)
+    varlen = pick_varlen(q, v, softcap)
     if varlen is not None:
         return _by_varlen(q, k, v, layout, varlen, scale=scale, window=window, softcap=softcap)
     if q.device.type == "cpu" and q.dtype == torch.float32 and k.shape == v.shape and has_native():

@@ -74,6 +74,7 @@ def diagnose() -> list[Check]:
     """Look at the machine and the installation; nothing that is absent or broken makes it fail."""
     machine = _machine()
     packages = {name: _package(name) for name in TESTED}
+    flash_attn, kernel_path = _flash_attn(packages["flash-attn"], machine), _kernel_path(machine)
     return [
         Check("Python", "ok", platform.python_version()),
         Check("CPU", "ok", f"{machine.cpu}, {machine.num_cores} cores, {', '.join(machine.isa) or 'no vector flags'}"),
@@ -83,12 +84,12 @@ def diagnose() -> list[Check]:
         _required(packages["transformers"]),
         _triton(packages["triton"], machine),
         _vllm(packages["vllm"], machine),
-        _flash_attn(packages["flash-attn"], machine),
+        flash_attn,
         _compiler(),
         _nvcc(machine),
         *_sampling(packages["vllm"], machine),
-        _kernel_path(machine),
-        _attention_path(machine, packages["flash-attn"]),
+        kernel_path,
+        _attention_path(machine, flash_attn, kernel_path),
     ]
 
 
@@ -391,8 +392,11 @@ def _backend_name(name: str, device: str) -> str:
     return type(pick_backend(name, torch.device(device))).__name__.removesuffix("Backend").lower()
 
 
-def _attention_path(machine: Machine, flash_attn: Check) -> Check:
-    if machine.cuda_works and flash_attn.status == "ok":
-        detail = "sdpa of torch; flash-attn with model.attn_implementation = flash_attention_2"
-        return Check("attention path", "ok", detail)
-    return Check("attention path", "ok", "sdpa of torch")
+def _attention_path(machine: Machine, flash_attn: Check, kernel_path: Check) -> Check:
+    """What `bpo_fast.varlen.pick_varlen` and `bpo_fast.attention.shared_prompt_attention` would take here."""
+    capabilities = re.findall(r"sm_(\d+)", " ".join(machine.gpus))
+    if machine.cuda_works and all(int(capability) >= 80 for capability in capabilities):
+        varlen = "flash-attn" if flash_attn.status == "ok" else "torch"
+        return Check("attention path", "ok", f"variable-length kernel of {varlen}; sdpa of torch in float32")
+    native = "native in float32, else " if kernel_path.detail == "native" else ""
+    return Check("attention path", "ok", f"{native}sdpa of torch")

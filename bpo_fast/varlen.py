@@ -6,6 +6,7 @@ and key, as flash attention does it, is then exactly what a completion may see. 
 """
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -74,16 +75,19 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, call: V
     return out.view(num_rows, num_tokens, num_heads, -1).transpose(1, 2)
 
 
-def pick_varlen(q: Tensor, softcap: float | None) -> Varlen | None:
-    """The written rule: on a GPU from compute capability 8.0, 16-bit heads of up to 256 elements go to flash-attn if it
-    is installed, else to torch's own varlen kernel, which knows no softcap; the rest goes to SDPA (None)."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
+def pick_varlen(q: Tensor, v: Tensor, softcap: float | None) -> Varlen | None:
+    """The written rule: on a GPU from compute capability 8.0, 16-bit heads of up to 256 elements, as many in values as
+    in keys, go to flash-attn if it is installed, else to torch's own varlen kernel, which knows no softcap and pads no
+    heads to a multiple of 8; the rest goes to SDPA (None)."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if q.shape[-1] > 256 or v.shape[-1] != q.shape[-1]:
         return None
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return None
     if _has_flash_attn():
         return _flash_attn
-    return _torch_varlen if softcap is None else None
+    return _torch_varlen if softcap is None and q.shape[-1] % 8 == 0 else None
 
 
 def varlen_reference(
@@ -125,6 +129,7 @@ def _flash_attn(q, k, v, layout, scale, window, softcap) -> Tensor:
 def _torch_varlen(q, k, v, layout, scale, window, softcap) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if _asks_for_groups(varlen_attn) else {}
     out = varlen_attn(
         q,
         k,
@@ -135,10 +140,16 @@ def _torch_varlen(q, k, v, layout, scale, window, softcap) -> Tensor:
         layout.max_keys,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
     assert isinstance(out, Tensor), "no auxiliary result was asked for"
     return out
+
+
+@cache
+def _asks_for_groups(varlen_attn: Callable[..., Any]) -> bool:
+    """Whether fewer heads of keys than of queries have to be announced; torch 2.11 takes them without a word."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @cache

@@ -105,7 +105,7 @@ def test_gpu_machine_takes_the_fast_paths(bare_machine, monkeypatch):
     assert checks["torch"].detail == "2.13.0, built for CUDA 13.0"
     assert checks["sampling path"].detail.startswith("vllm")
     assert checks["kernel path"].detail == "triton"
-    assert "model.attn_implementation = flash_attention_2" in checks["attention path"].detail
+    assert checks["attention path"].detail == "variable-length kernel of flash-attn; sdpa of torch in float32"
     assert doctor.environment()["gpu"] == "NVIDIA H100 80GB HBM3, 79 GiB, sm_90"
 
 
@@ -116,7 +116,13 @@ def test_gpu_machine_without_the_optional_parts(bare_machine, monkeypatch):
     assert checks["vllm"].advice == 'pip install "bpo-fast[vllm]"'
     assert checks["triton"].advice == 'pip install "triton>=3.6"'
     assert checks["flash-attn"].advice == ""
-    assert checks["attention path"].detail == "sdpa of torch"
+    assert checks["attention path"].detail == "variable-length kernel of torch; sdpa of torch in float32"
+
+
+def test_an_old_gpu_attends_by_sdpa(bare_machine, monkeypatch):
+    _installed(monkeypatch, {"torch": "2.13.0", "transformers": "5.23.0"})
+    _torch(monkeypatch, "13.0", "", ("Tesla T4, 15 GiB, sm_75",))
+    assert _by_name()["attention path"].detail == "sdpa of torch"
 
 
 @pytest.mark.parametrize(
