@@ -173,7 +173,7 @@ def _torch_facts() -> tuple[str | None, str, tuple[str, ...]]:
 
 
 def _nvidia_smi() -> tuple[str, ...]:
-    output = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    output = command_output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     return tuple(line.strip() for line in output.splitlines() if line.strip())
 
 
@@ -208,8 +208,8 @@ def _git_facts() -> dict[str, Any]:
     # An installed copy may lie inside somebody else's repository.
     if not (root / ".git").exists():
         return {}
-    commit = _output("git", "-C", str(root), "rev-parse", "HEAD").strip()
-    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no").strip()
+    commit = command_output("git", "-C", str(root), "rev-parse", "HEAD").strip()
+    changed = command_output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no").strip()
     return {"git_commit": commit, "git_changed": bool(changed)} if commit else {}
 
 
@@ -231,7 +231,7 @@ def _version(name: str) -> str | None:
     return None
 
 
-def _output(*command: str) -> str:
+def command_output(*command: str) -> str:
     """Standard output of a command; empty if it is not there or does not work."""
     if shutil.which(command[0]) is None:
         return ""
@@ -330,7 +330,7 @@ def _flash_attn(check: Check, machine: Machine) -> Check:
 def _compiler() -> Check:
     chosen = os.environ.get("CXX")
     name = chosen or next((c for c in ("g++", "c++", "clang++") if shutil.which(c)), "")
-    version = _first_line(_output(name, "--version")) if name else ""
+    version = _first_line(command_output(name, "--version")) if name else ""
     if version:
         return Check("C++ compiler", "ok", version)
     detail = f"CXX={chosen} does not run" if chosen else "none, the native CPU operators cannot be built"
@@ -339,7 +339,7 @@ def _compiler() -> Check:
 
 def _nvcc(machine: Machine) -> Check:
     name = shutil.which("nvcc") or str(Path(os.environ.get("CUDA_HOME", "")) / "bin" / "nvcc")
-    release = re.search(r"release ([\d.]+)", _output(name, "--version"))
+    release = re.search(r"release ([\d.]+)", command_output(name, "--version"))
     if release is None:
         need = "optional: the GPU path is Triton" if machine.gpus else "not needed without a GPU"
         return Check("nvcc", "missing", f"none, {need}")

@@ -207,7 +207,7 @@ def test_a_program_that_hangs_or_fails_is_absent(tmp_path, monkeypatch):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
         monkeypatch.setattr(doctor, "COMMAND_TIMEOUT_S", 0.2)
-        assert doctor._output(str(tmp_path / name)) == ""
+        assert doctor.command_output(str(tmp_path / name)) == ""
 
 
 def test_torch_that_does_not_import(tmp_path):

@@ -17,7 +17,7 @@ import torch
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.triton_config import INTERPRETED, with_tile
 
-from bpo_fast.doctor import environment
+from bpo_fast.doctor import command_output, environment
 from bpo_fast_bench.kernels_impls import (
     Implementation,
     Inputs,
@@ -266,8 +266,7 @@ def receipt(device: torch.device) -> dict[str, Any]:
     out = {"date": date, **environment(sys.argv), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         fields = "name,driver_version,clocks.sm,clocks.max.sm,power.limit"
-        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-        out["gpu_state"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        out["gpu_state"] = command_output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").strip()
     return out
 
 

@@ -7,6 +7,7 @@ hash of its sources, the compiler, the flags, the PyTorch version and the proces
 import functools
 import hashlib
 import os
+import re
 import platform
 import shutil
 import subprocess
@@ -115,7 +116,10 @@ def _compile(command: list[str], target: Path) -> None:
     os.close(handle)
     done = subprocess.run([*command, "-o", draft], capture_output=True, text=True)
     if done.returncode:
-        os.unlink(draft)
-        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
+        Path(draft).unlink(missing_ok=True)  # linkers remove what they could not finish
+        reason = next(
+            (line for line in done.stderr.splitlines() if re.search("error|cannot find", line)),
+            done.stderr.strip()[-200:],
+        )
         raise NativeUnavailable(f"{Path(command[0]).name} could not compile csrc: {reason}")
     os.replace(draft, target)

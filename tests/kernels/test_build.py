@@ -69,9 +69,11 @@ def test_without_a_compiler_native_is_refused(fresh, monkeypatch):
         linear_token_logps(case.hidden, case.weight, case.targets, backend="native")
 
 
-def test_a_failed_build_names_the_error_and_leaves_nothing(fresh):
-    with pytest.raises(build.NativeUnavailable, match=r"could not compile csrc: .*error") as caught:
-        build.load_library("ops_cpu.cpp", (build.find_cxx(), "-shared", "-fPIC", "-std=c++98"), ())
+@pytest.mark.parametrize(("standard", "libraries"), [("c++98", ()), ("c++20", ("no_such",))])
+def test_a_failed_build_names_the_error_and_leaves_nothing(fresh, standard, libraries):
+    command = (build.find_cxx(), "-shared", "-fPIC", f"-std={standard}")
+    with pytest.raises(build.NativeUnavailable, match=r"could not compile csrc: .*(error|-lno_such)") as caught:
+        build.load_library("ops_cpu.cpp", command, libraries)
     assert "\n" not in str(caught.value)
     assert not list(fresh.iterdir())
 
