@@ -91,14 +91,20 @@ def run(options: KernelBench) -> dict[str, Any]:
     for problem in problems(options, device):
         for dtype in dtypes[:1] if problem.op == "pair_loss" else dtypes:
             record["problems"].append(measure(problem, dtype, device, options))
-    if options.json_path:
-        options.json_path.parent.mkdir(parents=True, exist_ok=True)
-        options.json_path.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(record, options.json_path)
+    write_json(record, options.json_path)
     if options.plot_path:
         from bpo_fast_bench.kernels_plot import plot
 
         plot(record, options.plot_path)
     return record
+
+
+def write_json(record: dict[str, Any], path: Path | None) -> None:
+    """Write what is measured so far; a bench that is cut off leaves that."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def check(options: KernelBench) -> None:
@@ -141,7 +147,10 @@ def measure(problem: Problem, dtype: str, device: torch.device, options: KernelB
     want, lengths = answer(problem, sets[0]), sets[0].cu_seqlens.diff()
     rows, passed = {}, {}
     for name, call in implementations(problem, device, options.peers, options.tiles).items():
-        rows[name] = gate(name, call, sets[0], want, lengths)
+        try:
+            rows[name] = gate(name, call, sets[0], want, lengths)
+        except Exception as error:  # no compiler, no memory, another library's change: the others are timed
+            rows[name] = {"passed": False, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
         if rows[name]["passed"]:
             passed[name] = call
     del want
@@ -162,10 +171,11 @@ def measure(problem: Problem, dtype: str, device: torch.device, options: KernelB
 
 def gate(name: str, call: Implementation, inputs: Inputs, want: Outcome, lengths: torch.Tensor) -> dict[str, Any]:
     """Errors against float64; an implementation past its limits gets no time."""
+    outcome = call(inputs)
     if name in CEILINGS:
         return {"passed": True}
     mine = name.partition(":")[0] in OUR_BACKENDS
-    limits, found = OUR_GATE if mine else PEER_GATE, errors(call(inputs), want, lengths)
+    limits, found = OUR_GATE if mine else PEER_GATE, errors(outcome, want, lengths)
     if len(lengths) != len(want.values):
         # A pair loss sums the errors of all tokens of two sequences.
         limits = limits | {"value": limits["value"] * float(lengths.max()) * 2}
@@ -286,7 +296,8 @@ def table(record: dict[str, Any]) -> str:
         for name, row in problem["implementations"].items():
             worst = max(row.get("errors", {"": 0.0}).values())
             if "seconds" not in row:
-                lines.append(f"  {name:<{wide}} not timed: error {worst:.1e} against float64")
+                reason = row.get("reason", f"error {worst:.1e} against float64")
+                lines.append(f"  {name:<{wide}} not timed: {reason}")
                 continue
             ms = [1e3 * row[key] for key in ("seconds", "p20", "p80")]
             speedup = leaner = "-"  # eager failed its gate

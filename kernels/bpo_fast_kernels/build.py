@@ -7,8 +7,8 @@ hash of its sources, the compiler, the flags, the PyTorch version and the proces
 import functools
 import hashlib
 import os
-import re
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
