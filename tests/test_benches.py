@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 from bpo_fast_bench import contenders, loop, step
-from bpo_fast_bench.contenders import Work, compare, line, pick_peers
-from bpo_fast_bench.shapes import SHAPES, Shape, parse_shape
+from bpo_fast_bench.contenders import Work, compare, line, measure, pick_peers
+from bpo_fast_bench.shapes import SHAPES, Shape, make_model, parse_shape
 
 TOY = {"peers": (), "lengths": ("helpfulness",), "pairs": 2, "rounds": 1, "threads": 1, "shape": Shape(32, 1, 400)}
 TOY |= {"device": "cpu"}
@@ -38,6 +39,40 @@ def test_a_toy_run_writes_a_row(bench, tmp_path, monkeypatch):
             new["ours"]["pairs_per_s"] / new["compiled"]["pairs_per_s"], abs=0.01
         )
         assert "; compiled " in said[0]
+
+
+def test_who_fails_leaves_a_reason_and_the_others_go_on(tmp_path):
+    options = step.StepOptions(**TOY)
+    make_model(options.shape, tmp_path / "model", "float32")
+    folders = {"full": tmp_path / "model", "trl": tmp_path / "nowhere"}
+    contestants = {name: options.contender("step", "ours", "helpfulness", 0, str(f)) for name, f in folders.items()}
+    found = measure(contestants, 1)
+    assert found["full"]["pairs_per_s"] > 0
+    assert found["trl"]["failed"].startswith("exit code 1: ")
+    row = compare(found, "full", ("trl",), runs=1, lengths="helpfulness", form="full")
+    assert row["trl"] == found["trl"]
+    assert not any(key.endswith("/trl") for key in row)
+    assert line(row).endswith(f"; trl failed ({found['trl']['failed']})")
+    step.check_ours([row])
+    row = compare(found, "trl", ("full",), runs=1, lengths="tldr", form="full")
+    assert line(row).startswith("tldr full: ours failed (exit code 1: ")
+    with pytest.raises(ValueError, match=r"^bench\.lengths = tldr, bench\.form = full: ours failed, exit code 1: "):
+        step.check_ours([row])
+
+
+def test_a_trainer_that_stops_does_not_leave_its_bench_waiting(tmp_path):
+    """Out of memory in TRL's first step, for one."""
+    make_model(TOY["shape"], tmp_path, "float32")
+
+    class Trainer:
+        def train(self):
+            raise torch.OutOfMemoryError("17 GiB")
+
+    case = step.StepOptions(**TOY).contender("step", "trl", "helpfulness", 0, str(tmp_path)).case
+    blocks = contenders.trl_blocks(case, lambda settings, **parts: Trainer())
+    assert next(blocks) == Work()
+    with pytest.raises(torch.OutOfMemoryError, match="17 GiB"):
+        next(blocks)
 
 
 def test_ratios_are_of_rates_and_of_peaks():

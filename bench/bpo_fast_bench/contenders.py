@@ -7,13 +7,15 @@ high-water mark of resident memory after loading, minus what was resident then.
 import json
 import os
 import queue
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,6 +142,10 @@ def pick_peers(text: str, peers: tuple[str, ...], say: Callable[[str], None] = p
     return peers if text in ("auto", "trl") else (text,)
 
 
+class ContenderFailed(RuntimeError):
+    """A contender's process ended before its work was done; the message says why in a line."""
+
+
 class Contender:
     """A process that runs one block when told to.
 
@@ -150,18 +156,23 @@ class Contender:
 
     def __init__(self, module: str, case: Case):
         self.case = case
-        command = [sys.executable, "-W", "ignore", "-m", f"bpo_fast_bench.{module}", json.dumps(asdict(case))]
+        self.work = Work()
+        self._command = [sys.executable, "-W", "ignore", "-m", f"bpo_fast_bench.{module}", json.dumps(asdict(case))]
+
+    def start(self) -> None:
+        """Load model and data."""
         self._messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages, text=True
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages, text=True
         )
         self.work = Work(**json.loads(self._expect("ready")))
 
     def block(self) -> float:
         """Seconds of one block."""
         assert self._process.stdin, "opened with a pipe"
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, and its messages say why
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
         return float(self._expect("block"))
 
     def finish(self) -> float:
@@ -179,30 +190,46 @@ class Contender:
         code = self._process.wait()
         self._messages.seek(0)
         lines = [line for line in self._messages.read().splitlines() if line.strip()]
-        reason = f"exit code {code}: {lines[-1] if lines else 'no message'}"
-        raise ValueError(f"bench.peers = {self.case.who}: {reason}")
+        # an exception's first line, of perhaps many
+        raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        raise ContenderFailed(f"exit code {code}: {[*lines, *raised][-1] if lines else 'no message'}")
 
 
 def measure(contenders: Mapping[str, Contender], rounds: int) -> dict[str, dict[str, Any]]:
     """`rounds` turns of all, every other turn backwards, two blocks a turn and the second one counted; medians, peaks.
 
     The first block of a turn warms up: while a process waits, its memory can go back to the host of a virtual machine,
-    and touching it again takes up to twenty times as long as the block.
+    and touching it again takes up to twenty times as long as the block. Of one that fails (no memory left, say) the
+    reason stands in its place, and the others go on.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds):
-        for name in contenders if i % 2 == 0 else reversed(contenders):
-            contenders[name].block()
-            times[name].append(contenders[name].block())
-    out = {}
-    for name, contender in contenders.items():
-        num_pairs = contender.case.pairs * contender.case.steps
+    out: dict[str, dict[str, Any]] = {}
+
+    def turn(name: str) -> None:
+        contenders[name].block()
+        times[name].append(contenders[name].block())
+
+    def finish(name: str) -> None:
+        contender = contenders[name]
         out[name] = {
-            "pairs_per_s": num_pairs / statistics.median(times[name]),
+            "pairs_per_s": contender.case.pairs * contender.case.steps / statistics.median(times[name]),
             "block_s": [round(t, 4) for t in times[name]],
             "peak_extra_mib": round(contender.finish(), 1),
             "work": contender.work,
         }
+
+    def each(act: Callable[[str], None], names: Iterable[str]) -> None:
+        for name in names:
+            if name not in out:
+                try:
+                    act(name)
+                except ContenderFailed as error:
+                    out[name] = {"failed": str(error)}
+
+    each(lambda name: contenders[name].start(), contenders)
+    for i in range(rounds):
+        each(turn, contenders if i % 2 == 0 else reversed(list(contenders)))
+    each(finish, contenders)
     return out
 
 
@@ -245,10 +272,15 @@ def now(device: str) -> float:
 def compare(
     found: Mapping[str, dict[str, Any]], ours: str, peers: Sequence[str], *, runs: int, **names: str
 ) -> dict[str, Any]:
-    """A row: what was measured of ours and of its peers, each run `runs` times for one of ours, and the ratios."""
+    """A row: what was measured of ours and of its peers, each run `runs` times for one of ours, and the ratios of those
+    that did not fail."""
     work = found[ours].get("work", Work())
     found = {name: {k: v for k, v in one.items() if k != "work"} for name, one in found.items()}
     row: dict[str, Any] = {**names, "ours": found[ours]}
+    row |= {peer: found[peer] for peer in peers}
+    if "failed" in found[ours]:
+        return row
+    peers = [peer for peer in peers if "failed" not in found[peer]]
     for peer in peers:
         row[peer] = found[peer] | {"pairs_per_s": found[peer]["pairs_per_s"] / runs, "runs": runs}
         row[f"speedup/{peer}"] = round(row["ours"]["pairs_per_s"] / row[peer]["pairs_per_s"], 2)
@@ -272,6 +304,12 @@ def trl_blocks(case: Case, make_trainer: Callable[..., Any]) -> Iterator[Any]:
     import transformers
 
     begun, ended = queue.Queue(), queue.Queue()
+
+    def train() -> None:
+        try:
+            trainer.train()
+        except BaseException as error:  # raised where the blocks are asked for
+            ended.put(error)
 
     class Gate(transformers.TrainerCallback):
         start = 0.0
@@ -308,12 +346,15 @@ def trl_blocks(case: Case, make_trainer: Callable[..., Any]) -> Iterator[Any]:
             peft_config=_peft_config(case),
             callbacks=[Gate()],
         )
-        thread = threading.Thread(target=trainer.train, daemon=True)
+        thread = threading.Thread(target=train, daemon=True)
         thread.start()
         yield Work()
         for _ in range(case.num_blocks):
             begun.put(None)
-            yield ended.get()
+            took = ended.get()
+            if isinstance(took, BaseException):
+                raise took
+            yield took
         thread.join()
 
 
@@ -331,6 +372,13 @@ def check_names(options: Any, known: Mapping[str, Sequence[str]]) -> None:
         for value in getattr(options, name):
             if value not in choices:
                 raise ValueError(f"bench.{name} = {value}: not one of {', '.join(choices)}")
+
+
+def check_ours(rows: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError where ours failed; what was measured of others is written by then."""
+    for row in rows:
+        if reason := row["ours"].get("failed"):
+            raise ValueError(f"bench.lengths = {row['lengths']}, bench.form = {row['form']}: ours failed, {reason}")
 
 
 def write_rows(path: Path, options: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -351,6 +399,8 @@ def line(row: dict[str, Any]) -> str:
 
     def rate(name: str) -> str:
         one = row[name]
+        if "failed" in one:
+            return f"failed ({one['failed']})"
         tflops = f", {one['tflops']:.3g} TFLOP/s" if "tflops" in one else ""
         mfu = f", MFU {one['mfu']:.3f}" if "mfu" in one else ""
         return f"{one['pairs_per_s']:.2f} pairs/s, {one['peak_extra_mib']:.0f} MiB{tflops}{mfu}"
@@ -358,6 +408,8 @@ def line(row: dict[str, Any]) -> str:
     parts = [f"{row['lengths']} {row['form']}: ours {rate('ours')}"]
     for key, value in row.items():
         kind, _, peer = key.partition("/")
-        if kind == "speedup":
+        if isinstance(value, dict) and "failed" in value and key != "ours":
+            parts.append(f"{key} {rate(key)}")
+        elif kind == "speedup":
             parts.append(f"{peer} {rate(peer)} ({value:.1f}x, memory {row[f'memory/{peer}']:.2f})")
     return "; ".join(parts)

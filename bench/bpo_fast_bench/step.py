@@ -24,6 +24,7 @@ from bpo_fast_bench.contenders import (
     Options,
     Work,
     check_names,
+    check_ours,
     compare,
     line,
     measure,
@@ -54,7 +55,7 @@ def run(options: StepOptions, say: Callable[[str], None] = print) -> list[dict[s
     """Measures every case; returns (and writes) a row each.
 
     Raises:
-        ValueError: an unknown name, or a peer that is not installed.
+        ValueError: an unknown name, a peer that is not installed, or ours failed.
     """
     check_names(options, {"lengths": tuple(LENGTHS), "forms": tuple(FORMS), "peers": PEERS})
     options, rows = resolved(options), []
@@ -70,6 +71,7 @@ def run(options: StepOptions, say: Callable[[str], None] = print) -> list[dict[s
                     say("\n".join(line(row) for row in new))
                     if options.out:
                         write_rows(Path(options.out), options, new)
+    check_ours(rows)
     return rows
 
 
