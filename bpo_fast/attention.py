@@ -132,16 +132,16 @@ def lay_out(lengths: Sequence[Sequence[int]], device: torch.device) -> tuple[Sha
             places.append(span + (num * cut + g * rest + first - cut if k else g * cut))
             start += length
             first = first + length if k else cut
-    groups = groups.to(device)
+    groups = groups.to(device, non_blocking=True)
     layout = SharedPrompts(
         groups,
-        torch.cat(places).to(device),
-        segments.to(device),
-        positions.to(device),
+        torch.cat(places).to(device, non_blocking=True),
+        segments.to(device, non_blocking=True),
+        positions.to(device, non_blocking=True),
         groups[:, :cut].clone(),
         tuple(tuple(group) for group in lengths),
     )
-    return layout, torch.cat(flat_positions).to(device)
+    return layout, torch.cat(flat_positions).to(device, non_blocking=True)
 
 
 def shared_prompt_attention(

@@ -136,4 +136,4 @@ def _ref_logps(pairs: Sequence[Pair], num_members: int, device: torch.device) ->
     if not known:
         return None
     assert len(known) == len(pairs), "a phase is scored whole"
-    return torch.tensor(known, dtype=torch.float32).T.repeat(1, num_members).flatten().to(device)
+    return torch.tensor(known, dtype=torch.float32).T.repeat(1, num_members).flatten().to(device, non_blocking=True)

@@ -3,7 +3,8 @@
 Shared prompts are the fast form: one padding-free row of tokens in which each prompt stands once, before both of its
 completions. Apart is the form for models whose attention cannot do that: two padded sequences a pair. Only rows that
 predict a completion token reach the head. A step's loss is a sum over its pairs divided by the pairs of the whole step,
-so the split into micro-batches changes nothing but memory.
+so the split into micro-batches changes nothing but memory. A GPU takes its tensors in its turn (non_blocking), so that the host
+packs the next micro-batch while this one is computed.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ class PairBatch:
         input_ids: [R, L] int64. R = 1 with shared prompts, else N, padded on the right.
         rows: [T] int64. rows of the flattened [R * L] trunk output that predict a completion token.
         targets: [T] int64. the completion tokens.
-        cu_seqlens: [N + 1] int32. bounds of the sequences in `rows` and `targets`.
+        cu_seqlens: [N + 1] int32, on the host. bounds of the sequences in `rows` and `targets`.
         pairs: the P pairs.
         attention_mask: [R, L] int64. 1 on tokens, 0 on padding; None with shared prompts.
         position_ids: [R, L] int64. with shared prompts, else None.
@@ -47,7 +48,7 @@ class PairBatch:
 
     @property
     def lengths(self) -> Tensor:
-        """[N] int32. completion lengths."""
+        """[N] int32, on the host. completion lengths."""
         return self.cu_seqlens.diff()
 
     def repeat(self, num_members: int) -> "PairBatch":
@@ -99,10 +100,10 @@ def pack_shared(pairs: Sequence[Pair], *, device: torch.device) -> PairBatch:
     completions = [p.chosen.ids for p in pairs] + [p.rejected.ids for p in pairs]
     bounds = torch.tensor([0, *map(len, completions)]).cumsum(0, dtype=torch.int32)
     return PairBatch(
-        input_ids=torch.tensor([ids]).to(device),
-        rows=torch.cat([*rows[0], *rows[1]]).to(device),
-        targets=torch.tensor([i for c in completions for i in c]).to(device),
-        cu_seqlens=bounds.to(device),
+        input_ids=torch.tensor([ids]).to(device, non_blocking=True),
+        rows=torch.cat([*rows[0], *rows[1]]).to(device, non_blocking=True),
+        targets=torch.tensor([i for c in completions for i in c]).to(device, non_blocking=True),
+        cu_seqlens=bounds,
         pairs=tuple(pairs),
         position_ids=positions[None],
         layout=layout,
@@ -130,11 +131,11 @@ def pack_apart(pairs: Sequence[Pair], *, pad_id: int, device: torch.device) -> P
         targets.extend(completion)
         bounds.append(len(targets))
     return PairBatch(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device),
-        rows=torch.cat(rows).to(device),
-        targets=torch.tensor(targets).to(device),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32).to(device),
+        input_ids=input_ids.to(device, non_blocking=True),
+        attention_mask=mask.to(device, non_blocking=True),
+        rows=torch.cat(rows).to(device, non_blocking=True),
+        targets=torch.tensor(targets).to(device, non_blocking=True),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         pairs=tuple(pairs),
     )
 

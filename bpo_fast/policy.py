@@ -188,7 +188,8 @@ class Policy:
             (scalar, differentiable; the parts of each pair, detached)
         """
         options = {"loss": method.loss, "beta": method.beta, "label_smoothing": method.label_smoothing}
-        options["lengths"] = torch.ones_like(batch.lengths) if method.ipo_sum else batch.lengths
+        lengths = torch.ones_like(batch.lengths) if method.ipo_sum else batch.lengths
+        options["lengths"] = lengths.to(batch.rows.device, non_blocking=True)
         if not self.head.fused:
             logps = self._plain_logps(batch)
             reference = logps.detach() if ref_logps is None else ref_logps
@@ -245,8 +246,9 @@ class Policy:
     def _plain_logps(self, batch: PairBatch) -> Tensor:
         """[2P] sums of the same."""
         token_logps = self._plain_token_logps(batch)
-        segment = torch.arange(len(batch.lengths), device=token_logps.device).repeat_interleave(batch.lengths)
-        return torch.zeros(len(batch.lengths), device=token_logps.device).index_add(0, segment, token_logps)
+        num_sequences, device = len(batch.lengths), token_logps.device
+        segment = torch.arange(num_sequences).repeat_interleave(batch.lengths).to(device, non_blocking=True)
+        return torch.zeros(num_sequences, device=device).index_add(0, segment, token_logps)
 
     @contextmanager
     def _swapped(self, weights: dict[str, Tensor]) -> Iterator[None]:

@@ -58,9 +58,9 @@ def lay_out_varlen(lengths: Sequence[Sequence[int]], num_rows: int, device: torc
             start += length
     one = torch.cat(rows)
     return VarlenLayout(
-        bounds_of(queries * num_rows).to(device),
-        bounds_of(keys * num_rows).to(device),
-        torch.cat([one + m * start for m in range(num_rows)]).to(device),
+        bounds_of(queries * num_rows).to(device, non_blocking=True),
+        bounds_of(keys * num_rows).to(device, non_blocking=True),
+        torch.cat([one + m * start for m in range(num_rows)]).to(device, non_blocking=True),
         max(queries),
         max(keys),
     )
