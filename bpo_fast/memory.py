@@ -191,9 +191,9 @@ def _head_chunk(config: Config, policy: Policy, num_pairs: int) -> int:
     num_rows = num_pairs * rows_a_pair
     if not policy.head.fused:
         return 3 * num_rows * len(weight) * 4  # logits, their log-softmax and its gradient
-    if not weight.requires_grad and config.method.loss != "slic":
-        return num_rows * weight.shape[1] * 4
     engine, head = pick_backend("auto", policy.device), Head(weight, 1.0, None)
+    if not weight.requires_grad and config.method.loss != "slic":
+        return engine.tile_bytes(num_rows, head) + num_rows * weight.shape[1] * 4
     budget = policy.chunk_bytes or engine.chunk_bytes
     beside_dw = max(num_rows - (engine.free_rows(weight) if weight.requires_grad else 0), 0)
     chunk = min(engine.kept_bytes(beside_dw, head), max(budget, engine.kept_bytes(rows_a_pair, head)))

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import torch
 from tiny_policy import make_policy
 
 from bpo_fast.allocator import keep_freed_memory, open_arena
@@ -36,9 +37,9 @@ FORMS = {
 }
 
 
-def make_parts(form, *, pairs=8, microbatch_tokens=8192, **optim):
+def make_parts(form, *, pairs=8, microbatch_tokens=8192, place=("cpu", torch.float32), **optim):
     model = ModelConfig(path="tiny", **FORMS[form])
-    policy = make_policy(model, **SIZES)
+    policy = make_policy(model, place=place, **SIZES)
     base = Config()
     config = replace(
         base,

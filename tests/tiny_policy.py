@@ -19,9 +19,11 @@ class Tokens:
         return " ".join(map(str, ids))
 
 
-def make_policy(form: ModelConfig | None = None, window: int | None = None, **changes) -> Policy:
+def make_policy(
+    form: ModelConfig | None = None, window: int | None = None, *, place=("cpu", torch.float32), **changes
+) -> Policy:
     """A Llama of 32 hidden units and 2 layers, or a Mistral with a window, all of it trained unless `form` says
-    otherwise."""
+    otherwise; `place` is its device and dtype."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 97,
@@ -37,7 +39,7 @@ def make_policy(form: ModelConfig | None = None, window: int | None = None, **ch
         model = MistralForCausalLM(MistralConfig(**sizes | {"sliding_window": window} | changes))
     else:
         model = LlamaForCausalLM(LlamaConfig(**sizes | changes))
-    return Policy(model.eval(), Tokens(), form or ModelConfig(path="tiny", full=True), seed=0)
+    return Policy(model.eval().to(*place), Tokens(), form or ModelConfig(path="tiny", full=True), seed=0)
 
 
 def make_pairs(lengths=LENGTHS, vocab: int = 97) -> list[Pair]:

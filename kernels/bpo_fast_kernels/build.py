@@ -102,11 +102,11 @@ def built_library(source: str, command: tuple[str, ...], libraries: tuple[str, .
     target = cache_dir() / f"{Path(source).stem}-{key}.so"
     if not target.is_file():
         links = [f"-L{root / 'lib'}", *(f"-l{name}" for name in libraries)]
-        _compile([*command, f"-I{root / 'include'}", str(folder / source), *links], target)
+        compile_library([*command, f"-I{root / 'include'}", str(folder / source), *links], target)
     return target
 
 
-def _compile(command: list[str], target: Path) -> None:
+def compile_library(command: list[str], target: Path) -> None:
     """Compile to a temporary name and rename: processes that build at once do not see halves."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

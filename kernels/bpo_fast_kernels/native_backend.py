@@ -125,6 +125,10 @@ class NativeBackend:
         itemsize = self._kept_dtype(self.narrow(head.weight.dtype)).itemsize
         return self._panels(num_rows) * self._padded(head) * self.lanes * itemsize
 
+    def tile_bytes(self, num_rows: int, head: Head) -> int:
+        """Tiles are of a thread's cache."""
+        return 0
+
     def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Row-by-row sums in float64."""
         return sum_sequences(token_values, cu_seqlens)

@@ -173,6 +173,10 @@ class Backend(Protocol):
         """Bytes of E for so many rows."""
         ...
 
+    def tile_bytes(self, num_rows: int, head: Head) -> int:
+        """Bytes of the logits that E takes the place of, where no E is kept of so many rows."""
+        ...
+
     def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """[T] -> [N] float32, in a fixed order."""
         ...

@@ -227,6 +227,7 @@ class TorchBackend:
             if pull is not None:
                 self.shrink_(pull, factor)
                 pull = add_mm_f32(pull, e, w.to(e.dtype))
+            del z, e  # before the next tile
         stats = self.finish(sweep)
         if kept is not None:
             self.settle_(kept, shifts, sweep.shift)
@@ -316,6 +317,10 @@ class TorchBackend:
     def kept_bytes(self, num_rows: int, head: Head) -> int:
         """E in its working type."""
         return num_rows * len(head.weight) * self.work_dtype(head.weight).itemsize
+
+    def tile_bytes(self, num_rows: int, head: Head) -> int:
+        """A tile of float32."""
+        return min(num_rows, TILE_ROWS) * min(len(head.weight), TILE_COLS) * 4
 
     def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Row-by-row sums in float64."""

@@ -1,0 +1,168 @@
+"""What is written for a GPU, on the stand-in; run by tests/test_stand_in.py.
+
+The first tests are of the stand-in: that it refuses what a GPU refuses is what the others rest on.
+"""
+
+import logging
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from memory_parts import make_parts
+from relative import relative_error
+from test_attention import EXACT, alone, make_model, make_pairs
+from tiny_policy import Tokens
+
+from bpo_fast import varlen
+from bpo_fast.config import MethodConfig, ModelConfig, OptimConfig
+from bpo_fast.dryrun import _try_steps
+from bpo_fast.engine import SamplingParams
+from bpo_fast.engine.hf import HfEngine
+from bpo_fast.gradients import TokenBudget, step_gradients
+from bpo_fast.memory import make_ledger
+from bpo_fast.optim import Optimizer
+from bpo_fast.policy import Policy
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+LORA = {"lora_r": 4, "lora_alpha": 8.0}
+FORM = {"full": {"full": True}, "lora": LORA, "members": LORA | {"members": 3}}
+
+
+@contextmanager
+def nothing_waits():
+    """An error where the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def memory(num_bytes):
+    """A device of this size."""
+    whole = torch.ops.stand_in.limit()
+    torch.ops.stand_in.set_limit(num_bytes)
+    try:
+        yield
+    finally:
+        torch.ops.stand_in.set_limit(whole)
+
+
+def make_policy(name="llama", dtype=torch.bfloat16, **form):
+    return Policy(make_model(name, dtype).cuda(), Tokens(), ModelConfig(path=name, **(form or FORM["full"])), seed=0)
+
+
+def test_the_device_refuses_operands_of_the_host():
+    x = torch.ones(2, 3, device="cuda")
+    for call in (lambda y: x + y, lambda y: torch.cat([x, y]), lambda y: x @ y.T, lambda y: torch.addcmul(x, x, y)):
+        with pytest.raises(RuntimeError, match="same device"):
+            call(torch.ones(2, 3))
+    assert (x + torch.tensor(1.0)).tolist() == [[2.0] * 3] * 2  # a number is none
+
+
+def test_the_device_tells_waits():
+    x, mask = torch.ones(3, device="cuda"), torch.tensor([True, False, True], device="cuda")
+    calls = (
+        x.sum().item,
+        x.cpu,
+        x.tolist,
+        x.nonzero,
+        lambda: x[mask],
+        lambda: torch.ones(3).cuda(),
+        lambda: x.equal(x),
+    )
+    for call in calls:
+        call()
+        with nothing_waits(), pytest.raises(RuntimeError, match="synchronizing"):
+            call()
+    with nothing_waits():
+        torch.ones(3).to("cuda", non_blocking=True).add_(x).clamp(min=1.5).sum()
+
+
+def test_the_device_counts_bytes_and_ends():
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    x = torch.ones(1 << 20, device="cuda")
+    y = (x + 1) * 2  # three blocks at once
+    assert torch.cuda.memory_allocated() - before == 2 * x.nbytes
+    assert torch.cuda.max_memory_allocated() - before == 3 * x.nbytes
+    with memory(torch.cuda.memory_allocated() + 100), pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        y + 1
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_architectures_share_prompts(name, monkeypatch):
+    """Log-probs and gradients of packed pairs in bfloat16, near those of sequences alone in float64."""
+    ways = []
+    pick = varlen.pick_varlen
+    monkeypatch.setattr("bpo_fast.attention.pick_varlen", lambda *args: ways.append(pick(*args)) or ways[-1])
+    policy, pairs = make_policy(name), make_pairs()
+    assert policy.shares_prompts
+    by_sdpa = name.startswith(("gemma2", "deepseek"))  # a cap of scores, and values narrower than keys
+    assert set(ways) == {None if by_sdpa else varlen._torch_varlen}
+    batch = policy.pack(pairs)
+    loss, _ = policy.loss(batch, torch.zeros(2 * len(pairs), device="cuda"), MethodConfig(), num_pairs=len(pairs))
+    loss.backward()
+    plain = make_model(name, torch.bfloat16).double()
+    expected = alone(plain, pairs)
+    torch.nn.functional.softplus(-0.1 * (expected[: len(pairs)] - expected[len(pairs) :])).mean().backward()
+    assert float((policy.logps(batch).cpu() - expected).detach().abs().max()) < 0.3
+    mine = torch.cat([p.grad.flatten().cpu().double() for p in policy.parameters()])
+    assert relative_error(mine, torch.cat([p.grad.flatten() for p in plain.parameters()])) < 0.15
+
+
+@pytest.mark.parametrize("form", FORM)
+def test_a_training_step_waits_for_nothing(form):
+    policy, pairs = make_policy(**FORM[form]), make_pairs()
+    members = policy.num_members if policy.lora else None
+    optimizer = Optimizer(policy.parameters(), OptimConfig(learning_rate=1e-3), num_steps=9, num_members=members)
+    start = [p.detach().clone() for p in policy.parameters()]
+    for step in range(2):  # in the second all that is kept is there
+        with nothing_waits() if step else memory(torch.ops.stand_in.limit()):
+            sums = step_gradients(pairs, policy, MethodConfig(), max_tokens=60 * policy.num_members)
+            _, finite = optimizer.step(step, sums["loss"])
+        assert finite
+    assert any(not torch.equal(a, b) for a, b in zip(start, policy.parameters(), strict=True))
+
+
+def test_too_little_memory_halves_the_budget_once(caplog):
+    policy, pairs = make_policy(), make_pairs() * 4
+    step_gradients(pairs, policy, MethodConfig(), max_tokens=10**6)
+    needed = {}
+    for tokens in (10**6, 200, 100):
+        torch.cuda.reset_peak_memory_stats()
+        step_gradients(pairs, policy, MethodConfig(), max_tokens=tokens)
+        needed[tokens] = torch.cuda.max_memory_allocated()
+    assert needed[100] < needed[200] < needed[10**6]
+    budget = TokenBudget(200)
+    with memory((needed[100] + needed[200]) // 2), caplog.at_level(logging.WARNING):
+        budget.run(lambda tokens: step_gradients(pairs, policy, MethodConfig(), max_tokens=tokens))
+    assert budget.tokens == 100
+    assert "optim.microbatch_tokens is 100 from here on" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_predicted_and_measured_peaks_agree(form):
+    parts = make_parts(form, place=("cuda", torch.bfloat16))
+    found = _try_steps(parts, make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine))
+    assert found["measured_gib"] == pytest.approx(found["predicted_gib"], rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_completions_are_those_of_the_cpu(name):
+    """In float32 the same draws of the same distributions."""
+    drawn = []
+    for device in ("cpu", "cuda"):
+        policy = Policy(make_model(name).to(device), Tokens(), ModelConfig(path=name, full=True), seed=0)
+        prompts = [pair.prompt for pair in make_pairs()]
+        engine = HfEngine.of(policy, 3)
+        drawn.append(engine.generate(prompts, SamplingParams(max_new_tokens=9, n=2), run_seed=0, policy_version=0))
+    here, there = ([c.ids for both in one for c in both] for one in drawn)
+    assert here == there
+    assert len(set(here)) > 4

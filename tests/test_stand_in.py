@@ -1,0 +1,108 @@
+"""What runs on a GPU, on one made of host memory (tests/stand_in): no speed, but every branch and every device."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bpo_fast_kernels.backends import pick_backend
+
+HERE = Path(__file__).parent / "stand_in"
+BPO_FAST = [sys.executable, "-W", "ignore", "-m", "bpo_fast"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch has its own CUDA kernels"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+    pytest.mark.skipif(pick_backend("auto", torch.device("cpu")).name != "native", reason="needs a C++ compiler"),
+]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a command with the stand-in and returns what it says."""
+    monkeypatch.syspath_prepend(HERE)
+    from stand_in import environment
+
+    env = environment() | {"OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] += f":{HERE.parent}"  # toy_annotator
+
+    def run(command):
+        done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return done.stdout + done.stderr
+
+    return run
+
+
+def test_parts_of_a_run(run):
+    said = run([sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", HERE / "on_gpu.py"])
+    assert "[100%]" in said
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        ["--ref-logps", "sampler"],
+        ["--full", "--set", "optim.states=8bit", "--set", "model.activation_checkpointing=full", "--ref", "ema"],
+        ["--full", "--set", "optim.offload=true", "--loss", "slic", "--set", "optim.microbatch_tokens=100"],
+        ["--members", "3", "--set", "sampling.members=single", "--set", "sampling.top_p=0.9", "--loss", "ipo"],
+    ],
+    ids=["lora", "8bit", "offload", "members"],
+)
+def test_train(run, tiny_args, tmp_path, form, request):
+    out = tmp_path / "run"
+    said = run([*BPO_FAST, *tiny_args, "--device", "cuda", "--set", "model.dtype=bfloat16", *form, "--out", out])
+    assert "prompts are not shared" not in said
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 6
+    assert all(map(math.isfinite, losses))
+    if request.node.callspec.id != "8bit":  # which has most to bring back
+        return
+    (out / "checkpoint-6").rename(tmp_path / "whole")
+    (out / "summary.json").unlink()
+    run([*BPO_FAST, "train", "--resume", out])
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (out / "checkpoint-6" / path.name).read_bytes(), path.name
+
+
+def test_models_are_trained_judged_and_written(run, tiny_model_dir, tiny_data, tmp_path):
+    rows = [json.loads(line) for line in tiny_data.train.read_text().splitlines()]
+    pairs = tmp_path / "pairs.jsonl"
+    better = [{"prompt": r["prompt"], "chosen": r["label"], "rejected": r["label"][::-1]} for r in rows]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in better))
+    device = ("--device", "cuda")
+    run([*BPO_FAST, "reward", "--model", tiny_model_dir, "--data", pairs, "--out", tmp_path / "rm", *device])
+    run([*BPO_FAST, "sft", "--model", tiny_model_dir, "--data", tiny_data.train, "--out", tmp_path / "sft", *device])
+    given = ("--data", tiny_data.eval, "--engine", "hf", "--max-new-tokens", "8", *device)
+    said = run([*BPO_FAST, "eval", tmp_path / "sft", "--judge", tmp_path / "rm", "--out", tmp_path / "eval", *given])
+    assert "win rate" in said
+    run([*BPO_FAST, "sample", "--model", tmp_path / "sft", "--n", "2", "--out", tmp_path / "said.jsonl", *given])
+    assert len((tmp_path / "said.jsonl").read_text().splitlines()) == 2 * 16
+
+
+def test_benches(run, tmp_path):
+    shape = ("--shapes", "16x64x300", "--peers", "none", "--quick")
+    run(
+        [*BPO_FAST, "bench", "kernels", "--op", "step", "--head", "frozen", *shape, "--json", tmp_path / "kernels.json"]
+    )
+    problems = json.loads((tmp_path / "kernels.json").read_text())["problems"]
+    rows = problems[0]["implementations"]
+    assert all("seconds" in rows[name] for name in ("eager", "triton", "triton-gemm", "mm"))
+    assert "seconds" in rows["native"] or "backend = 'native'" in rows["native"]["reason"]
+    shape = ("--shape", "32x1x300", "--pairs", "2", "--rounds", "1", "--peers", "none", "--lengths", "helpfulness")
+    for bench in ("step", "loop"):
+        out = tmp_path / f"{bench}.json"
+        run([*BPO_FAST, "bench", bench, "--device", "cuda", "--form", "lora", *shape, "--json", out])
+        assert all(row["ours"]["pairs_per_s"] > 0 for row in json.loads(out.read_text())["rows"])
+
+
+def test_doctor(run):
+    said = run([*BPO_FAST, "doctor"])
+    assert "Stand-in, 16 GiB, sm_90" in said
+    assert "variable-length kernel of torch" in said
