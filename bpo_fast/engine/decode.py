@@ -326,8 +326,9 @@ def decode(
     batch.pick(rows)
     out: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     requests, open_rows = list(range(len(prompts))), set(range(len(prompts)))
+    whose = torch.arange(len(prompts), device=device)
     for step in range(max_new_tokens):
-        tokens, logps = choose(batch.last, torch.tensor(requests, device=device), step)
+        tokens, logps = choose(batch.last, whose, step)
         values = None if logps is None else logps.tolist()
         for row, token in enumerate(tokens.tolist()):
             request = requests[row]
@@ -346,7 +347,7 @@ def decode(
             requests = [requests[row] for row in kept]
             picked = torch.tensor(kept, device=device)
             batch.pick(picked)
-            tokens = tokens.index_select(0, picked)
+            tokens, whose = tokens.index_select(0, picked), whose.index_select(0, picked)
         batch.append(tokens)
     return out
 
