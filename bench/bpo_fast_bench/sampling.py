@@ -81,7 +81,7 @@ class SamplingBench:
 
 
 def run(options: SamplingBench) -> dict[str, Any]:
-    """Measures every form in a fresh process and writes the JSON; returns what it holds.
+    """Measures every form in a fresh process and writes each to the JSON; returns what it holds.
 
     Raises:
         ValueError: an unknown form.
@@ -90,18 +90,22 @@ def run(options: SamplingBench) -> dict[str, Any]:
     unknown = [form for form in options.forms if form not in FORMS]
     if unknown:
         raise ValueError(f"bench.form = {unknown[0]}: not one of {'; '.join(FORMS)}")
-    results = {form: _in_a_process(replace(options, forms=(form,), memory_hidden=0)) for form in options.forms}
-    memory = {}
+    given = {name: value for name, value in asdict(options).items() if name != "json_path"}
+    out = {"options": given, "environment": environment(sys.argv), "forms": {}, "memory": {}}
+
+    def keep(kind: str, form: str, found: dict[str, Any]) -> None:
+        out[kind][form] = found
+        if options.json_path:
+            Path(options.json_path).parent.mkdir(parents=True, exist_ok=True)
+            Path(options.json_path).write_text(json.dumps(out, indent=2) + "\n", encoding="utf-8")
+
+    for form in options.forms:
+        keep("forms", form, _in_a_process(replace(options, forms=(form,), memory_hidden=0)))
     if options.memory_hidden:
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder), options.memory_hidden)
             for form in MEMORY_FORMS:
-                memory[form] = _in_a_process(replace(options, model=folder, forms=(form,)))
-    given = {name: value for name, value in asdict(options).items() if name != "json_path"}
-    out = {"options": given, "environment": environment(sys.argv), "forms": results, "memory": memory}
-    if options.json_path:
-        Path(options.json_path).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json_path).write_text(json.dumps(out, indent=2) + "\n", encoding="utf-8")
+                keep("memory", form, _in_a_process(replace(options, model=folder, forms=(form,))))
     return out
 
 
@@ -178,7 +182,7 @@ def measure(options: SamplingBench) -> dict[str, Any]:
 def measure_memory(options: SamplingBench) -> dict[str, Any]:
     """One form in this process: what the weights take, with one copy of them or with two."""
     [form] = options.forms
-    with mock.patch("bpo_fast.engine.session.find_views", _refuse) if form == TWO_COPIES else nullcontext():
+    with mock.patch("bpo_fast.engine.held.find_views", _refuse) if form == TWO_COPIES else nullcontext():
         _, policy, engine, _ = _open(options, MEMORY_FORMS[form])
     prompts = [Prompt(i, "", (5, 6, 7 + i)) for i in range(4)]
     engine.generate(prompts, SamplingParams(max_new_tokens=8), run_seed=0, policy_version=0)
