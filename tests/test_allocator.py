@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import subprocess
 import sys
 import threading
@@ -12,11 +11,12 @@ import pytest
 import torch
 
 from bpo_fast import allocator
+from bpo_fast.attention import has_native
 
 MIB = 2**20
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc"),
-    pytest.mark.skipif(all(shutil.which(name) is None for name in ("g++", "c++", "clang++")), reason="C++ compiler"),
+    pytest.mark.skipif(not has_native(), reason="needs a C++ compiler"),
 ]
 
 
