@@ -26,7 +26,7 @@ def bench_kernels(
     quick: Annotated[bool, typer.Option("--quick", help="one small shape: a check, no measurement")] = False,
 ) -> None:
     """Time the fused operators against plain PyTorch and their peers."""
-    from bpo_fast_bench.kernels import KernelBench, parse_shape, run, table
+    from bpo_fast_bench.kernels import KernelBench, check_ours, parse_shape, run, table
 
     given: dict[str, Any] = {"ops": tuple(op or ()), "heads": tuple(head or ()), "dtypes": tuple(dtype or ())}
     if peers != "auto":
@@ -41,7 +41,9 @@ def bench_kernels(
         static=static,
         quick=quick,
     )
-    print(table(run(options)))
+    record = run(options)
+    print(table(record))
+    check_ours(record)
 
 
 @bench.command("sampling")

@@ -396,7 +396,7 @@ def _attention_path(machine: Machine, flash_attn: Check, kernel_path: Check) -> 
     """What `bpo_fast.varlen.pick_varlen` and `bpo_fast.attention.shared_prompt_attention` would take here."""
     capabilities = re.findall(r"sm_(\d+)", " ".join(machine.gpus))
     if machine.cuda_works and all(int(capability) >= 80 for capability in capabilities):
-        varlen = "flash-attn" if flash_attn.status == "ok" else "torch"
+        varlen = "torch" if flash_attn.status == "missing" else "flash-attn"
         return Check("attention path", "ok", f"variable-length kernel of {varlen}; sdpa of torch in float32")
     native = "native in float32, else " if kernel_path.detail == "native" else ""
     return Check("attention path", "ok", f"{native}sdpa of torch")

@@ -3,8 +3,7 @@
 Shared prompts are the fast form: one padding-free row of tokens in which each prompt stands once, before both of its
 completions. Apart is the form for models whose attention cannot do that: two padded sequences a pair. Only rows that
 predict a completion token reach the head. A step's loss is a sum over its pairs divided by the pairs of the whole step,
-so the split into micro-batches changes nothing but memory. Tensors go to a GPU without a wait (non_blocking): the host
-packs the next micro-batch while this one is computed.
+so the split into micro-batches changes nothing but memory. Tensors go to a GPU without a wait (non_blocking).
 """
 
 from collections.abc import Sequence

@@ -154,4 +154,11 @@ def _asks_for_groups(varlen_attn: Callable[..., Any]) -> bool:
 
 @cache
 def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    """Whether it imports: a folder of that name can be left from another version, or hold other kernels only."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return False
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except (ImportError, OSError):
+        return False
+    return True

@@ -1,5 +1,6 @@
 """Shared prompts against one sequence at a time, for every architecture, forward and backward."""
 
+from functools import partial
 from itertools import combinations, pairwise
 
 import pytest
@@ -11,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from bpo_fast import attention
 from bpo_fast.attention import lay_out, shared_prompt_attention
 from bpo_fast.config import MethodConfig, ModelConfig
-from bpo_fast.packing import pack_shared
+from bpo_fast.packing import pack_apart, pack_shared
 from bpo_fast.policy import Policy
 from bpo_fast.types import Completion, Pair, Prompt
-from bpo_fast.varlen import attend_varlen, pick_varlen, varlen_reference
+from bpo_fast.varlen import VarlenLayout, _torch_varlen, attend_varlen, pick_varlen, varlen_reference
 
 SMALL = {
     "vocab_size": 97,
@@ -194,6 +195,29 @@ def test_every_way_is_the_same_attention(num_rows, window, softcap, monkeypatch)
 def test_sequences_on_a_cpu_go_to_sdpa():
     q = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)
     assert pick_varlen(q, q, None) is None
+
+
+def test_the_kernel_of_torch_2_11_takes_fewer_heads_of_keys_without_a_word(monkeypatch):
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        layout = VarlenLayout(cu_q, cu_k, torch.empty(0), max_q, max_k)
+        return varlen_reference(q, k, v, layout, scale, window_size[0] + 1 or None, None)
+
+    from torch.nn.attention import varlen as of_torch
+
+    bounds = torch.tensor([0, 3, 7], dtype=torch.int32)
+    q, k, v = torch.randn(7, 4, 8), torch.randn(7, 2, 8), torch.randn(7, 2, 8)
+    args = (q, k, v, VarlenLayout(bounds, bounds, torch.empty(0), 4, 4), 0.3)
+    for window in (None, 2):
+        monkeypatch.setattr(of_torch, "varlen_attn", varlen_attn)
+        assert torch.equal(_torch_varlen(*args, window, None), varlen_reference(*args, window, None))
+
+
+def test_bounds_of_a_batch_stay_on_the_host():
+    """Where the loss reads them: on a GPU that would wait for the trunk."""
+    for pack in (pack_shared, partial(pack_apart, pad_id=0)):
+        batch = pack(make_pairs(), device=torch.device("meta")).repeat(3)
+        assert {batch.rows.device.type, batch.targets.device.type, batch.input_ids.device.type} == {"meta"}
+        assert batch.cu_seqlens.device.type == batch.lengths.device.type == "cpu"
 
 
 def test_three_completions_of_a_prompt_are_three_sequences():

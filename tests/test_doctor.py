@@ -186,7 +186,7 @@ def test_nvcc_of_another_cuda_than_torch(bare_machine, monkeypatch, tmp_path, re
     _torch(monkeypatch, "13.0", "", ("a GPU",))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     outputs = {str(tmp_path / "bin" / "nvcc"): f"Cuda compilation tools, release {release}, V{release}.1"}
-    monkeypatch.setattr(doctor, "_output", lambda *command: outputs.get(command[0], ""))
+    monkeypatch.setattr(doctor, "command_output", lambda *command: outputs.get(command[0], ""))
     check = _by_name()["nvcc"]
     assert check.status == status
     assert check.detail.startswith(release)

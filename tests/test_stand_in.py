@@ -17,7 +17,7 @@ BPO_FAST = [sys.executable, "-W", "ignore", "-m", "bpo_fast"]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch has its own CUDA kernels"),
+    pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip), reason="PyTorch has GPU kernels of its own"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
     pytest.mark.skipif(not has_native(), reason="needs a C++ compiler"),
 ]
@@ -55,7 +55,7 @@ def test_parts_of_a_run(run):
     ],
     ids=["lora", "8bit", "offload", "members"],
 )
-def test_train(run, tiny_args, tmp_path, form, request):
+def test_train(run, tiny_args, tmp_path, form):
     out = tmp_path / "run"
     said = run([*BPO_FAST, *tiny_args, "--device", "cuda", "--set", "model.dtype=bfloat16", *form, "--out", out])
     assert "prompts are not shared" not in said
@@ -63,8 +63,11 @@ def test_train(run, tiny_args, tmp_path, form, request):
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 6
     assert all(map(math.isfinite, losses))
-    if request.node.callspec.id != "8bit":  # which has most to bring back
-        return
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(run, tiny_args, tmp_path):
+    out = tmp_path / "run"
+    run([*BPO_FAST, *tiny_args, "--device", "cuda", "--members", "2", "--ref", "ema", "--out", out])
     (out / "checkpoint-6").rename(tmp_path / "whole")
     (out / "summary.json").unlink()
     run([*BPO_FAST, "train", "--resume", out])

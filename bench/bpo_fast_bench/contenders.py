@@ -191,7 +191,7 @@ class Contender:
         self._messages.seek(0)
         lines = [line for line in self._messages.read().splitlines() if line.strip()]
         # an exception's first line, of perhaps many
-        raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)(:|$)", line)]
         raise ContenderFailed(f"exit code {code}: {[*lines, *raised][-1] if lines else 'no message'}")
 
 
@@ -278,11 +278,12 @@ def compare(
     found = {name: {k: v for k, v in one.items() if k != "work"} for name, one in found.items()}
     row: dict[str, Any] = {**names, "ours": found[ours]}
     row |= {peer: found[peer] for peer in peers}
-    if "failed" in found[ours]:
-        return row
     peers = [peer for peer in peers if "failed" not in found[peer]]
     for peer in peers:
         row[peer] = found[peer] | {"pairs_per_s": found[peer]["pairs_per_s"] / runs, "runs": runs}
+    if "failed" in found[ours]:
+        return row
+    for peer in peers:
         row[f"speedup/{peer}"] = round(row["ours"]["pairs_per_s"] / row[peer]["pairs_per_s"], 2)
         row[f"memory/{peer}"] = round(row["ours"]["peak_extra_mib"] / max(1.0, row[peer]["peak_extra_mib"]), 3)
     if work.flop_a_pair:  # the same mathematics, whoever does it
@@ -308,6 +309,7 @@ def trl_blocks(case: Case, make_trainer: Callable[..., Any]) -> Iterator[Any]:
     def train() -> None:
         try:
             trainer.train()
+            ended.put(RuntimeError("the trainer ended early"))  # nobody asks, unless it did
         except BaseException as error:  # raised where the blocks are asked for
             ended.put(error)
 

@@ -38,6 +38,7 @@ OUR_BACKENDS = ("native", "torch", "triton", "triton-gemm")
 # 0.06 from 16 to 32, which averages out over a sequence only.
 OUR_GATE = {"value": 1e-4, "logp": 1e-4, "token": 5e-5, "dx": 4e-3, "dw": 4e-3}
 PEER_GATE = {"value": 3e-2, "logp": 1.2e-1, "token": 6e-2, "dx": 5e-2, "dw": 5e-2}
+UNAVAILABLE = "ValueError: backend = "  # how the reason of a backend begins that cannot run here
 CPU_SHAPES = ((1024, 256, 32000), (1024, 1024, 32000))
 GPU_SHAPES = ((4096, 2048, 128256), (4096, 4096, 128256))
 QUICK_SHAPES = ((128, 64, 4000),)
@@ -92,7 +93,7 @@ def run(options: KernelBench) -> dict[str, Any]:
         for dtype in dtypes[:1] if problem.op == "pair_loss" else dtypes:
             record["problems"].append(measure(problem, dtype, device, options))
             write_json(record, options.json_path)
-    write_json(record, options.json_path)
+    write_json(record, options.json_path)  # where there are no problems
     if options.plot_path:
         from bpo_fast_bench.kernels_plot import plot
 
@@ -248,6 +249,16 @@ def against(eager: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
         "apart": apart,
         "memory": eager["extra_mib"] / max(row["extra_mib"], 0.1),
     }
+
+
+def check_ours(record: dict[str, Any]) -> None:
+    """Raises RuntimeError where one of ours failed or is wrong; one that cannot run on this machine is neither."""
+    for problem in record["problems"]:
+        for name, row in problem["implementations"].items():
+            ours = name.partition(":")[0] in OUR_BACKENDS
+            if ours and not row["passed"] and not row.get("reason", "").startswith(UNAVAILABLE):
+                reason = row.get("reason", f"errors {row.get('errors')} against float64")
+                raise RuntimeError(f"bench.kernels, {problem['label']}: {name}: {reason}")
 
 
 def static_figures() -> dict[str, Any]:

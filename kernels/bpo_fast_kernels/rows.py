@@ -174,7 +174,7 @@ class Backend(Protocol):
         ...
 
     def tile_bytes(self, num_rows: int, head: Head) -> int:
-        """Bytes of the logits that E takes the place of, where no E is kept of so many rows."""
+        """Bytes of a tile of logits and its E, where no E is kept of so many rows."""
         ...
 
     def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

@@ -319,8 +319,10 @@ class TorchBackend:
         return num_rows * len(head.weight) * self.work_dtype(head.weight).itemsize
 
     def tile_bytes(self, num_rows: int, head: Head) -> int:
-        """A tile of float32."""
-        return min(num_rows, TILE_ROWS) * min(len(head.weight), TILE_COLS) * 4
+        """A tile of float32, and its E beside it if that is of another type."""
+        dtype = self.work_dtype(head.weight)
+        num_bytes = 4 if dtype == torch.float32 else 4 + dtype.itemsize
+        return num_bytes * min(num_rows, TILE_ROWS) * min(len(head.weight), TILE_COLS)
 
     def sequence_sums(self, token_values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Row-by-row sums in float64."""

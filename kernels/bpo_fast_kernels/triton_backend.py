@@ -13,7 +13,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums
-from bpo_fast_kernels.torch_backend import SHIFT_SLACK, TILE_COLS, Sweep, TorchBackend
+from bpo_fast_kernels.torch_backend import SHIFT_SLACK, TILE_COLS, TILE_ROWS, Sweep, TorchBackend
 from bpo_fast_kernels.triton_config import INTERPRETED, GemmConfig, gemm_config, with_tile
 from bpo_fast_kernels.triton_gemm import exp_gemm_kernel, raise_shift_kernel, row_sums_kernel
 from bpo_fast_kernels.triton_live import live_dw_, live_pull
@@ -66,6 +66,10 @@ class TritonBackend(TorchBackend):
     def room_for_e(self, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Over the logits: a program reads its whole row before it writes any of it."""
         return z.view(dtype)[:, : z.shape[1]]
+
+    def tile_bytes(self, num_rows: int, head: Head) -> int:
+        """A tile of float32."""
+        return 4 * min(num_rows, TILE_ROWS) * min(len(head.weight), TILE_COLS)
 
     def exp_tile_(
         self, z: torch.Tensor, e: torch.Tensor, sweep: Sweep, first: int, head: Head, gain: torch.Tensor | None = None

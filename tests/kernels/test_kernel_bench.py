@@ -76,6 +76,26 @@ def test_a_wrong_implementation_gets_no_time(monkeypatch):
     assert "not timed" in table(record)
 
 
+def test_what_cannot_run_leaves_a_reason_and_the_others_go_on(monkeypatch, tmp_path):
+    def broken(problem, backend):
+        def call(inputs):
+            assert json.loads(path.read_text())["problems"] if problem.op == "draw" else not path.exists()
+            raise {"native": ValueError("backend = 'native': no compiler"), "torch": KeyError("no\nsuch")}[backend]
+
+        return call
+
+    path = tmp_path / "k.json"
+    monkeypatch.setattr("bpo_fast_bench.kernels_peers.ours", broken)
+    options = (*SMALL, "--op", "forward", "--op", "draw", "--shapes", "64x16x500", "--json", path)
+    code, out, err = call(*options)
+    rows = json.loads(path.read_text())["problems"][0]["implementations"]
+    assert rows["native"] == {"passed": False, "reason": "ValueError: backend = 'native': no compiler"}
+    assert "seconds" in rows["eager"]
+    assert "not timed: ValueError: backend = 'native': no compiler" in out
+    assert code != 0
+    assert "forward T=64 H=16 V=500 float32: torch: KeyError: " in err
+
+
 def test_eager_that_fails_its_gate_leaves_the_others_without_ratios(monkeypatch):
     def wrong(problem, compiled=False):
         return lambda inputs: Outcome(torch.zeros(len(inputs.cu_seqlens) - 1))

@@ -174,21 +174,21 @@ void host_waits(const std::string& what) {
 }
 
 bool may_mix(const std::string& name) {
-  static const std::set<std::string> names{"aten::copy_", "aten::_copy_from", "aten::index", "aten::index_put_",
-    "aten::_index_put_impl_", "aten::_unsafe_index", "aten::index_put", "aten::set_", "aten::_to_copy"};
+  static const std::set<std::string> names{"aten::copy_", "aten::_copy_from", "aten::_to_copy", "aten::set_",
+    "aten::index", "aten::_unsafe_index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"};
   return names.count(name) > 0;
 }
 
 bool waits(const std::string& name) {
   static const std::set<std::string> names{"aten::_local_scalar_dense", "aten::nonzero", "aten::nonzero.out",
-    "aten::masked_select", "aten::masked_select.out", "aten::equal", "aten::unique_dim", "aten::_unique2",
+    "aten::unique_consecutive", "aten::masked_select", "aten::masked_select.out", "aten::equal", "aten::unique_dim", "aten::_unique2",
     "aten::is_nonzero", "aten::bincount", "aten::one_hot"};
   return names.count(name) > 0;
 }
 
 struct Translation {
   std::vector<std::pair<at::Tensor, at::Tensor>> pairs;  // device's, host's
-  bool any_gpu = false, target_gpu = false;
+  bool any_gpu = false;
   at::Tensor left_on_host;
 
   at::Tensor operator()(const at::Tensor& tensor) {
@@ -217,11 +217,8 @@ struct Translation {
   // Outputs that a kernel gave another size have other memory.
   void settle() {
     for (auto& [gpu, host] : pairs) {
-      if (host.storage().unsafeGetStorageImpl()->data() == gpu.storage().unsafeGetStorageImpl()->data() &&
-          host.sizes() == gpu.sizes() && host.strides() == gpu.strides())
-        continue;
-      auto grown = on_gpu(host);
-      gpu.unsafeGetTensorImpl()->set_storage_keep_dtype(grown.storage());
+      if (host.storage().data() != gpu.storage().data())
+        gpu.unsafeGetTensorImpl()->set_storage_keep_dtype(on_gpu(host).storage());
       gpu.unsafeGetTensorImpl()->set_sizes_and_strides(host.sizes(), host.strides(), host.storage_offset());
     }
   }
@@ -253,7 +250,6 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         list.push_back(tensor ? std::optional<at::Tensor>(translate(*tensor)) : std::nullopt);
       arg = std::move(list);
     } else if (arg.isDevice()) {
-      translate.target_gpu |= arg.toDevice().is_cuda();
       if (arg.toDevice().is_cuda()) arg = kHost;
     } else if (arg.isGenerator() && arg.toGenerator().device().is_cuda()) {
       arg = static_cast<GpuGenerator*>(arg.toGenerator().unsafeGetGeneratorImpl())->host;
@@ -262,7 +258,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     }
   }
   const bool mixed = translate.any_gpu && translate.left_on_host.defined();
-  TORCH_CHECK(!mixed || may_mix(schema.name()) || may_mix(name), "Expected all tensors to be on the same device: ", name,
+  TORCH_CHECK(!mixed || may_mix(schema.name()), "Expected all tensors to be on the same device: ", name,
               " got one of shape ", translate.left_on_host.defined() ? translate.left_on_host.sizes() : c10::IntArrayRef{},
               " on the CPU");
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
@@ -334,6 +330,7 @@ const at::Tensor& resize(const at::Tensor& self, c10::SymIntArrayRef sizes, std:
 at::Tensor& copy(at::Tensor& self, const at::Tensor& source, bool non_blocking) {
   const bool crosses = self.device() != source.device();
   if (crosses && !non_blocking) host_waits("a copy between the host and the device");
+  if (crosses && non_blocking && source.is_cuda()) host_waits("nothing, but the host may read this copy too early");
   auto to = self.is_cuda() ? on_host(self) : self;
   to.copy_(source.is_cuda() ? on_host(source) : source);
   return self;
@@ -404,6 +401,15 @@ TORCH_LIBRARY(stand_in, m) {
   m.def("live() -> int", []() -> int64_t { return live_bytes; });
   m.def("peak() -> int", []() -> int64_t { return peak_bytes; });
   m.def("reset_peak() -> ()", []() { peak_bytes = live_bytes.load(); });
+  m.def("seed(int seed) -> ()", [](int64_t seed) {
+    auto generator = default_generator();
+    generator.set_current_seed(seed);
+  });
+  m.def("rng_state() -> Tensor", []() { return default_generator().get_state(); });
+  m.def("set_rng_state(Tensor state) -> ()", [](const at::Tensor& state) {
+    auto generator = default_generator();
+    generator.set_state(state);
+  });
   m.def("limit() -> int", []() -> int64_t { return limit_bytes; });
   m.def("set_limit(int bytes) -> ()", [](int64_t bytes) { limit_bytes = bytes; });
   m.def("set_waits(int mode) -> ()", [](int64_t mode) { waits_mode = mode; });

@@ -100,13 +100,10 @@ def waiting_for_a_kernel():
 
 def cuda_functions(ops):
     """Of torch.cuda, for one device of compute capability 9.0; a function each, as torch.compile wants it."""
-    import torch
-
     facts = SimpleNamespace(name="Stand-in", major=9, minor=0, total_memory=ops.limit(), multi_processor_count=8)
     stream = Stream()
     answers = {
         **dict.fromkeys(("_lazy_init", "init", "set_device", "synchronize", "empty_cache", "set_stream"), None),
-        **dict.fromkeys(("set_rng_state", "set_rng_state_all", "manual_seed", "manual_seed_all"), None),
         **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True),
         **dict.fromkeys(("current_stream", "default_stream"), stream),
         "is_current_stream_capturing": False,
@@ -122,8 +119,12 @@ def cuda_functions(ops):
         "max_memory_allocated": lambda device=None: ops.peak(),
         "reset_peak_memory_stats": lambda device=None: ops.reset_peak(),
         "mem_get_info": lambda device=None: (ops.limit() - ops.live(), ops.limit()),
-        "get_rng_state": lambda device="cuda": torch.Generator("cuda").get_state(),
-        "get_rng_state_all": lambda: [torch.Generator("cuda").get_state()],
+        "manual_seed": lambda seed: ops.seed(seed),
+        "manual_seed_all": lambda seed: ops.seed(seed),
+        "get_rng_state": lambda device="cuda": ops.rng_state(),
+        "get_rng_state_all": lambda: [ops.rng_state()],
+        "set_rng_state": lambda state, device="cuda": ops.set_rng_state(state),
+        "set_rng_state_all": lambda states: ops.set_rng_state(*states),
         "stream": lambda stream: contextlib.nullcontext(),
         "set_sync_debug_mode": set_sync_debug_mode,
         "Stream": Stream,
