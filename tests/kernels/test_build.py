@@ -37,7 +37,7 @@ def test_the_library_is_built_once_and_found_again(tmp_path):
 
 def test_other_flags_make_another_library(fresh, monkeypatch):
     compiled = []
-    monkeypatch.setattr(build, "_compile", lambda command, target: compiled.append(target.name))
+    monkeypatch.setattr(build, "compile_library", lambda command, target: compiled.append(target.name))
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     for flags in (("g++", "-O3"), ("g++", "-O2")):
         build.load_library("ops_cpu.cpp", flags, ())
