@@ -4,11 +4,17 @@
 # has written its rows until then. Results go to $OUT, or ./gpu-results.
 # Needs the package with its extras `dev` (pytest) and `bench` (TRL, Liger and CCE, used where importable)
 # and, for the sampling engine and its tests, `vllm`: pip install -e '.[dev,bench,vllm]'. nvcc adds the native backend.
+# Where the package is not installed it runs from the tree.
 set -u
 cd "$(dirname "$0")/.."
 out=${OUT:-./gpu-results}
 mkdir -p "$out"
 status=0
+bpo=(bpo-fast)
+if ! command -v bpo-fast >/dev/null; then
+  bpo=(python3 -m bpo_fast)
+  export PYTHONPATH="$PWD:$PWD/kernels:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
+fi
 [ $# -gt 0 ] || set -- tests kernels step step-others loop sampling
 
 run() { # name, command...: the command's output to a file, its end to the screen; later ones run whatever happens
@@ -26,31 +32,31 @@ for part in "$@"; do
   deadline=$((SECONDS + ${PART_S:-540}))
   case $part in
     tests)
-      run gpu-tests python -m pytest -n 0 -m gpu tests/gpu # one process: the tests of memory want the card alone
-      run doctor bpo-fast doctor
+      run gpu-tests python3 -m pytest -o addopts=-q -m gpu tests/gpu # one process: the tests of memory want the card alone
+      run doctor "${bpo[@]}" doctor
       ;;
     kernels)
-      run kernels-static bpo-fast bench kernels --static --quick --op pair_loss --json "$out/kernels-static.json"
+      run kernels-static "${bpo[@]}" bench kernels --static --quick --op pair_loss --json "$out/kernels-static.json"
       # --op forward times the mm ceilings first: in the inputs' type, and with the float32 output that Plan B needs
-      run kernels-forward bpo-fast bench kernels --op forward --json "$out/kernels-forward.json" --plot "$out/kernels-forward"
-      run kernels-plan-a bpo-fast bench kernels --op forward --op step --head frozen --peers none --tile 128x256x64x4 --tile 128x256x64x2 \
+      run kernels-forward "${bpo[@]}" bench kernels --op forward --json "$out/kernels-forward.json" --plot "$out/kernels-forward"
+      run kernels-plan-a "${bpo[@]}" bench kernels --op forward --op step --head frozen --peers none --tile 128x256x64x4 --tile 128x256x64x2 \
         --tile 128x128x64x4 --tile 128x128x64x3 --tile 64x256x64x4 --json "$out/kernels-plan-a.json" --plot "$out/kernels-plan-a"
-      run kernels-behavior bpo-fast bench kernels --op behavior --json "$out/kernels-behavior.json" --plot "$out/kernels-behavior"
-      run kernels-step bpo-fast bench kernels --op step --json "$out/kernels-step.json" --plot "$out/kernels-step"
-      run kernels-draw bpo-fast bench kernels --op draw --json "$out/kernels-draw.json"
-      run kernels-pair-loss bpo-fast bench kernels --op pair_loss --json "$out/kernels-pair-loss.json"
-      run kernels-gauss bpo-fast bench kernels --op step --data gauss --shapes 4096x2048x128256 --json "$out/kernels-gauss.json"
+      run kernels-behavior "${bpo[@]}" bench kernels --op behavior --json "$out/kernels-behavior.json" --plot "$out/kernels-behavior"
+      run kernels-step "${bpo[@]}" bench kernels --op step --json "$out/kernels-step.json" --plot "$out/kernels-step"
+      run kernels-draw "${bpo[@]}" bench kernels --op draw --json "$out/kernels-draw.json"
+      run kernels-pair-loss "${bpo[@]}" bench kernels --op pair_loss --json "$out/kernels-pair-loss.json"
+      run kernels-gauss "${bpo[@]}" bench kernels --op step --data gauss --shapes 4096x2048x128256 --json "$out/kernels-gauss.json"
       ;;
     step) # the 0.5B shape in bf16
-      run step bpo-fast bench step --device cuda --lengths tldr --rounds 3 --compile --json "$out/step.json"
+      run step "${bpo[@]}" bench step --device cuda --lengths tldr --rounds 3 --compile --json "$out/step.json"
       ;;
     step-others)
-      run step-others bpo-fast bench step --device cuda --lengths helpfulness --lengths long --form lora --form full --rounds 3 --json "$out/step.json"
+      run step-others "${bpo[@]}" bench step --device cuda --lengths helpfulness --lengths long --form lora --form full --rounds 3 --json "$out/step.json"
       ;;
     loop)
-      run loop bpo-fast bench loop --device cuda --lengths helpfulness --lengths tldr --form lora --rounds 2 --json "$out/loop.json"
+      run loop "${bpo[@]}" bench loop --device cuda --lengths helpfulness --lengths tldr --form lora --rounds 2 --json "$out/loop.json"
       ;;
-    sampling) run sampling bpo-fast bench sampling --json "$out/sampling.json" ;;
+    sampling) run sampling "${bpo[@]}" bench sampling --json "$out/sampling.json" ;;
     *)
       echo "no part $part: tests, kernels, step, step-others, loop, sampling" >&2
       exit 2

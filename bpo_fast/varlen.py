@@ -123,6 +123,7 @@ def _flash_attn(q, k, v, layout, scale, window, softcap) -> Tensor:
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
         softcap=softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 
