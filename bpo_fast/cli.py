@@ -16,7 +16,7 @@ from bpo_fast.cli_bench import bench
 from bpo_fast.cli_errors import check_alone, reports_errors
 from bpo_fast.config import KNOBS, Config
 from bpo_fast.stage_config import RewardConfig, SftConfig
-from bpo_fast.threads import leaves_threads
+from bpo_fast.threads import leaves_threads, share_cores
 
 SOURCE_HELP = "run folder, checkpoint, model or adapter folder, Hub id"
 
@@ -30,6 +30,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of `bpo-fast`."""
+    share_cores()
     keep_freed_memory()
     with leaves_threads():
         app(prog_name="bpo-fast")

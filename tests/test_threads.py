@@ -43,6 +43,20 @@ def start(command, cwd):
     )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have another OpenMP")
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+    ids=["default", "count", "policy"],
+)
+def test_openmp_spins_briefly_unless_told_otherwise(given, spins):
+    """As OpenMP says itself when torch loads it: the command must come before that."""
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env |= given | {"OMP_DISPLAY_ENV": "verbose"}
+    done = subprocess.run([sys.executable, "-m", "bpo_fast", "doctor"], env=env, capture_output=True, text=True)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("knobs", "num_answered", "step"),
     [
