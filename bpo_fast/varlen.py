@@ -5,7 +5,6 @@ its own rows; a completion's are those of its prompt, then its own, gathered. Ca
 and key, as flash attention does it, is then exactly what a completion may see. Not yet measured on a GPU.
 """
 
-import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -156,8 +155,6 @@ def _asks_for_groups(varlen_attn: Callable[..., Any]) -> bool:
 @cache
 def _has_flash_attn() -> bool:
     """Whether it imports: a folder of that name can be left from another version, or hold other kernels only."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return False
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
     except (ImportError, OSError):

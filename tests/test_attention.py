@@ -207,8 +207,8 @@ def test_the_kernel_of_torch_2_11_takes_fewer_heads_of_keys_without_a_word(monke
     bounds = torch.tensor([0, 3, 7], dtype=torch.int32)
     q, k, v = torch.randn(7, 4, 8), torch.randn(7, 2, 8), torch.randn(7, 2, 8)
     args = (q, k, v, VarlenLayout(bounds, bounds, torch.empty(0), 4, 4), 0.3)
+    monkeypatch.setattr(of_torch, "varlen_attn", varlen_attn)
     for window in (None, 2):
-        monkeypatch.setattr(of_torch, "varlen_attn", varlen_attn)
         assert torch.equal(_torch_varlen(*args, window, None), varlen_reference(*args, window, None))
 
 

@@ -390,14 +390,14 @@ def check_ours(rows: Sequence[dict[str, Any]]) -> None:
 def write_rows(path: Path, options: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Adds rows to a JSON file; rows of the same lengths and form are replaced, so a bench can run in pieces."""
     from bpo_fast.doctor import environment
+    from bpo_fast.files import write_atomic
 
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     names = {(r["lengths"], r["form"]) for r in rows}
     settings = {name: value for name, value in asdict(options).items() if name != "out"}
     receipt = {"options": settings, "machine": environment(sys.argv)}
     rows = [r for r in kept if (r["lengths"], r["form"]) not in names] + [r | receipt for r in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
+    write_atomic(path, json.dumps({"rows": rows}, indent=2) + "\n")
 
 
 def line(row: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.triton_config import INTERPRETED, with_tile
 
 from bpo_fast.doctor import command_output, environment
+from bpo_fast.files import write_atomic
 from bpo_fast_bench.kernels_impls import (
     Implementation,
     Inputs,
@@ -104,8 +105,7 @@ def run(options: KernelBench) -> dict[str, Any]:
 def write_json(record: dict[str, Any], path: Path | None) -> None:
     """Write what is measured so far; a bench that is cut off leaves that."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_atomic(path, json.dumps(record, indent=1) + "\n")
 
 
 def check(options: KernelBench) -> None:

@@ -30,6 +30,7 @@ from bpo_fast.config import Config
 from bpo_fast.doctor import environment
 from bpo_fast.engine import Engine, SamplingParams
 from bpo_fast.engine.hf import HfEngine
+from bpo_fast.files import write_atomic
 from bpo_fast.loading import pick_device
 from bpo_fast.policy import Policy
 from bpo_fast.scoring import PairScorer
@@ -96,8 +97,7 @@ def run(options: SamplingBench) -> dict[str, Any]:
     def keep(kind: str, form: str, found: dict[str, Any]) -> None:
         out[kind][form] = found
         if options.json_path:
-            Path(options.json_path).parent.mkdir(parents=True, exist_ok=True)
-            Path(options.json_path).write_text(json.dumps(out, indent=2) + "\n", encoding="utf-8")
+            write_atomic(Path(options.json_path), json.dumps(out, indent=2) + "\n")
 
     for form in options.forms:
         keep("forms", form, _in_a_process(replace(options, forms=(form,), memory_hidden=0)))

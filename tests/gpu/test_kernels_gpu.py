@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from bpo_fast_kernels import linear_draw, linear_logps, linear_pair_loss, linear
 from bpo_fast_kernels.linear_logps import linear_token_logps_reference, logits_reference
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
 from bpo_fast_kernels.pair_loss import pair_loss_reference
+from waits import nothing_waits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,16 +40,6 @@ def inputs(rows: int, width: int, vocab: int, dtype=torch.bfloat16, spread: floa
 
 def offsets(lengths, device="cuda"):
     return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
-
-
-@contextmanager
-def nothing_waits():
-    """An error where the host waits for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:

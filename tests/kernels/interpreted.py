@@ -8,6 +8,7 @@ from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
 from bpo_fast_kernels.pair_loss import pair_loss_reference
 from bpo_fast_kernels.rows import Head, Rows, WeightSums
 from cases import adversarial_cases, answer, keep_e_as_on_a_gpu, offsets, random_case, relative
+from gpu_types import replacements
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 PLANS = ("triton", "triton-gemm")
@@ -30,22 +31,9 @@ def small_tiles(monkeypatch):
 
 @pytest.fixture
 def gpu_types(monkeypatch):
-    """bfloat16 as a GPU has it. The interpreter truncates in casts and multiplies bit patterns."""
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-
-    def to_nearest(data, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, mode)
-        return torch.tensor(data).bfloat16().view(torch.int16).numpy().view("uint16")
-
-    def dot_f32(self, a, b, *args):
-        return dot(self, *(self.create_fp_ext(one, tl.float32) for one in (a, b)), *args)
-
-    monkeypatch.setattr(interpreter, "_convert_float", to_nearest)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_f32)
+    """bfloat16 as a GPU has it."""
+    for owner, name, function in replacements():
+        monkeypatch.setattr(owner, name, function)
     keep_e_as_on_a_gpu(monkeypatch)
 
 

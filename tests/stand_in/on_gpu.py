@@ -4,19 +4,15 @@ The first tests are of the stand-in: that it refuses what a GPU refuses is what 
 """
 
 import logging
-import sys
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from memory_parts import make_parts
 from relative import relative_error
 from test_attention import EXACT, alone, make_model, make_pairs
 from tiny_policy import Tokens
+from waits import nothing_waits
 
 from bpo_fast import varlen
 from bpo_fast.config import MethodConfig, ModelConfig, OptimConfig
@@ -31,16 +27,6 @@ from bpo_fast.policy import Policy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LORA = {"lora_r": 4, "lora_alpha": 8.0}
 FORM = {"full": {"full": True}, "lora": LORA, "members": LORA | {"members": 3}}
-
-
-@contextmanager
-def nothing_waits():
-    """An error where the host waits for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextmanager

@@ -229,12 +229,12 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto name = schema.operator_name().overload_name.empty()
       ? schema.name() : schema.name() + "." + schema.overload_name();
   if (waits(name)) host_waits(name);
-  const auto first = torch::jit::last(*stack, schema.arguments().size());
-  if (name == "aten::repeat_interleave.Tensor" && first[1].isNone()) host_waits(name);
-  if (first.size() > 1 && first[1].isOptionalTensorList())  // index, index_put_ and their like
-    for (const std::optional<at::Tensor>& index : first[1].toOptionalTensorVector())
-      if (index && index->defined() && (index->scalar_type() == at::kBool || index->is_cpu())) host_waits(name);
   const auto num_args = schema.arguments().size();
+  const auto given = torch::jit::last(*stack, num_args);
+  if (name == "aten::repeat_interleave.Tensor" && given[1].isNone()) host_waits(name);
+  if (num_args > 1 && given[1].isOptionalTensorList())  // index, index_put_ and their like
+    for (const std::optional<at::Tensor>& index : given[1].toOptionalTensorVector())
+      if (index && index->defined() && (index->scalar_type() == at::kBool || index->is_cpu())) host_waits(name);
   Translation translate;
   for (size_t i = 0; i < num_args; ++i) {
     auto& arg = (*stack)[stack->size() - num_args + i];
@@ -359,14 +359,10 @@ at::Tensor addmm_dtype(const at::Tensor& to, const at::Tensor& a, const at::Tens
   return on_gpu(at::addmm(on_host(to).to(dtype), on_host(a).to(dtype), on_host(b).to(dtype), beta, alpha));
 }
 
+template <at::Tensor (*call)(const at::Tensor&, int64_t, bool)>
 at::Tensor softmax(const at::Tensor& self, int64_t dim, bool half_to_float) {
   TORCH_CHECK(!half_to_float || self.scalar_type() != at::kFloat, "conversion is supported for Half and BFloat16 only");
-  return on_gpu(at::_softmax(half_to_float ? on_host(self).to(at::kFloat) : on_host(self), dim, false));
-}
-
-at::Tensor log_softmax(const at::Tensor& self, int64_t dim, bool half_to_float) {
-  TORCH_CHECK(!half_to_float || self.scalar_type() != at::kFloat, "conversion is supported for Half and BFloat16 only");
-  return on_gpu(at::_log_softmax(half_to_float ? on_host(self).to(at::kFloat) : on_host(self), dim, false));
+  return on_gpu(call(half_to_float ? on_host(self).to(at::kFloat) : on_host(self), dim, false));
 }
 
 at::Tensor& mm_dtype_out(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype, at::Tensor& out) {
@@ -392,8 +388,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("addmm.dtype", &addmm_dtype);
   m.impl("mm.dtype_out", &mm_dtype_out);
   m.impl("addmm.dtype_out", &addmm_dtype_out);
-  m.impl("_softmax", &softmax);
-  m.impl("_log_softmax", &log_softmax);
+  m.impl("_softmax", &softmax<&at::_softmax>);
+  m.impl("_log_softmax", &softmax<&at::_log_softmax>);
   m.impl("_fused_sdp_choice", &fused_sdp_choice);
 }
 

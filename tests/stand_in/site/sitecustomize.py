@@ -2,12 +2,15 @@
 
 import contextlib
 import ctypes
-import importlib
 import importlib.util
 import os
+import runpy
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+
+TESTS = Path(__file__).parents[2]  # not on the path: it has folders of the names of packages
 
 
 def plug_in(library: str) -> None:
@@ -25,7 +28,7 @@ def plug_in(library: str) -> None:
     attention.impl("_flash_attention_forward", flash_forward, "CUDA")
     attention.impl("_flash_attention_backward", flash_backward, "CUDA")
     torch.stand_in_attention = attention  # lives as long as torch does
-    give_triton_the_types_of_a_gpu()
+    make_the_interpreter_a_gpu()
 
 
 class Stream:
@@ -34,7 +37,9 @@ class Stream:
     cuda_stream = 0
 
     def __init__(self, *args, **options):
-        self.device = importlib.import_module("torch").device("cuda", 0)
+        import torch
+
+        self.device = torch.device("cuda", 0)
 
     def synchronize(self):
         pass
@@ -152,8 +157,7 @@ def sequences(q, k, cu_q, cu_k, causal, scale, left, right):
     """Of each: its queries, its keys, and the weights [heads, Q, K] between them with their log-sums."""
     import torch
 
-    bounds = [(b.tolist(), b.tolist()[1:]) for b in (cu_q, cu_k)]
-    for a, b, c, d in zip(*bounds[0], *bounds[1], strict=False):
+    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * scale
         distance = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)
         hidden = distance < (0 if causal or right == 0 else -d)
@@ -206,32 +210,18 @@ def knobs(q, options):
     return options["scale"] or q.shape[-1] ** -0.5, options["window_size_left"], options["window_size_right"]
 
 
-def give_triton_the_types_of_a_gpu():
-    """The interpreter cuts bfloat16 off instead of rounding, multiplies its bits, and copies from the device."""
-    import torch
-    import triton.language as tl
+def make_the_interpreter_a_gpu():
+    """Triton's interpreter with a GPU's types; its copies from the device are no waits."""
     from triton.runtime import interpreter
 
-    convert, dot, run = (
-        interpreter._convert_float,
-        interpreter.InterpreterBuilder.create_dot,
-        interpreter.GridExecutor.__call__,
-    )
-
-    def to_nearest(data, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, mode)
-        return torch.tensor(data).bfloat16().view(torch.int16).numpy().view("uint16")
-
-    def dot_f32(self, a, b, *args):
-        return dot(self, *(self.create_fp_ext(one, tl.float32) for one in (a, b)), *args)
+    for owner, name, function in runpy.run_path(str(TESTS / "gpu_types.py"))["replacements"]():
+        setattr(owner, name, function)
+    run = interpreter.GridExecutor.__call__
 
     def launch(self, *args, **options):
         with waiting_for_a_kernel():
             return run(self, *args, **options)
 
-    interpreter._convert_float = to_nearest
-    interpreter.InterpreterBuilder.create_dot = dot_f32
     interpreter.GridExecutor.__call__ = launch
 
 
