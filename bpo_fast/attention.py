@@ -169,7 +169,7 @@ def shared_prompt_attention(
         return _by_varlen(q, k, v, layout, varlen, scale=scale, window=window, softcap=softcap)
     if q.device.type == "cpu" and q.dtype == torch.float32 and k.shape == v.shape and has_native():
         return _natively(q, k, v, layout, scale=scale, window=window, softcap=softcap)
-    return _by_sdpa(q, k, v, layout, scale, window, softcap)
+    return attend_sdpa(q, k, v, layout, scale, window, softcap)
 
 
 @torch.compiler.assume_constant_result
@@ -188,9 +188,10 @@ def _natively(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, **options:
     return packed_attention(q, k, v, *layout.bounds, **options)
 
 
-def _by_sdpa(
+def attend_sdpa(
     q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
+    """`shared_prompt_attention` by two calls of SDPA, or with a softcap in plain PyTorch."""
     num_rows, num_heads, num_tokens, _ = q.shape
     cut = layout.prompt_width
     q, k, v = (_padded(x, layout) for x in (q, k, v))

@@ -7,15 +7,18 @@ import typer
 
 from bpo_fast.cli_errors import reports_errors
 
+SHAPES_HELP = "rows x hidden x vocabulary, as 1024x256x32000; for attention alone prompt x completion x heads"
 bench = typer.Typer(help="Measure: correctness first, interleaved, medians.", no_args_is_help=True)
 
 
 @bench.command("kernels")
 @reports_errors
 def bench_kernels(
-    op: Annotated[list[str] | None, typer.Option(help="forward, step, behavior, draw, pair_loss; all if none")] = None,
+    op: Annotated[
+        list[str] | None, typer.Option(help="forward, step, behavior, draw, pair_loss, attention; all if none")
+    ] = None,
     head: Annotated[list[str] | None, typer.Option(help="frozen, trained; both by default")] = None,
-    shapes: Annotated[list[str] | None, typer.Option(help="rows x hidden x vocabulary, as 1024x256x32000")] = None,
+    shapes: Annotated[list[str] | None, typer.Option(help=SHAPES_HELP)] = None,
     peers: Annotated[str, typer.Option(help="auto: whatever of torch.compile, Liger and CCE is here; none")] = "auto",
     tile: Annotated[list[str] | None, typer.Option(help="of Plan A on a GPU beside its own, as 128x256x64x4")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; the device's by default")] = None,

@@ -99,6 +99,11 @@ def test_benches(run, tmp_path):
     rows = problems[0]["implementations"]
     assert all("seconds" in rows[name] for name in ("eager", "triton", "triton-gemm", "mm"))
     assert "seconds" in rows["native"] or "backend = 'native'" in rows["native"]["reason"]
+    options = ("--op", "attention", "--shapes", "9x5x2", "--quick")
+    run([*BPO_FAST, "bench", "kernels", *options, "--json", tmp_path / "attention.json"])
+    problems = json.loads((tmp_path / "attention.json").read_text())["problems"]
+    assert [problem["label"] for problem in problems] == ["attention 9/5 heads=2 P=8 bfloat16"]
+    assert all("seconds" in problems[0]["implementations"][name] for name in ("eager", "varlen", "masked"))
     shape = ("--shape", "32x1x300", "--pairs", "2", "--rounds", "1", "--peers", "none", "--lengths", "helpfulness")
     for bench, more in (("step", ()), ("loop", ("--steps", "1"))):
         out = tmp_path / f"{bench}.json"

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +20,16 @@ from bpo_fast_kernels.triton_config import INTERPRETED, with_tile
 
 from bpo_fast.doctor import command_output, environment
 from bpo_fast.files import write_atomic
+from bpo_fast_bench.contenders import LENGTHS
+from bpo_fast_bench.kernels_attention import (
+    AttentionInputs,
+    AttentionProblem,
+    attention_answer,
+    attention_implementations,
+    attention_inputs,
+)
 from bpo_fast_bench.kernels_impls import (
+    GRADS,
     Implementation,
     Inputs,
     Outcome,
@@ -30,19 +40,24 @@ from bpo_fast_bench.kernels_impls import (
 )
 from bpo_fast_bench.kernels_peers import PEERS, implementations
 
-OPS = ("forward", "step", "behavior", "draw", "pair_loss")
+AnyInputs = Inputs | AttentionInputs
+OPS = ("forward", "step", "behavior", "draw", "pair_loss", "attention")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CEILINGS = ("mm", "mm-f32")
 OUR_BACKENDS = ("native", "torch", "triton", "triton-gemm")
+OURS = (*OUR_BACKENDS, "masked", "varlen")  # the last two through kernels of others, which round as they do
 # Ours must keep the promise of the operators. Peers only have to compute the same thing: their errors are reported.
 # Errors of log-probs move the border of two tokens' shares by at most half of them. Logits of bfloat16 are off by up to
 # 0.06 from 16 to 32, which averages out over a sequence only.
-OUR_GATE = {"value": 1e-4, "logp": 1e-4, "token": 5e-5, "dx": 4e-3, "dw": 4e-3}
-PEER_GATE = {"value": 3e-2, "logp": 1.2e-1, "token": 6e-2, "dx": 5e-2, "dw": 5e-2}
+OUR_GATE = {"value": 1e-4, "logp": 1e-4, "token": 5e-5, **dict.fromkeys(GRADS, 4e-3)}
+PEER_GATE = {"value": 3e-2, "logp": 1.2e-1, "token": 6e-2, **dict.fromkeys(GRADS, 5e-2)}
 UNAVAILABLE = "ValueError: backend = "  # how the reason of a backend begins that cannot run here
+ONE_DTYPE = ("pair_loss", "attention")
 CPU_SHAPES = ((1024, 256, 32000), (1024, 1024, 32000))
 GPU_SHAPES = ((4096, 2048, 128256), (4096, 4096, 128256))
 QUICK_SHAPES = ((128, 64, 4000),)
+ATTENTION_HEADS = {"cpu": 4, "cuda": 16}
+QUICK_ATTENTION_SHAPES = ((24, 9, 2),)
 
 
 @dataclass(frozen=True)
@@ -50,14 +65,16 @@ class KernelBench:
     """What to measure.
 
     Attributes:
-        ops: of "forward", "step", "behavior", "draw", "pair_loss".
+        ops: of "forward", "step", "behavior", "draw", "pair_loss", "attention".
         heads: of "frozen", "trained"; for "step" and "behavior".
-        shapes: (rows, hidden, vocabulary) each; the device's own list if empty.
+        shapes: (rows, hidden, vocabulary) each, or (prompt, completion, heads) where "attention" is the one operation;
+            the device's own list if empty.
         peers: of "compile", "liger", "liger-dpo", "cce"; only where importable, and on a CPU "liger-dpo" alone.
         tiles: of Plan A, such as "128x256x64x4" (rows, vocabulary, depth, stages), beside its own; on a GPU.
         dtypes: of "float32", "bfloat16", "float16"; bfloat16 on a GPU and float32 and bfloat16 on a CPU if empty.
+            "attention" takes the first one.
         data: "peaked" or "gauss".
-        pairs: pairs of "forward" and "step".
+        pairs: pairs of "forward", "step" and "attention".
         json_path: where the measurements go.
         plot_path: figure without its suffix; PNG and SVG are written.
         static: also compile every Triton kernel ahead of time and record its figures.
@@ -91,7 +108,7 @@ def run(options: KernelBench) -> dict[str, Any]:
         record["static"] = static_figures()
     dtypes = options.dtypes or (("bfloat16",) if device.type == "cuda" else ("float32", "bfloat16"))
     for problem in problems(options, device):
-        for dtype in dtypes[:1] if problem.op == "pair_loss" else dtypes:
+        for dtype in dtypes[:1] if problem.op in ONE_DTYPE else dtypes:
             record["problems"].append(measure(problem, dtype, device, options))
             write_json(record, options.json_path)
     write_json(record, options.json_path)  # where there are no problems
@@ -119,14 +136,14 @@ def check(options: KernelBench) -> None:
         raise ValueError(f"bench.kernels.data = {options.data!r}: expected peaked or gauss")
     for shape in options.shapes:
         if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"bench.kernels.shapes = {shape}: expected rows x hidden x vocabulary, each at least 1")
+            raise ValueError(f"bench.kernels.shapes = {shape}: expected three numbers, each at least 1")
     for tile in options.tiles:
         with_tile(INTERPRETED, tile)
     if options.pairs < 1:
         raise ValueError(f"bench.kernels.pairs = {options.pairs}: expected at least 1")
 
 
-def problems(options: KernelBench, device: torch.device) -> list[Problem]:
+def problems(options: KernelBench, device: torch.device) -> list[Problem | AttentionProblem]:
     """The questions, one an operation, head and shape."""
     default = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
     shapes = options.shapes or (QUICK_SHAPES if options.quick else default)
@@ -135,19 +152,32 @@ def problems(options: KernelBench, device: torch.device) -> list[Problem]:
         if op == "pair_loss":
             out.append(Problem(op, "frozen", 4 * 4096, 1, 2, 256 if options.quick else 4096, options.data))
             continue
+        if op == "attention":
+            own = tuple((*lengths, ATTENTION_HEADS[device.type]) for lengths in LENGTHS.values())
+            given = options.shapes if options.ops == (op,) else ()
+            wanted = given or (QUICK_ATTENTION_SHAPES if options.quick else own)
+            out += [AttentionProblem(*shape, options.pairs) for shape in wanted]
+            continue
         for shape in shapes:
             heads = options.heads if op in ("step", "behavior") else ("frozen",)
             out += [Problem(op, head, *shape, options.pairs, options.data) for head in heads]
     return out
 
 
-def measure(problem: Problem, dtype: str, device: torch.device, options: KernelBench) -> dict[str, Any]:
+def measure(
+    problem: Problem | AttentionProblem, dtype: str, device: torch.device, options: KernelBench
+) -> dict[str, Any]:
     """Gate, then time and weigh the implementations of one problem."""
     gpu = device.type == "cuda"
-    sets = make_inputs(problem, device, DTYPES[dtype], 3)
-    want, lengths = answer(problem, sets[0]), sets[0].cu_seqlens.diff()
+    if isinstance(problem, AttentionProblem):
+        sets = attention_inputs(problem, device, DTYPES[dtype], 3)
+        calls, want, lengths = attention_implementations(sets[0]), attention_answer(sets[0]), None
+    else:
+        sets = make_inputs(problem, device, DTYPES[dtype], 3)
+        calls = implementations(problem, device, options.peers, options.tiles)
+        want, lengths = answer(problem, sets[0]), sets[0].cu_seqlens.diff()
     rows, passed = {}, {}
-    for name, call in implementations(problem, device, options.peers, options.tiles).items():
+    for name, call in calls.items():
         try:
             rows[name] = gate(name, call, sets[0], want, lengths)
         except Exception as error:  # no compiler, no memory, another library's change: the others are timed
@@ -170,21 +200,25 @@ def measure(problem: Problem, dtype: str, device: torch.device, options: KernelB
     return {"problem": asdict(problem), "dtype": dtype, "label": label, "implementations": rows}
 
 
-def gate(name: str, call: Implementation, inputs: Inputs, want: Outcome, lengths: torch.Tensor) -> dict[str, Any]:
+def gate(
+    name: str, call: Implementation, inputs: AnyInputs, want: Outcome, lengths: torch.Tensor | None
+) -> dict[str, Any]:
     """Errors against float64; an implementation past its limits gets no time."""
     outcome = call(inputs)
     if name in CEILINGS:
         return {"passed": True}
+    if isinstance(inputs, AttentionInputs) and outcome.values.shape != want.values.shape:
+        outcome = inputs.shared(outcome)
     mine = name.partition(":")[0] in OUR_BACKENDS
     limits, found = OUR_GATE if mine else PEER_GATE, errors(outcome, want, lengths)
-    if len(lengths) != len(want.values):
+    if lengths is not None and len(lengths) != len(want.values):
         # A pair loss sums the errors of all tokens of two sequences.
         limits = limits | {"value": limits["value"] * float(lengths.max()) * 2}
     return {"errors": found, "passed": all(found[key] <= limits[key] for key in found)}
 
 
 def interleave(
-    calls: dict[str, Implementation], sets: list[Inputs], device: torch.device, warmups: int, rounds: int
+    calls: dict[str, Implementation], sets: Sequence[AnyInputs], device: torch.device, warmups: int, rounds: int
 ) -> dict[str, list[float]]:
     """Times in seconds: A B C C B A a round, another input set every call."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -199,7 +233,7 @@ def interleave(
     return samples
 
 
-def timed(call: Implementation, inputs: Inputs, device: torch.device) -> float:
+def timed(call: Implementation, inputs: AnyInputs, device: torch.device) -> float:
     """Seconds of one call: events on a GPU, the clock on a CPU."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -213,10 +247,10 @@ def timed(call: Implementation, inputs: Inputs, device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def extra_mib(call: Implementation, inputs: Inputs, device: torch.device) -> float:
-    """Peak memory above the inputs and above the gradients that every implementation must return."""
+def extra_mib(call: Implementation, inputs: AnyInputs, device: torch.device) -> float:
+    """Peak memory above the inputs and above the gradients that the implementation must return."""
     outcome = call(inputs)
-    returned = sum(t.nbytes for t in (outcome.dx, outcome.dw) if t is not None)
+    returned = sum(t.nbytes for t in outcome.grads.values())
     del outcome
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -255,7 +289,7 @@ def check_ours(record: dict[str, Any]) -> None:
     """Raises RuntimeError where one of ours failed or is wrong; one that cannot run on this machine is neither."""
     for problem in record["problems"]:
         for name, row in problem["implementations"].items():
-            ours = name.partition(":")[0] in OUR_BACKENDS
+            ours = name.partition(":")[0] in OURS
             if ours and not row["passed"] and not row.get("reason", "").startswith(UNAVAILABLE):
                 reason = row.get("reason", f"errors {row.get('errors')} against float64")
                 raise RuntimeError(f"bench.kernels, {problem['label']}: {name}: {reason}")
@@ -329,7 +363,5 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     """ "1024x256x32000" -> (1024, 256, 32000)."""
     parts = text.split("x")
     if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        raise ValueError(
-            f"bench.kernels.shapes = {text!r}: expected rows x hidden x vocabulary, such as 1024x256x32000"
-        )
+        raise ValueError(f"bench.kernels.shapes = {text!r}: expected three numbers, such as 1024x256x32000")
     return int(parts[0]), int(parts[1]), int(parts[2])

@@ -9,6 +9,7 @@ and coefficients from sequence log-probs).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from bpo_fast_kernels.pair_loss import pair_loss_reference
 from bpo_fast_kernels.torch_backend import mm_f32
 
 BETA = 0.1
+GRADS = ("dx", "dw", "dq", "dk", "dv")
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class Outcome:
     """What an implementation returns.
 
     Attributes:
-        values: sequence log-probs, pair losses, or log-probs of drawn tokens.
-        dx, dw: gradients where the operation has them.
+        values: sequence log-probs, pair losses, log-probs of drawn tokens, or what attention puts out.
+        dx, dw, dq, dk, dv: gradients where the operation has them.
         tokens: [T] int64. drawn ones.
         gaps: [T] float64. of an answer: how far a row's uniform number lies from the shares beside its token's.
     """
@@ -81,9 +83,18 @@ class Outcome:
     dw: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     gaps: torch.Tensor | None = None
+    dq: torch.Tensor | None = None
+    dk: torch.Tensor | None = None
+    dv: torch.Tensor | None = None
+
+    @property
+    def grads(self) -> dict[str, torch.Tensor]:
+        """The gradients it has, by name."""
+        found = {name: getattr(self, name) for name in GRADS}
+        return {name: x for name, x in found.items() if x is not None}
 
 
-Implementation = Callable[[Inputs], Outcome]
+Implementation = Callable[[Any], Outcome]  # of an input set
 
 
 def make_inputs(problem: Problem, device: torch.device, dtype: torch.dtype, sets: int) -> list[Inputs]:
@@ -167,8 +178,8 @@ def answer(problem: Problem, inputs: Inputs) -> Outcome:
     return Outcome(loss.detach(), dx, dw)
 
 
-def errors(got: Outcome, want: Outcome, lengths: torch.Tensor) -> dict[str, float]:
-    """Largest error of a value a token, and relative Frobenius errors of the gradients.
+def errors(got: Outcome, want: Outcome, lengths: torch.Tensor | None) -> dict[str, float]:
+    """Largest error of a value a token, and relative Frobenius errors of the gradients; without lengths, of a value.
 
     Of drawn tokens: the largest error of a log-prob, and how far a number lies from all shares but the answer's where
     another token was drawn.
@@ -177,12 +188,10 @@ def errors(got: Outcome, want: Outcome, lengths: torch.Tensor) -> dict[str, floa
     if want.tokens is not None and want.gaps is not None:
         same = got.tokens == want.tokens
         return {"logp": float(off.where(same, 0.0).max()), "token": float(want.gaps.where(~same, 0.0).max())}
-    tokens = lengths.clamp(min=1).double() if len(lengths) == len(want.values) else 1.0
-    out = {"value": float((off / tokens).max())}
-    for name in ("dx", "dw"):
-        mine, right = getattr(got, name), getattr(want, name)
-        if right is not None:
-            out[name] = float((mine.double() - right).norm() / right.norm())
+    summed = lengths is not None and len(lengths) == len(want.values)
+    out = {"value": float((off / (lengths.clamp(min=1).double() if summed else 1.0)).max())}
+    for name, right in want.grads.items():
+        out[name] = float((getattr(got, name).double() - right).norm() / right.norm())
     return out
 
 

@@ -1,10 +1,17 @@
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from bpo_fast_bench import kernels
 from bpo_fast_bench.kernels import KernelBench, gate, parse_shape, run, table
+from bpo_fast_bench.kernels_attention import (
+    AttentionProblem,
+    attention_answer,
+    attention_implementations,
+    attention_inputs,
+)
 from bpo_fast_bench.kernels_impls import Outcome, Problem, answer, eager, errors, make_inputs
 from bpo_fast_bench.kernels_peers import implementations, liger_dpo
 from bpo_fast_kernels import linear_draw
@@ -47,12 +54,14 @@ def test_quick_run_writes_json_and_plots(tmp_path):
     labels = [problem["label"] for problem in record["problems"]]
     kinds = ["forward", "step frozen", "step trained", "behavior frozen", "behavior trained", "draw"]
     shapes = [f"{kind} T=64 H=16 V=500 {dtype}" for kind in kinds for dtype in ("float32", "bfloat16")]
-    assert labels == [*shapes, "pair_loss P=256"]
-    for problem in record["problems"][:-1]:
-        rows = problem["implementations"]
-        assert {"eager", "native", "torch", "mm"} <= set(rows)
+    assert labels == [*shapes, "pair_loss P=256", "attention 24/9 heads=2 P=2 float32"]
+    for problem in record["problems"]:
+        rows, op = problem["implementations"], problem["problem"]["op"]
+        if op == "pair_loss":
+            continue
+        assert {"eager", "native", "torch", "masked" if op == "attention" else "mm"} <= set(rows)
         assert all(row["seconds"] > 0 and row["p20"] <= row["seconds"] <= row["p80"] for row in rows.values())
-        value = "logp" if problem["problem"]["op"] == "draw" else "value"
+        value = "logp" if op == "draw" else "value"
         assert all(rows[name]["errors"][value] < 1e-4 for name in ("native", "torch"))
     text = table(record)
     assert all(label in text for label in labels)
@@ -208,6 +217,50 @@ def test_a_wrong_draw_fails_its_gate(drawn, change):
     assert not found["passed"]
 
 
+@pytest.fixture
+def attended():
+    """(inputs, answer) of attention, in float64."""
+    inputs = attention_inputs(AttentionProblem(9, 5, 2, 3), torch.device("cpu"), torch.float64, 1)[0]
+    return inputs, attention_answer(inputs)
+
+
+def test_padded_rows_ask_the_same_of_attention_as_the_packed_row(attended):
+    inputs, want = attended
+    calls = attention_implementations(inputs)
+    assert list(calls) == ["eager", "masked"]  # ours are for float32
+    for name, call in calls.items():
+        found = gate(name, call, inputs, want, None)
+        assert set(found["errors"]) == {"value", "dq", "dk", "dv"}
+        assert max(found["errors"].values()) < 1e-14
+
+
+@pytest.mark.parametrize("wrong", ["values", "dq", "dk", "dv"])
+@pytest.mark.parametrize("name", ["native", "eager"])
+def test_wrong_attention_fails_its_gate(attended, name, wrong):
+    inputs, want = attended
+    right = attention_implementations(inputs)["eager" if name == "eager" else "masked"](inputs)
+    assert gate(name, lambda _: right, inputs, want, None)["passed"]
+    spoiled = getattr(right, wrong).clone()
+    spoiled[:, :, 3] *= 1.5  # a token of a prompt
+    assert not gate(name, lambda _: replace(right, **{wrong: spoiled}), inputs, want, None)["passed"]
+
+
+def test_shapes_are_those_of_attention_where_it_is_alone():
+    shapes, cpu = ((20, 9, 1), (7, 3, 2)), torch.device("cpu")
+    found = kernels.problems(KernelBench(ops=("attention",), shapes=shapes, pairs=4), cpu)
+    assert found == [AttentionProblem(20, 9, 1, 4), AttentionProblem(7, 3, 2, 4)]
+    found = kernels.problems(KernelBench(ops=("draw", "attention"), shapes=shapes[:1]), cpu)
+    assert found[1:] == [AttentionProblem(*lengths, 4, 8) for lengths in ((300, 40), (24, 45), (512, 128))]
+    assert (found[0].rows, found[0].width, found[0].vocab) == shapes[0]
+
+
+def test_the_work_of_attention_is_what_its_tokens_see():
+    problem = AttentionProblem(9, 5, 2, 3)
+    layout = attention_inputs(problem, torch.device("cpu"), torch.float32, 1)[0].layout
+    seen = layout.mask("prompts", None).sum() + layout.mask("completions", None).sum()
+    assert problem.min_flop() == 6 * 2 * 64 * 2 * int(seen)
+
+
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 def test_ligers_chunked_dpo_loss_answers_the_same_question(head):
     pytest.importorskip("liger_kernel.chunked_loss")
@@ -219,7 +272,7 @@ def test_ligers_chunked_dpo_loss_answers_the_same_question(head):
 
 def test_on_a_gpu_the_ceilings_come_with_every_backend():
     names = {}
-    for op in kernels.OPS:
+    for op in ("forward", "step", "behavior", "draw", "pair_loss"):
         names[op] = list(implementations(Problem(op, "frozen", 8, 4, 9, 2, "gauss"), torch.device("cuda"), ()))
     ours = ["eager", "triton", "triton-gemm", "native"]
     assert names["forward"] == [*ours, "mm", "mm-f32"]
