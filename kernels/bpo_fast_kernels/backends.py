@@ -17,6 +17,10 @@ BACKENDS = ("auto", "native", "torch", "triton", "triton-gemm")
 log = logging.getLogger("bpo_fast_kernels")
 
 
+class BackendUnavailable(ValueError):
+    """A backend that cannot run on this device or machine."""
+
+
 @functools.cache
 def _torch() -> Backend:
     return TorchBackend()
@@ -57,7 +61,8 @@ def pick_backend(name: str, device: torch.device) -> Backend:
     "torch" elsewhere.
 
     Raises:
-        ValueError: an unknown name, or a backend that cannot run on this device or machine.
+        ValueError: an unknown name.
+        BackendUnavailable: one that cannot run on this device or machine.
     """
     known = name in BACKENDS or name.startswith("triton-gemm:")
     require(known, "backend", repr(name), f"expected one of {', '.join(BACKENDS)}")
@@ -69,10 +74,10 @@ def pick_backend(name: str, device: torch.device) -> Backend:
     if name == "auto":
         return _triton("triton")
     if name.startswith("triton"):
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        require(not on_cpu or interpreted, "backend", repr(name), "on CPU tensors it needs TRITON_INTERPRET=1")
+        if on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+            raise BackendUnavailable(f"backend = {name!r}: on CPU tensors it needs TRITON_INTERPRET=1")
         return _triton(name)
     try:
         return _native_cpu() if on_cpu else _native_cuda(torch.cuda.get_device_capability(device))
     except NativeUnavailable as reason:
-        raise ValueError(f"backend = 'native': {reason}") from reason
+        raise BackendUnavailable(f"backend = 'native': {reason}") from reason

@@ -65,7 +65,9 @@ def test_auto_is_plan_b_on_a_gpu():
 def test_without_a_compiler_native_is_refused(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     case = random_case(6, 4, 9)
-    with pytest.raises(ValueError, match=r"^backend = 'native': CXX=/no/such/compiler is not a program$"):
+    with pytest.raises(
+        backends.BackendUnavailable, match=r"^backend = 'native': CXX=/no/such/compiler is not a program$"
+    ):
         linear_token_logps(case.hidden, case.weight, case.targets, backend="native")
 
 

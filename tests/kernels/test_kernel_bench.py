@@ -15,6 +15,7 @@ from bpo_fast_bench.kernels_attention import (
 from bpo_fast_bench.kernels_impls import Outcome, Problem, answer, eager, errors, make_inputs
 from bpo_fast_bench.kernels_peers import implementations, liger_dpo
 from bpo_fast_kernels import linear_draw
+from bpo_fast_kernels.backends import BackendUnavailable, pick_backend
 from typer.testing import CliRunner
 
 from bpo_fast.cli import app
@@ -89,7 +90,7 @@ def test_what_cannot_run_leaves_a_reason_and_the_others_go_on(monkeypatch, tmp_p
     def broken(problem, backend):
         def call(inputs):
             assert json.loads(path.read_text())["problems"] if problem.op == "draw" else not path.exists()
-            raise {"native": ValueError("backend = 'native': no compiler"), "torch": KeyError("no\nsuch")}[backend]
+            raise {"native": BackendUnavailable("no compiler"), "torch": KeyError("no\nsuch")}[backend]
 
         return call
 
@@ -98,11 +99,23 @@ def test_what_cannot_run_leaves_a_reason_and_the_others_go_on(monkeypatch, tmp_p
     options = (*SMALL, "--op", "forward", "--op", "draw", "--shapes", "64x16x500", "--json", path)
     code, out, err = call(*options)
     rows = json.loads(path.read_text())["problems"][0]["implementations"]
-    assert rows["native"] == {"passed": False, "reason": "ValueError: backend = 'native': no compiler"}
+    reason = "BackendUnavailable: no compiler"
+    assert rows["native"] == {"passed": False, "reason": reason, "unavailable": True}
     assert "seconds" in rows["eager"]
-    assert "not timed: ValueError: backend = 'native': no compiler" in out
+    assert f"not timed: {reason}" in out
     assert code != 0
     assert "forward T=64 H=16 V=500 float32: torch: KeyError: " in err
+
+
+def test_what_the_machine_cannot_run_is_no_failure_and_what_only_says_so_is_one():
+    with pytest.raises(BackendUnavailable, match=r"^backend = 'triton': on CPU tensors it needs TRITON_INTERPRET=1$"):
+        pick_backend("triton", torch.device("cpu"))
+    rows = {"native": {"passed": False, "reason": "BackendUnavailable: no compiler", "unavailable": True}}
+    record = {"problems": [{"label": "draw", "implementations": rows}]}
+    kernels.check_ours(record)
+    rows["native"] = {"passed": False, "reason": "ValueError: backend = 'native': a fault of its own"}
+    with pytest.raises(RuntimeError, match="draw: native: ValueError: backend = 'native': a fault of its own"):
+        kernels.check_ours(record)
 
 
 def test_eager_that_fails_its_gate_leaves_the_others_without_ratios(monkeypatch):
