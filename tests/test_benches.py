@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from bpo_fast_bench import contenders, loop, step
-from bpo_fast_bench.contenders import Work, compare, line, measure, pick_peers
+from bpo_fast_bench.contenders import Work, compare, line, measure, pick_peers, write_rows
 from bpo_fast_bench.shapes import SHAPES, Shape, make_model, parse_shape
 
 TOY = {"peers": (), "lengths": ("helpfulness",), "pairs": 2, "rounds": 1, "threads": 1, "shape": Shape(32, 1, 400)}
@@ -58,6 +58,29 @@ def test_who_fails_leaves_a_reason_and_the_others_go_on(tmp_path):
     assert line(row).startswith("tldr full: ours failed (exit code 1: ")
     with pytest.raises(ValueError, match=r"^bench\.lengths = tldr, bench\.form = full: ours failed, exit code 1: "):
         step.check_ours([row])
+
+
+def test_what_failed_does_not_replace_what_was_measured(tmp_path):
+    good, failed, said = {"pairs_per_s": 2.0, "peak_extra_mib": 1.0}, {"failed": "exit code 1: no memory left"}, []
+    name = {"lengths": "tldr", "form": "full"}
+
+    def rows_after(**found):
+        row = compare(found, "ours", [who for who in found if who != "ours"], runs=1, **name)
+        write_rows(tmp_path / "out.json", step.StepOptions(**TOY), [row], said.append)
+        (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+        return [who for who in ("ours", "trl") if who in row and "failed" not in row[who]]
+
+    assert rows_after(ours=failed) == []  # there is nothing to lose
+    assert rows_after(ours=good) == ["ours"]
+    assert said == []
+    assert rows_after(ours=failed, trl=good) == ["ours"]
+    assert said.pop() == f"tldr full: ours failed, the earlier row stays in {tmp_path / 'out.json'}"
+    assert rows_after(ours=good, trl=failed) == ["ours"]  # trl was not there
+    assert rows_after(ours=good, trl=good) == ["ours", "trl"]
+    assert said == []
+    assert rows_after(ours=good, trl=failed) == ["ours", "trl"]
+    assert said.pop() == f"tldr full: trl failed, the earlier row stays in {tmp_path / 'out.json'}"
+    assert rows_after(ours=good) == ["ours"]
 
 
 def test_a_trainer_that_stops_does_not_leave_its_bench_waiting(tmp_path):

@@ -387,17 +387,34 @@ def check_ours(rows: Sequence[dict[str, Any]]) -> None:
             raise ValueError(f"bench.lengths = {row['lengths']}, bench.form = {row['form']}: ours failed, {reason}")
 
 
-def write_rows(path: Path, options: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """Adds rows to a JSON file; rows of the same lengths and form are replaced, so a bench can run in pieces."""
+def write_rows(path: Path, options: Any, rows: Sequence[dict[str, Any]], say: Callable[[str], None]) -> None:
+    """Adds rows to a JSON file, so a bench can run in pieces; a row replaces that of its lengths and form, unless
+    somebody whom that one measured has failed."""
     from bpo_fast.doctor import environment
     from bpo_fast.files import write_atomic
 
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    names = {(r["lengths"], r["form"]) for r in rows}
+    earlier, wanted = {_name(r): r for r in kept}, []
+    for row in rows:
+        before = earlier.get(_name(row), {})
+        lost = [who for who, one in row.items() if _failed(one) and who in before and not _failed(before[who])]
+        if lost:
+            say(f"{' '.join(_name(row))}: {', '.join(lost)} failed, the earlier row stays in {path}")
+        else:
+            wanted.append(row)
+    names = {_name(r) for r in wanted}
     settings = {name: value for name, value in asdict(options).items() if name != "out"}
     receipt = {"options": settings, "machine": environment(sys.argv)}
-    rows = [r for r in kept if (r["lengths"], r["form"]) not in names] + [r | receipt for r in rows]
+    rows = [r for r in kept if _name(r) not in names] + [r | receipt for r in wanted]
     write_atomic(path, json.dumps({"rows": rows}, indent=2) + "\n")
+
+
+def _name(row: dict[str, Any]) -> tuple[str, str]:
+    return row["lengths"], row["form"]
+
+
+def _failed(one: Any) -> bool:
+    return isinstance(one, dict) and "failed" in one
 
 
 def line(row: dict[str, Any]) -> str:
@@ -414,7 +431,7 @@ def line(row: dict[str, Any]) -> str:
     parts = [f"{row['lengths']} {row['form']}: ours {rate('ours')}"]
     for key, value in row.items():
         kind, _, peer = key.partition("/")
-        if isinstance(value, dict) and "failed" in value and key != "ours":
+        if _failed(value) and key != "ours":
             parts.append(f"{key} {rate(key)}")
         elif kind == "speedup":
             parts.append(f"{peer} {rate(peer)} ({value:.1f}x, memory {row[f'memory/{peer}']:.2f})")

@@ -70,7 +70,7 @@ def run(options: StepOptions, say: Callable[[str], None] = print) -> list[dict[s
                     rows += new
                     say("\n".join(line(row) for row in new))
                     if options.out:
-                        write_rows(Path(options.out), options, new)
+                        write_rows(Path(options.out), options, new, say)
     check_ours(rows)
     return rows
 
