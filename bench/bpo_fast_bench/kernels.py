@@ -105,12 +105,12 @@ def run(options: KernelBench) -> dict[str, Any]:
     record: dict[str, Any] = {"environment": receipt(device), "options": printable(options), "problems": []}
     if options.static:
         record["static"] = static_figures()
+        write_json(record, options.json_path)
     dtypes = options.dtypes or (("bfloat16",) if device.type == "cuda" else ("float32", "bfloat16"))
     for problem in problems(options, device):
         for dtype in dtypes[:1] if problem.op in ONE_DTYPE else dtypes:
             record["problems"].append(measure(problem, dtype, device, options))
             write_json(record, options.json_path)
-    write_json(record, options.json_path)  # where there are no problems
     if options.plot_path:
         from bpo_fast_bench.kernels_plot import plot
 

@@ -69,6 +69,23 @@ def test_quick_run_writes_json_and_plots(tmp_path):
     assert record["environment"]["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_what_is_measured_is_written_once(static, compiler, monkeypatch, tmp_path):
+    """The figures of --static as soon as they are there, and then a problem at a time."""
+    write, written = kernels.write_atomic, []
+
+    def counted(path, text):
+        write(path, text)
+        record = json.loads(path.read_text())
+        written.append(("static" in record, len(record["problems"])))
+
+    compiler('{"kernels": {}, "faults": []}', 0)
+    monkeypatch.setattr(kernels, "write_atomic", counted)
+    options = {"shapes": ((9, 5, 1), (8, 4, 1)), "dtypes": ("float32",), "json_path": tmp_path / "k.json"}
+    run(KernelBench(ops=("attention",), quick=True, static=static, **options))
+    assert written == [(True, 0)] * static + [(static, 1), (static, 2)]
+
+
 def test_a_wrong_implementation_gets_no_time(monkeypatch):
     def wrong(problem, backend):
         def call(inputs):
