@@ -1,8 +1,12 @@
-"""What runs on a GPU, on one made of host memory (tests/stand_in): no speed, but every branch and every device."""
+"""What runs on a GPU, on one made of host memory (tests/stand_in): no speed, but every branch and every device.
+
+With BPO_FAST_REQUIRE_STAND_IN a machine on which it cannot run is an error.
+"""
 
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +19,16 @@ from bpo_fast.attention import has_native
 HERE = Path(__file__).parent / "stand_in"
 BPO_FAST = [sys.executable, "-W", "ignore", "-m", "bpo_fast"]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip), reason="PyTorch has GPU kernels of its own"),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
-    pytest.mark.skipif(not has_native(), reason="needs a C++ compiler"),
-]
+REASONS = {
+    "PyTorch has GPU kernels of its own": torch.version.cuda or torch.version.hip,
+    "needs triton": importlib.util.find_spec("triton") is None,
+    "needs a C++ compiler": not has_native(),
+}
+MISSING = ", ".join(reason for reason, missing in REASONS.items() if missing)
+if MISSING and os.environ.get("BPO_FAST_REQUIRE_STAND_IN"):
+    pytest.fail(f"the stand-in is required: {MISSING}", pytrace=False)
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 
 
 @pytest.fixture
