@@ -43,8 +43,8 @@ def check_alone() -> None:
     num = os.environ.get("WORLD_SIZE", "1")
     if num != "1":
         raise ValueError(
-            f"WORLD_SIZE = {num}: a run is one process on one device, and starts the sampler's processes of"
-            " sampling.tensor_parallel itself; start it without a launcher"
+            f"WORLD_SIZE = {num}: a run starts its processes itself, those of run.devices and those of"
+            " sampling.tensor_parallel; start it without a launcher"
         )
 
 

@@ -12,12 +12,13 @@ import torch
 from bpo_fast.annotate import Checked
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, sampling_params
-from bpo_fast.evaluate import shape
+from bpo_fast.evaluate import prompt_tokens, shape
 from bpo_fast.gradients import TokenBudget, microbatches
-from bpo_fast.pairs import PairCounts, PhasePairs, make_pairs
+from bpo_fast.pairs import PairCounts, PhasePairs, both_from_row, both_row, make_pairs
 from bpo_fast.plan import Phase, deal
 from bpo_fast.policy import Policy
 from bpo_fast.progress import Progress
+from bpo_fast.ranks import Ranks
 from bpo_fast.reference import Reference
 from bpo_fast.run import Run
 from bpo_fast.scoring import PairScorer
@@ -33,14 +34,15 @@ class Collector:
         annotator: scores completions.
         run: its stages are timed: `annotate` is the wait for scores once everything is sampled.
         progress: where progress is shown.
+        ranks: that share the prompts.
 
     Attributes:
         overlapped_s: seconds that the annotator has worked during the sampling of the last phase.
     """
 
-    def __init__(self, config: Config, engine: Engine, annotator: Checked, run: Run, progress: Progress):
+    def __init__(self, config: Config, engine: Engine, annotator: Checked, run: Run, progress: Progress, ranks: Ranks):
         self._config, self._engine, self._annotator = config, engine, annotator
-        self._run, self._progress = run, progress
+        self._run, self._progress, self._ranks = run, progress, ranks
         self.overlapped_s = 0.0
 
     def collect(self, phase: Phase, prompts: Sequence[Prompt], spare: Sequence[Prompt], version: int) -> PhasePairs:
@@ -62,29 +64,30 @@ class Collector:
             new_pairs, new_dropped, new_completions = self._sample(phase, more, version)
             pairs, dropped, completions = pairs + new_pairs, dropped + new_dropped, completions + new_completions
         metrics = _completion_metrics([c for c in completions if not c.aborted], pairs)
-        metrics["completions/num_retried"] = self._engine.num_retried - num_retried
+        metrics["completions/num_retried"] = sum(self._ranks.gather(self._engine.num_retried - num_retried))
         counts = PairCounts.of(pairs, (d.reason for d in dropped))
         return PhasePairs(phase.index, version, tuple(pairs), counts, metrics, num_spare, dropped=tuple(dropped))
 
     def _sample(self, phase: Phase, prompts: Sequence[Prompt], version: int):
-        config = self._config
-        title, num = f"phase {phase.index + 1}: ", 2 * len(prompts)
-        with PairScorer(self._annotator, prompts, overlap=config.annotator.overlap) as scorer:
+        config, share = self._config, self._ranks.share(prompts, prompt_tokens)
+        title, num = f"phase {phase.index + 1}: ", 2 * len(share.mine)
+        with PairScorer(self._annotator, share.mine, overlap=config.annotator.overlap) as scorer:
             with self._run.timed("rollout"), self._progress.task(title + "sampling", num) as task:
 
                 def take(done: Sequence[Completion]) -> None:
                     task.advance(len(done))
                     scorer.add(done)
 
-                completions = self._engine.generate(
-                    prompts, sampling_params(config), run_seed=config.run.seed, policy_version=version, on_done=take
+                mine = self._engine.generate(
+                    share.mine, sampling_params(config), run_seed=config.run.seed, policy_version=version, on_done=take
                 )
             start = time.perf_counter()
             with self._run.timed("annotate"), self._progress.task(title + "scoring", num) as task:
                 scores = scorer.scores()
                 task.advance(num)
             self.overlapped_s += max(0.0, scorer.busy_s - (time.perf_counter() - start))
-        pairs, dropped = make_pairs(prompts, completions, [scores[p.id] for p in prompts])
+        completions = [both_from_row(row) for row in share.gather([both_row(both) for both in mine])]
+        pairs, dropped = make_pairs(prompts, completions, share.gather([scores[p.id] for p in share.mine]))
         return pairs, dropped, [c for both in completions for c in both]
 
 
@@ -96,6 +99,7 @@ def with_reference(
     budget: TokenBudget,
     *,
     on_done: Callable[[int], None],
+    ranks: Ranks | None = None,
 ) -> PhasePairs:
     """The pairs of a phase with the reference's log-probs, computed once.
 
@@ -106,21 +110,25 @@ def with_reference(
         reference: scores them.
         budget: of a micro-batch.
         on_done: told how many pairs are done.
+        ranks: that share the pairs of every step, as they will in training.
     """
 
-    def score(pairs: Sequence[Pair], tokens: int) -> dict[int, Pair]:
+    def score(pairs: Sequence[Pair], tokens: int) -> dict[int, list[float]]:
         scored = {}
         batches = microbatches(pairs, policy, tokens)
         for batch, logps in zip(batches, reference.logps(batches), strict=True):
             for pair, both in zip(batch.pairs, logps.view(2, -1).T.tolist(), strict=True):
-                scored[id(pair)] = replace(pair, ref_logps=tuple(both))
+                scored[id(pair)] = both
         return scored
 
-    scored: dict[int, Pair] = {}
+    ranks, logps = ranks or Ranks(), []
     for step_pairs in deal(found.pairs, num_steps):
-        scored |= budget.run(partial(score, step_pairs))
+        share = ranks.share(step_pairs, policy.pair_tokens)
+        scored = budget.run(partial(score, share.mine))
+        logps += share.gather([scored[id(p)] for p in share.mine])
         on_done(len(step_pairs))
-    return replace(found, pairs=tuple(scored[id(p)] for p in found.pairs))
+    pairs = tuple(replace(p, ref_logps=tuple(both)) for p, both in zip(found.pairs, logps, strict=True))
+    return replace(found, pairs=pairs)
 
 
 @torch.no_grad()

@@ -185,6 +185,9 @@ class RunConfig:
     output_dir: str | None = knob(None, "run folder; none: runs/<task>-<ref>-<loss>-<time>")
     seed: int = knob(42, "seed of shuffle, sampling and LoRA start", ge=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+    devices: int = knob(
+        1, "devices of this machine that share the work, each with a copy of the policy; on a CPU processes", ge=1
+    )
     save_steps: int = knob(0, "checkpoint every so many steps; 0: at the end of each phase", ge=0)
     save_total_limit: int = knob(2, "complete checkpoints kept", ge=1)
     report_to: tuple[str, ...] = knob((), "trackers beside metrics.jsonl: tensorboard, wandb")

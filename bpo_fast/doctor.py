@@ -289,7 +289,9 @@ def _gpu(machine: Machine) -> Check:
     if not machine.gpus:
         return Check("GPU", "missing", "none: everything runs on the CPU")
     if machine.cuda_works:
-        return Check("GPU", "ok", "; ".join(machine.gpus))
+        num = len(machine.gpus)
+        advice = f"train --devices {num} uses all of them" if num > 1 else ""
+        return Check("GPU", "ok", "; ".join(machine.gpus), advice)
     advice = f"pip uninstall -y torch && pip install {_requirement('torch')}"
     if machine.torch_cuda is not None:
         advice = f"update the NVIDIA driver to one that serves CUDA {machine.torch_cuda}"

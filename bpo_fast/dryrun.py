@@ -7,14 +7,17 @@ from typing import Any
 from bpo_fast import machine
 from bpo_fast.config import Config
 from bpo_fast.gradients import step_gradients
-from bpo_fast.memory import GIB, Ledger, longest_pair_tokens, longest_pairs, make_ledger, token_budget
+from bpo_fast.memory import GIB, Ledger, longest_pair_tokens, longest_pairs, make_ledger, step_share, token_budget
 from bpo_fast.progress import Progress
+from bpo_fast.ranks import check_devices
 from bpo_fast.setup import Parts, build
 from bpo_fast.tasks import resolve
 
 
 def dry_run(config: Config, *, from_pairs: str | None = None, quiet: bool = False) -> dict[str, Any]:
     """Loads everything, prints the plan and the memory ledger and takes steps at the longest lengths; writes nothing.
+
+    Of several devices one is tried, with its share of a step.
 
     Two steps are taken: the moments come with the first, the peak with the second.
 
@@ -23,7 +26,9 @@ def dry_run(config: Config, *, from_pairs: str | None = None, quiet: bool = Fals
         predicted and measured are peaks of a training step, weights included.
     """
     with Progress(quiet=quiet) as progress:
-        parts = build(resolve(config), progress, from_pairs=from_pairs)
+        config = resolve(config)
+        check_devices(config)
+        parts = build(config, progress, from_pairs=from_pairs)
         plan = parts.plan
         out: dict[str, Any] = {"steps": plan.num_steps, "phases": len(plan.phases), "pairs": plan.num_prompts}
         ledger = make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
@@ -41,7 +46,7 @@ def dry_run(config: Config, *, from_pairs: str | None = None, quiet: bool = Fals
 
 def _try_steps(parts: Parts, ledger: Ledger) -> dict[str, Any]:
     config = parts.config
-    pairs = longest_pairs(config, parts.policy, config.method.batch_pairs or 1)
+    pairs = longest_pairs(config, parts.policy, step_share(config))
     longest = longest_pair_tokens(config, parts.policy)
     budget = token_budget(config, parts.policy)
     config = replace(config, optim=replace(config.optim, microbatch_tokens=budget.tokens))

@@ -11,6 +11,7 @@ from typing import Any
 
 from bpo_fast.annotate import Checked
 from bpo_fast.engine import Engine, SamplingParams
+from bpo_fast.ranks import Ranks
 from bpo_fast.types import Completion, Prompt
 
 EvalRow = dict[str, Any]
@@ -26,6 +27,7 @@ def judge_greedy(
     policy_version: int,
     when: str,
     task,
+    ranks: Ranks | None = None,
 ) -> list[EvalRow]:
     """Decodes greedily and scores outputs and reference texts.
 
@@ -38,18 +40,20 @@ def judge_greedy(
         policy_version: optimizer steps taken.
         when: "before", "after" or "step".
         task: progress task; it advances by one a prompt.
+        ranks: that share the prompts.
 
     Returns:
         One row a prompt, as RUN/eval.jsonl holds them; none where the engine gave the output up.
     """
+    share = (ranks or Ranks()).share(prompts, prompt_tokens)
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0, stop=stop)
     sampled = engine.generate(
-        prompts, params, run_seed=0, policy_version=policy_version, on_done=lambda done: task.advance(len(done))
+        share.mine, params, run_seed=0, policy_version=policy_version, on_done=lambda done: task.advance(len(done))
     )
-    prompts, outputs = whole(prompts, sampled)
-    judged = {j.name: against_labels(j, prompts, outputs) for j in judges}
-    return [
-        {
+    mine, outputs = whole(share.mine, sampled)
+    judged = {j.name: against_labels(j, mine, outputs) for j in judges}
+    rows = {
+        prompt.id: {
             "when": when,
             "step": policy_version,
             "prompt_id": prompt.id,
@@ -62,8 +66,14 @@ def judge_greedy(
             "scores": {name: both[i][0] for name, both in judged.items()},
             "label_scores": {name: both[i][1] for name, both in judged.items()},
         }
-        for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
-    ]
+        for i, (prompt, output) in enumerate(zip(mine, outputs, strict=True))
+    }
+    return [row for row in share.gather([rows.get(prompt.id) for prompt in share.mine]) if row]
+
+
+def prompt_tokens(prompt: Prompt) -> int:
+    """What prompts are dealt to ranks by."""
+    return len(prompt.ids)
 
 
 def whole(prompts: Sequence[Prompt], sampled: Sequence[Sequence[Completion]]) -> tuple[list[Prompt], list[Completion]]:

@@ -17,6 +17,7 @@ from bpo_fast.config import MethodConfig, OptimConfig
 from bpo_fast.engine import request_seed
 from bpo_fast.packing import PairBatch, split
 from bpo_fast.policy import Policy
+from bpo_fast.ranks import Ranks
 from bpo_fast.types import Pair
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,13 @@ GPU_TOKENS, CPU_TOKENS = 8192, 1536
 def microbatch_tokens(config: OptimConfig, device: torch.device, longest: int) -> int:
     """`optim.microbatch_tokens`, or what suits the device if that is 0: enough for the longest pair of all members."""
     return config.microbatch_tokens or max(CPU_TOKENS if device.type == "cpu" else GPU_TOKENS, longest)
+
+
+# what a step reports of each pair
+MEASURED = (
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("logps/chosen", "logps/rejected"),
+)
 
 
 class TokenBudget:
@@ -81,53 +89,73 @@ def microbatches(pairs: Sequence[Pair], policy: Policy, max_tokens: int) -> list
 
 
 def step_gradients(
-    pairs: Sequence[Pair], policy: Policy, method: MethodConfig, *, max_tokens: int, seed: tuple[int, int] | None = None
+    pairs: Sequence[Pair],
+    policy: Policy,
+    method: MethodConfig,
+    *,
+    max_tokens: int,
+    num_pairs: int | None = None,
+    seed: tuple[int, int, int] | None = None,
 ) -> dict[str, Any]:
     """Leaves the gradients of every member in place, those of before forgotten.
 
     Args:
-        pairs: of the whole step, at least one.
+        pairs: of the step, or a rank's share of them.
         policy: in training.
         method: loss, beta and label smoothing.
         max_tokens: of a micro-batch.
-        seed: (run seed, step) of LoRA's dropout; None without one.
+        num_pairs: of the whole step; None: these.
+        seed: (run seed, step, rank) of LoRA's dropout; None without one.
 
     Returns:
         What the step reports: {"tokens": int} and means over pairs and members, on the device.
     """
-    num_members = policy.num_members
+    num_members, num_pairs = policy.num_members, num_pairs or len(pairs)
     for parameter in policy.parameters():
         parameter.grad = None
     sums: dict[str, Any] = {"tokens": 0}
     policy.model.train()
     for i, batch in enumerate(microbatches(pairs, policy, max_tokens)):
         if seed is not None:
-            torch.manual_seed(request_seed(*seed, i, 0))
+            torch.manual_seed(request_seed(*seed[:2], i, seed[2]))
         with policy.members():
             repeated = batch.repeat(num_members)
             ref_logps = _ref_logps(batch.pairs, num_members, policy.device)
-            loss, parts = policy.loss(repeated, ref_logps, method, num_pairs=len(pairs))
+            loss, parts = policy.loss(repeated, ref_logps, method, num_pairs=num_pairs)
             loss.backward()
         sums["tokens"] += batch.num_tokens * num_members
         for name, value in _measured(parts, method.beta).items():
-            sums[name] = sums.get(name, 0.0) + value.sum() / (len(pairs) * num_members)
+            sums[name] = sums.get(name, 0.0) + value.sum() / (num_pairs * num_members)
     policy.model.eval()
     return sums
 
 
+@torch.no_grad()
+def sum_over_ranks(sums: dict[str, Any], policy: Policy, ranks: Ranks) -> dict[str, Any]:
+    """Sums the gradients of all ranks, in place, and what `step_gradients` returned for their shares of a step.
+
+    A share may be empty, and its rank without gradients.
+    """
+    if ranks.size == 1:
+        return sums
+    for parameter in policy.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    values = [float(sums["tokens"]), *(sums.get(name, 0.0) for name in MEASURED)]
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=policy.device) for v in values])
+    ranks.sum_([*(p.grad for p in policy.parameters() if p.grad is not None), total])
+    return {"tokens": int(total[0])} | dict(zip(MEASURED, total[1:].float(), strict=True))
+
+
 def _measured(parts: PairLoss, beta: float) -> dict[str, Tensor]:
-    """What a step reports of each pair."""
+    """`MEASURED` of each pair."""
     chosen, rejected = parts.policy_logps.chunk(2)
-    ref_chosen, ref_rejected = parts.ref_logps.chunk(2)
-    return {
-        "loss": parts.loss.detach(),
-        "rewards/chosen": beta * (chosen - ref_chosen),
-        "rewards/rejected": beta * (rejected - ref_rejected),
-        "rewards/margins": beta * parts.margins,
-        "rewards/accuracies": (parts.margins > 0).float(),
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
-    }
+    rewards = beta * (parts.policy_logps - parts.ref_logps)
+    values = (
+        *(parts.loss.detach(), *rewards.chunk(2), beta * parts.margins, (parts.margins > 0).float()),
+        *(chosen, rejected),
+    )
+    return dict(zip(MEASURED, values, strict=True))
 
 
 def _ref_logps(pairs: Sequence[Pair], num_members: int, device: torch.device) -> Tensor | None:

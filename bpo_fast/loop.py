@@ -2,22 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from bpo_fast import report
 from bpo_fast.checkpoint import TrainerState, load_checkpoint, read_state, save_checkpoint
 from bpo_fast.collect import Collector, divergence, with_reference
 from bpo_fast.engine import SamplingParams
-from bpo_fast.evaluate import EvalRow, as_metrics, judge_greedy, summarise
+from bpo_fast.evaluate import EvalRow, as_metrics, judge_greedy, prompt_tokens, summarise
 from bpo_fast.flops import StepFlop
-from bpo_fast.gradients import step_gradients
+from bpo_fast.gradients import step_gradients, sum_over_ranks
 from bpo_fast.machine import peak_memory_gib, reset_peak
 from bpo_fast.memory import make_ledger, token_budget
-from bpo_fast.metrics import Metrics, read_metrics
+from bpo_fast.metrics import Metrics, Unlogged, read_metrics
 from bpo_fast.optim import learning_rate
 from bpo_fast.pairs import PairCounts, PhasePairs, read_pairs, write_pairs
 from bpo_fast.plan import Phase, deal
 from bpo_fast.progress import Progress
+from bpo_fast.ranks import Ranks
 from bpo_fast.run import Run
 from bpo_fast.run_folder import pairs_words
 from bpo_fast.sampler_reference import with_sampler_reference
@@ -32,10 +34,11 @@ class Loop:
         parts: models, data, plan.
         run: the run folder; a resumed one is put back to its newest checkpoint here.
         progress: where progress is shown.
+        ranks: that share the work; rank 0 writes.
     """
 
-    def __init__(self, parts: Parts, run: Run, progress: Progress):
-        self._parts, self._run, self._progress = parts, run, progress
+    def __init__(self, parts: Parts, run: Run, progress: Progress, ranks: Ranks | None = None):
+        self._parts, self._run, self._progress, self._ranks = parts, run, progress, ranks or Ranks()
         self._config, self._policy = parts.config, parts.policy
         self._budget = token_budget(parts.config, parts.policy)
         self._flop = StepFlop.of(parts.policy)
@@ -53,14 +56,16 @@ class Loop:
             run.seconds = dict(state.seconds)
             progress.print(f"resuming at step {state.step} of {parts.plan.num_steps}")
         self._policy.version = self.num_steps
-        self._metrics = Metrics(run.path, self._config.run.report_to, keep_lines=num_lines if run.resume else None)
+        keep_lines = num_lines if run.resume else None
+        is_main = self._ranks.is_main
+        self._metrics = Metrics(run.path, self._config.run.report_to, keep_lines=keep_lines) if is_main else Unlogged()
         self._saved_step = self.num_steps if run.checkpoint else -1
         self._memory: dict[str, float] = {}
         self._refreshed: dict[str, float] = {}
         self._peak_gib = 0.0
         self._seconds_before_phase = dict(run.seconds)
         if parts.annotator is not None:
-            self._collector = Collector(self._config, parts.engine, parts.annotator, run, progress)
+            self._collector = Collector(self._config, parts.engine, parts.annotator, run, progress, self._ranks)
 
     def print_memory(self) -> None:
         """Prints the memory ledger before the first step; its parts stand in the line of every phase."""
@@ -78,6 +83,7 @@ class Loop:
         self._seconds_before_phase = dict(self._run.seconds)
         self._peak_gib = self._run_peak_gib()
         reset_peak()
+        self._ranks.check_same(self._policy.parameters())
         with self._run.critical():
             # also where a resumed run goes on with a phase: its sampler has the weights that it was opened on
             self._refreshed = self._parts.engine.refresh(self.num_steps)
@@ -96,11 +102,12 @@ class Loop:
             nothing_scored = new.counts.unscored == p.last_prompt - p.first_prompt
             if not new.pairs and (p.num_steps > 1 or nothing_scored):
                 self._stop_without_pairs(new)
-            write_pairs(self._run.pairs_path(p.index), new)
+            self._write_pairs(self._run.pairs_path(p.index), new)
+        self._ranks.wait()  # for rank 0 to have written them
         found = read_pairs(path)
         if not found.scored:
             found = self._score_reference(phase, found)
-            write_pairs(path, found)
+            self._write_pairs(path, found)
         return found
 
     def remaining_steps(self, phase: Phase, found: PhasePairs) -> Iterator[tuple[int, list[Pair]]]:
@@ -132,7 +139,7 @@ class Loop:
             values |= {"learning_rate": learning_rate(self._config.optim, step, self._parts.plan.num_steps)}
             values |= {"grad_norm": norm, "num_tokens": self._num_tokens, "pairs/step": len(pairs)}
             values |= {"phase": self._phase, "policy_version": self.num_steps, "bad_step": int(not finite)}
-            values |= self._flop.rates(pairs, self._run.seconds["train"] - seconds_before)
+            values |= self._flop.rates(self._share(pairs), self._run.seconds["train"] - seconds_before)
             self._metrics.log("step", self.num_steps, values)
             self._note = f"loss {values['loss']:.4f}" if "loss" in values else "no pairs"
             if self._num_bad_steps >= self._config.optim.max_bad_steps:
@@ -171,9 +178,10 @@ class Loop:
         mine = [r for r in rows if r["when"] == when and r["step"] == self.num_steps]
         self._parts.engine.refresh(self.num_steps)
         seconds_before = self._run.seconds.get("eval", 0.0)
-        with self._run.timed("eval"), self._progress.task(f"evaluation {when}", len(parts.held_out)) as task:
+        num_mine = len(self._ranks.share(parts.held_out, prompt_tokens).mine)
+        with self._run.timed("eval"), self._progress.task(f"evaluation {when}", num_mine) as task:
             assert config.sampling.max_new_tokens, "resolve() has set it"
-            if not mine:
+            if not mine:  # and so for all ranks: rank 0 writes them once it has those of all
                 mine = judge_greedy(
                     parts.engine,
                     parts.held_out,
@@ -183,8 +191,13 @@ class Loop:
                     policy_version=self.num_steps,
                     when=when,
                     task=task,
+                    ranks=self._ranks,
                 )
-                self._run.write_eval(rows + mine)
+                if self._ranks.is_main:
+                    self._run.write_eval(rows + mine)
+            if not self._ranks.is_main:
+                self._evaluated_step = self.num_steps
+                return
             summary = self._summarise(mine) | {"kl": self._held_out_kl() if self.num_steps else 0.0}
         seconds = self._run.seconds["eval"] - seconds_before
         with self._run.critical():
@@ -193,7 +206,7 @@ class Loop:
 
     def save(self) -> None:
         """Writes a checkpoint of the step reached, unless it is there."""
-        if self._saved_step == self.num_steps:
+        if self._saved_step == self.num_steps or not self._ranks.is_main:
             return
         state = TrainerState(
             step=self.num_steps,
@@ -216,7 +229,9 @@ class Loop:
         self._saved_step = self.num_steps
 
     def finish(self) -> dict[str, Any]:
-        """Writes summary.json and report.html."""
+        """Writes summary.json and report.html; returns the summary, on rank 0."""
+        if not self._ranks.is_main:
+            return {}
         config, rows = self._config, self._run.read_eval()
         counts = PairCounts()
         for phase in self._parts.plan.phases:
@@ -288,21 +303,38 @@ class Loop:
                 found = with_sampler_reference(found, self._policy, self._budget, tolerance=tolerance)
             else:
                 found = with_reference(
-                    found, phase.num_steps, self._policy, self._parts.reference, self._budget, on_done=task.advance
+                    found,
+                    phase.num_steps,
+                    self._policy,
+                    self._parts.reference,
+                    self._budget,
+                    on_done=task.advance,
+                    ranks=self._ranks,
                 )
-            ref = self._config.method.ref
-            sample = divergence(found.pairs[: self._config.eval.kl_prompts], self._policy, self._budget, ref=ref)
+            ref, num = self._config.method.ref, self._config.eval.kl_prompts if self._ranks.is_main else 0
+            sample = divergence(found.pairs[:num], self._policy, self._budget, ref=ref)
         metrics = found.metrics | {f"objective/{k}": v for k, v in sample.items()}
         return replace(found, metrics=metrics, scored=True)
 
     def _gradients(self, step: int, pairs: Sequence[Pair]) -> dict[str, Any]:
         if not pairs:
             return {}
-        config = self._config
-        seed = (config.run.seed, step) if config.model.lora_dropout else None
-        return self._budget.run(
-            lambda tokens: step_gradients(pairs, self._policy, config.method, max_tokens=tokens, seed=seed)
+        config, mine = self._config, self._share(pairs)
+        seed = (config.run.seed, step, self._ranks.rank) if config.model.lora_dropout else None
+        sums = self._budget.run(
+            lambda tokens: step_gradients(
+                mine, self._policy, config.method, max_tokens=tokens, num_pairs=len(pairs), seed=seed
+            )
         )
+        return sum_over_ranks(sums, self._policy, self._ranks)
+
+    def _share(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """This rank's pairs of a step."""
+        return self._ranks.share(pairs, self._policy.pair_tokens).mine
+
+    def _write_pairs(self, path: Path, found: PhasePairs) -> None:
+        if self._ranks.is_main:
+            write_pairs(path, found)
 
     def _summarise(self, rows: list[EvalRow]) -> dict[str, Any]:
         num_aborted = len(self._parts.held_out) - len(rows)
@@ -330,13 +362,13 @@ class Loop:
 
     def _stop_without_pairs(self, found: PhasePairs) -> None:
         path = self._run.path / "no-pairs.jsonl"
-        write_pairs(path, found)
+        self._write_pairs(path, found)
         counts = pairs_words(vars(found.counts))
         raise ValueError(f"phase {found.phase + 1}: no pair left to train on ({counts}); see {path}")
 
     def _stop_on_bad_steps(self, pairs: Sequence[Pair]) -> None:
         path = self._run.path / "bad-batch.jsonl"
-        write_pairs(path, PhasePairs(self._phase, self.num_steps, tuple(pairs), PairCounts(kept=len(pairs)), {}))
+        self._write_pairs(path, PhasePairs(self._phase, self.num_steps, tuple(pairs), PairCounts(kept=len(pairs)), {}))
         raise RuntimeError(
             f"loss or gradient not finite in {self._num_bad_steps} steps in a row (optim.max_bad_steps); see {path}"
         )

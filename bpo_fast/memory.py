@@ -21,7 +21,6 @@ from bpo_fast.config import Config
 from bpo_fast.engine import Engine, sampling_params
 from bpo_fast.gradients import TokenBudget, microbatch_tokens, microbatches
 from bpo_fast.optim import Optimizer
-from bpo_fast.packing import pair_tokens
 from bpo_fast.policy import Policy
 from bpo_fast.types import Completion, Pair, Prompt
 
@@ -91,10 +90,15 @@ def longest_pairs(config: Config, policy: Policy, num_pairs: int) -> list[Pair]:
     return [Pair(prompt, answer, answer, 1.0, 0.0)] * num_pairs
 
 
+def step_share(config: Config) -> int:
+    """Pairs of a step that a device takes at most."""
+    return -(-(config.method.batch_pairs or 1) // config.run.devices)
+
+
 def longest_pair_tokens(config: Config, policy: Policy) -> int:
     """Tokens that a pair at the limits takes of a micro-batch, for all members."""
     (pair,) = longest_pairs(config, policy, 1)
-    return pair_tokens(pair, policy.shares_prompts) * policy.num_members
+    return policy.pair_tokens(pair) * policy.num_members
 
 
 def token_budget(config: Config, policy: Policy) -> TokenBudget:
@@ -119,7 +123,7 @@ def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, engine: En
         engine: the sampler, for its KV cache.
     """
     assert config.data.max_prompt_length, "resolve() has set it"
-    step_pairs = longest_pairs(config, policy, config.method.batch_pairs or 1)
+    step_pairs = longest_pairs(config, policy, step_share(config))
     batches = microbatches(step_pairs, policy, token_budget(config, policy).tokens)
     largest = max(len(b.pairs) for b in batches)
     few, more = (min(n, largest) for n in PROBES)

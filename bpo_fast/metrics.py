@@ -93,6 +93,23 @@ class Metrics:
             tracker.close()
 
 
+class Unlogged(Metrics):
+    """Drops what is logged: rank 0 has the file."""
+
+    def __init__(self) -> None: ...
+
+    @property
+    def num_lines(self) -> int:
+        """None."""
+        return 0
+
+    def log(self, kind: str, step: int, values: Mapping[str, float | int | str]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of RUN/metrics.jsonl in order, without a torn last one; empty if there is no file."""
     return [json.loads(line) for line in _complete_lines(run_dir / METRICS_FILE)]

@@ -110,6 +110,16 @@ def make_pairs(
     return pairs, dropped
 
 
+def both_row(both: Sequence[Completion]) -> list[dict[str, Any]]:
+    """Two completions as JSON between processes; `both_from_row` takes them back."""
+    return [vars(side) for side in both]
+
+
+def both_from_row(row: Sequence[dict[str, Any]]) -> list[Completion]:
+    """See `both_row`."""
+    return [_from_side(side) for side in row]
+
+
 def write_pairs(path: Path, phase: PhasePairs) -> None:
     """Writes a phase's pairs and what it dropped, all or nothing."""
     header = {

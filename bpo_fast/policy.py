@@ -32,7 +32,7 @@ from bpo_fast.dequantise import dense_, loading_options, quantised_by, quietly
 from bpo_fast.head import probe_head
 from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_errors, position_limit, trunk_of
 from bpo_fast.lora import LoraEnsemble
-from bpo_fast.packing import PairBatch, pack_apart, pack_shared
+from bpo_fast.packing import PairBatch, pack_apart, pack_shared, pair_tokens
 from bpo_fast.types import Completion, Pair, Prompt
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,10 @@ class Policy:
         if self.lora:
             return {n: self.lora.delta(n).contiguous() for n in self.lora.names}
         return {n: p.detach().clone() for n, p in self.model.named_parameters()}
+
+    def pair_tokens(self, pair: Pair) -> int:
+        """What a pair takes of a micro-batch of one member."""
+        return pair_tokens(pair, self.shares_prompts)
 
     def pack(self, pairs: Sequence[Pair]) -> PairBatch:
         """One micro-batch in the form that the model's attention allows."""

@@ -74,7 +74,7 @@ class Progress:
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False):
         self._console = console or Console(stderr=True)
-        self._quiet = quiet
+        self.quiet = quiet
         self._short_kinds: set[str] = set()
         self._last_line = time.monotonic()
         self._bars = None
@@ -123,6 +123,6 @@ class Progress:
 
     def print(self, message: str) -> None:
         """Print one line of plain text, above the bars if there are any."""
-        if not self._quiet:
+        if not self.quiet:
             self._last_line = time.monotonic()
             self._console.print(message, markup=False, highlight=False, soft_wrap=True)

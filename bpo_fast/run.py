@@ -19,21 +19,29 @@ from bpo_fast.doctor import environment
 from bpo_fast.evaluate import EvalRow
 from bpo_fast.files import remove_temporaries, write_atomic
 from bpo_fast.interrupts import interrupts_call
+from bpo_fast.ranks import Ranks
 
-MAY_CHANGE = {"run.output_dir", "run.save_steps", "run.save_total_limit", "run.report_to", "sampling.batch_size"}
+MAY_CHANGE = {
+    *("run.output_dir", "run.save_steps", "run.save_total_limit", "run.report_to", "run.devices"),
+    "sampling.batch_size",
+}
 
 
 class Run:
-    """A run folder that this process writes to.
+    """A run folder; rank 0 writes to it.
 
     Args:
         path: the folder.
         resume: True if it must already hold a run.
+
+    Attributes:
+        was_finished: whether it held a finished run when it was opened.
     """
 
     def __init__(self, path: Path, *, resume: bool):
         self.path = path
         self.resume = resume
+        self.was_finished = (path / "summary.json").exists()
         self.seconds: dict[str, float] = {}
         self._critical = False
         self._pending = False
@@ -105,13 +113,16 @@ class Run:
             raise KeyboardInterrupt
 
 
-def open_run(config: Config, *, resume: Path | None, command: list[str]) -> tuple[Config, Run]:
+def open_run(
+    config: Config, *, resume: Path | None, command: list[str], ranks: Ranks | None = None
+) -> tuple[Config, Run]:
     """Opens a new run folder, or an old one to go on with.
 
     Args:
         config: resolved settings.
         resume: folder of the run to go on with, or None for a new one.
         command: what the user typed, for env.json.
+        ranks: of the run; rank 0 makes the folder, the others are told where it is.
 
     Returns:
         (the settings with the output folder filled in, the run)
@@ -119,6 +130,16 @@ def open_run(config: Config, *, resume: Path | None, command: list[str]) -> tupl
     Raises:
         ValueError: a new run in a folder that holds one, or settings that differ from those of the run to resume.
     """
+    ranks = ranks or Ranks()
+    if not ranks.is_main:
+        path = Path(ranks.gather("")[0])
+        return configs.replace(config, {"run.output_dir": str(path)}), Run(path, resume=resume is not None)
+    config, run = _open_as_main(config, resume, command)
+    ranks.gather(str(run.path))
+    return config, run
+
+
+def _open_as_main(config: Config, resume: Path | None, command: list[str]) -> tuple[Config, Run]:
     if resume is not None:
         _check_same(config, resume)
         remove_temporaries(resume)

@@ -93,7 +93,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     reference = Reference(policy, config.method, config.model, max_length=max_length)
     members = policy.num_members if policy.lora else None
     optimizer = Optimizer(policy.parameters(), config.optim, num_steps=plan.num_steps, num_members=members)
-    judges = judge_specs(config)
+    judges, scoring = judge_specs(config), _share_requests(config)
     held_out = held_out_prompts(config, policy.tokenizer, usable, progress) if judges else ()
     return Parts(
         config=replace(
@@ -106,8 +106,8 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
         engine=engine,
         reference=reference,
         optimizer=optimizer,
-        annotator=None if replayed is not None else _annotator(config, device),
-        judges=tuple(load_scorer(j, config, device) for j in judges) if held_out else (),
+        annotator=None if replayed is not None else _annotator(scoring, device),
+        judges=tuple(load_scorer(j, scoring, device) for j in judges) if held_out else (),
         prompts=usable[:num_pairs],
         spare=usable[num_pairs:] if replayed is None else (),
         held_out=held_out,
@@ -158,6 +158,12 @@ def _load_on_vllm(config: Config, device: torch.device, max_length: int, say: Ca
             f"sampling.engine = vllm: vLLM {versions.installed()} does not import ({said}); choose sampling.engine = hf"
         ) from error
     return load_on_vllm(config, device, max_length, say)
+
+
+def _share_requests(config: Config) -> Config:
+    """An endpoint sees as many requests at once from several devices as from one."""
+    requests = max(1, config.annotator.requests // config.run.devices)
+    return replace(config, annotator=replace(config.annotator, requests=requests))
 
 
 def _annotator(config: Config, device: torch.device) -> Checked:

@@ -9,8 +9,6 @@ import json
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from bpo_fast.allocator import keep_freed_memory
 from bpo_fast.config import Config
 from bpo_fast.export import export
 from bpo_fast.sweep import FAILED, FINISHED, INTERRUPTED
-from bpo_fast.threads import leaves_threads
+from bpo_fast.threads import call_when_orphaned, leaves_threads
 from bpo_fast.train import train
 
 
@@ -62,16 +60,10 @@ def _golden(run: Path) -> Path:
     return folder
 
 
-def _end_with(parent: int) -> None:
-    """A worker whose sweep was killed must not write on beside the next one."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def main() -> None:
     """Answers requests until the input ends."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # a worker whose sweep was killed must not write on beside the next one
+    call_when_orphaned(lambda: os.kill(os.getpid(), signal.SIGTERM))
     # what libraries print must not get among the answers
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -5,7 +5,8 @@ them; and OpenMP's, which share their cores with other programs.
 import os
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -22,6 +23,18 @@ def share_cores() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+def call_when_orphaned(action: Callable[[], None]) -> None:
+    """Calls `action`, in a thread, once the process that started this one is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        action()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Threads(ThreadPoolExecutor):

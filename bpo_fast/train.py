@@ -17,7 +17,8 @@ from bpo_fast.config import Config
 from bpo_fast.loop import Loop
 from bpo_fast.metrics import check_trackers
 from bpo_fast.progress import Progress
-from bpo_fast.run import check_free, open_run
+from bpo_fast.ranks import Ranks, started
+from bpo_fast.run import Run, check_free, open_run
 from bpo_fast.setup import build
 from bpo_fast.tasks import resolve
 
@@ -45,35 +46,52 @@ def train(
     check_trackers(config.run.report_to)
     if resume is None and config.run.output_dir:
         check_free(Path(config.run.output_dir))
-    with Progress(quiet=quiet) as progress:
-        parts = build(config, progress, from_pairs=from_pairs)
-        config, run = open_run(parts.config, resume=resume, command=sys.argv)
-        finished = run.read_summary()
-        if finished is not None:
-            progress.print(f"{run.path}: this run has finished")
-            return finished
-        loop = Loop(replace(parts, config=config), run, progress)
-        with run.interruptible():
-            try:
-                if not quiet:
-                    loop.print_memory()
-                loop.evaluate("before")
-                for phase in loop.remaining_phases():
-                    found = loop.collect(phase)  # the behavior: the average of the members as they are now
-                    for step, pairs in loop.remaining_steps(phase, found):
-                        loop.step(step, pairs)
-                    loop.end_phase(phase, found)
-                loop.evaluate("after")
-                summary = loop.finish()
-            except KeyboardInterrupt:
-                loop.save()
-                progress.print(f"interrupted at step {loop.num_steps}; go on with --resume {run.path}")
-                raise
-            finally:
-                loop.close()
-    if not quiet:
+    with Progress(quiet=quiet) as progress, started(config, resume=resume, from_pairs=from_pairs) as ranks:
+        run, summary = run_rank(config, ranks, progress, resume=resume, from_pairs=from_pairs)
+    if not quiet and not run.was_finished:
         console = Console()
         report.print_summary(summary, console)
         report.print_examples(run.read_eval(), console)
         console.print(f"report: {run.path / 'report.html'}", soft_wrap=True, highlight=False)
     return summary
+
+
+def run_rank(
+    config: Config, ranks: Ranks, progress: Progress, *, resume: Path | None, from_pairs: str | None
+) -> tuple[Run, dict[str, Any]]:
+    """What every process of a run does; rank 0 writes it down.
+
+    Args:
+        config: resolved settings.
+        ranks: of the run.
+        progress: where progress is shown.
+        resume, from_pairs: as `train` takes them.
+
+    Returns:
+        (the run, what summary.json holds)
+    """
+    parts = build(config, progress, from_pairs=from_pairs)
+    ranks.connect(parts.policy.device)
+    config, run = open_run(parts.config, resume=resume, command=sys.argv, ranks=ranks)
+    if run.was_finished:
+        progress.print(f"{run.path}: this run has finished")
+        return run, run.read_summary() or {}
+    loop = Loop(replace(parts, config=config), run, progress, ranks)
+    with run.interruptible():
+        try:
+            if not progress.quiet:
+                loop.print_memory()
+            loop.evaluate("before")
+            for phase in loop.remaining_phases():
+                found = loop.collect(phase)  # the behavior: the average of the members as they are now
+                for step, pairs in loop.remaining_steps(phase, found):
+                    loop.step(step, pairs)
+                loop.end_phase(phase, found)
+            loop.evaluate("after")
+            return run, loop.finish()
+        except KeyboardInterrupt:
+            loop.save()
+            progress.print(f"interrupted at step {loop.num_steps}; go on with --resume {run.path}")
+            raise
+        finally:
+            loop.close()

@@ -84,6 +84,7 @@ OTHER = {
     "eval.eval_steps": (10, "10"),
     "run.output_dir": ("runs/x", "runs/x"),
     "run.seed": (7, "7"),
+    "run.devices": (2, "2"),
     "run.device": ("cpu", "cpu"),
     "run.save_steps": (5, "5"),
     "run.save_total_limit": (1, "1"),

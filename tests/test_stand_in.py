@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bpo_fast.attention import has_native
 
@@ -37,10 +38,9 @@ def run(monkeypatch):
     monkeypatch.syspath_prepend(HERE)
     from stand_in import environment
 
-    env = environment() | {"OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] += f":{HERE.parent}"  # toy_annotator
-
     def run(command):
+        env = environment() | {"OMP_NUM_THREADS": "1"}
+        env["PYTHONPATH"] += f":{HERE.parent}"  # toy_annotator
         done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         return done.stdout + done.stderr
@@ -71,6 +71,17 @@ def test_train(run, tiny_args, tmp_path, form):
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 6
     assert all(map(math.isfinite, losses))
+
+
+def test_two_devices_end_as_one(run, tiny_args, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    outs = [tmp_path / f"run-{num}" for num in (1, 2)]
+    for num, out in enumerate(outs, 1):
+        form = ("--devices", str(num), "--members", "2", "--set", "model.dtype=float32")
+        run([*BPO_FAST, *tiny_args, "--device", "cuda", *form, "--out", out])
+    one, two = (load_file(out / "checkpoint-6" / "adapter_model.safetensors") for out in outs)
+    for name in one:
+        assert (one[name] - two[name]).norm() <= 1e-4 * one[name].norm(), name
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(run, tiny_args, tmp_path):

@@ -1,5 +1,8 @@
 """Annotators for whole runs, named `scorers:NAME`."""
 
+import os
+import sys
+
 
 def by_id_sum(prompts, completions, completion_ids, **columns):
     """A number that differs for almost all different completions."""
@@ -10,3 +13,22 @@ def tie_every_third(prompts, completions, completion_ids, **columns):
     """The same score for every completion of a third of the prompts."""
     scores = by_id_sum(prompts, completions, completion_ids)
     return [0 if sum(map(ord, p)) % 3 == 0 else s for p, s in zip(prompts, scores, strict=True)]
+
+
+def fails_beside_rank_0(prompts, completions, completion_ids, **columns):
+    """Scores in rank 0; other ranks refuse."""
+    if _is_worker():
+        raise ValueError("no scores here")
+    return by_id_sum(prompts, completions, completion_ids)
+
+
+def dies_beside_rank_0(prompts, completions, completion_ids, **columns):
+    """Scores in rank 0; other ranks end without a word but their last."""
+    if _is_worker():
+        print("the last words", file=sys.stderr, flush=True)
+        os._exit(7)
+    return by_id_sum(prompts, completions, completion_ids)
+
+
+def _is_worker() -> bool:
+    return sys.modules["__main__"].__spec__.name == "bpo_fast.rank_worker"

@@ -414,7 +414,7 @@ def test_several_processes_of_a_launcher_are_refused(tiny_args, tmp_path, monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(
         [*tiny_args, "--out", "run"],
-        "WORLD_SIZE = 2: a run is one process on one device, and starts the sampler's processes of sampling.tensor_",
+        "WORLD_SIZE = 2: a run starts its processes itself",
     )
     assert not (tmp_path / "run").exists()
 

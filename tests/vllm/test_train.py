@@ -213,3 +213,25 @@ def test_ctrl_c_during_generation_writes_a_checkpoint_and_exits_with_130(llama_d
     assert sum(line.startswith("sampling: vLLM") for line in lines) == 1
     [checkpoint] = complete_checkpoints(out)
     assert json.loads((checkpoint / "trainer_state.json").read_text())["step"] == 0
+
+
+@pytest.mark.parametrize("form", [{"model__full": True}, {"model__members": 2}], ids=["full", "lora"])
+def test_two_devices_with_a_sampler_each_end_as_one(llama_dir, tiny_data, tmp_path, form):
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for num, run in enumerate(runs, 1):
+        train(settings(llama_dir, **knobs(tiny_data, run, run__devices=num, **form)), quiet=True)
+    (pairs, _, weights), (other_pairs, _, other_weights) = map(contents, runs)
+    ids = [
+        [(row["chosen"]["ids"], row["rejected"]["ids"]) for text in found.values() for row in rows(text)]
+        for found in (pairs, other_pairs)
+    ]
+    assert ids[0] == ids[1]
+    assert weights.keys() == other_weights.keys()
+    for file in (file for file in weights if file.endswith("model.safetensors")):
+        for name, tensor in weights[file].items():
+            assert (other_weights[file][name] - tensor).norm() <= 1e-4 * tensor.norm(), (file, name)
+
+
+def rows(text: bytes):
+    """The pairs of a file of recorded pairs."""
+    return [row for line in text.splitlines()[1:] if "dropped" not in (row := json.loads(line))]

@@ -112,7 +112,7 @@ def cuda_functions(ops):
         **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True),
         **dict.fromkeys(("current_stream", "default_stream"), stream),
         "is_current_stream_capturing": False,
-        "device_count": 1,
+        "device_count": len(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")),  # all of them this process's own
         "current_device": 0,
         "get_device_capability": (9, 0),
         "get_device_name": facts.name,

@@ -1,0 +1,45 @@
+"""A rank of a run beside rank 0, `python -m bpo_fast.rank_worker`: what to do comes in as JSON; nothing goes out.
+
+An error is one line in the log, which rank 0 reads when the process has ended.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import typer
+
+from bpo_fast import config as configs
+from bpo_fast.allocator import keep_freed_memory
+from bpo_fast.cli_errors import reports_errors
+from bpo_fast.config import Config
+from bpo_fast.threads import call_when_orphaned, leaves_threads, share_cores
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.command()
+@reports_errors
+def work() -> None:
+    """Follows rank 0 through the run."""
+    order = json.load(sys.stdin)
+    sys.path[:] = order["path"]
+    # torch is loaded here, after OpenMP's settings
+    from bpo_fast.progress import Progress
+    from bpo_fast.ranks import Group
+    from bpo_fast.train import run_rank
+
+    ranks = Group(order["rank"], order["size"], Path(order["meeting"]))
+    config = configs.replace(Config(), order["config"])
+    resume = Path(order["resume"]) if order["resume"] else None
+    with Progress(quiet=True) as progress:
+        run_rank(config, ranks, progress, resume=resume, from_pairs=order["from_pairs"])
+
+
+if __name__ == "__main__":
+    call_when_orphaned(lambda: os._exit(1))
+    share_cores()
+    keep_freed_memory()
+    with leaves_threads():
+        app()

@@ -1,0 +1,304 @@
+"""Data parallelism on one machine: a process a device, each with a copy of the policy, each with its share of the work.
+
+Rank 0 is the run: it alone writes, prints and can be interrupted, and its weights are those of the checkpoints. It
+starts the others, which take their share of the prompts to sample, of the pairs to score and of the pairs of every
+step, and which end with it. What they make is gathered in the order of the prompts, gradients are summed, and every
+rank takes the same optimizer step. The group is none that torch.distributed knows of, so that vLLM can have its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from bpo_fast import config as configs
+from bpo_fast.config import Config
+
+Item = TypeVar("Item")
+POLL_S, LOOK_S = 1e-4, 0.2  # between two looks at a collective; and at the processes
+ENDED_S = 5.0  # a process is seen to have ended so long after its connections
+DONE_S = 60.0  # for the others to end by themselves after rank 0
+NO_LIMIT = timedelta(days=365)  # one rank may wait for another's sampling
+
+
+@dataclass(frozen=True)
+class Share(Generic[Item]):
+    """Items dealt to the ranks.
+
+    Attributes:
+        mine: this rank's, in the order of the whole.
+    """
+
+    mine: list[Item]
+    _ranks: "Ranks"
+    _dealt: list[list[int]]
+
+    def gather(self, values: Sequence[Any]) -> list[Any]:
+        """A value for each of `mine` -> one for each item, in their order; JSON goes between processes."""
+        assert len(values) == len(self.mine), "a value an item"
+        whole: list[Any] = [None] * sum(map(len, self._dealt))
+        for places, part in zip(self._dealt, self._ranks.gather(list(values)), strict=True):
+            for place, value in zip(places, part, strict=True):
+                whole[place] = value
+        return whole
+
+
+class Ranks:
+    """The processes that train one policy together; this class is one alone.
+
+    Attributes:
+        rank: of this process, 0, 1, ...
+        size: processes.
+    """
+
+    rank, size = 0, 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item], size_of: Callable[[Item], int]) -> Share[Item]:
+        """Deals items to the ranks, in sum of like sizes, and the same way whenever it is asked for.
+
+        Args:
+            items: of all ranks.
+            size_of: what an item takes, such as tokens.
+        """
+        dealt: list[list[int]] = [[] for _ in range(self.size)]
+        filled = [0] * self.size
+        for size, place in sorted(((size_of(item), -place) for place, item in enumerate(items)), reverse=True):
+            rank = filled.index(min(filled))
+            dealt[rank].append(-place)
+            filled[rank] += size
+        dealt = [sorted(hand) for hand in dealt]
+        return Share([items[place] for place in dealt[self.rank]], self, dealt)
+
+    def connect(self, device: torch.device) -> None:
+        """Waits until every rank is here, on its device.
+
+        Raises:
+            ValueError, RuntimeError: another rank has ended, with its message.
+        """
+
+    def gather(self, mine: Any) -> list[Any]:
+        """The values of all ranks, in their order; JSON goes between processes."""
+        return [mine]
+
+    def wait(self) -> None:
+        """Returns when all ranks are here."""
+        self.gather(None)
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Sums tensors over the ranks, in place; all ranks end with the same bits."""
+
+    def check_same(self, tensors: Sequence[Tensor]) -> None:
+        """Raises RuntimeError if the ranks do not hold the same bits."""
+        digests = self.gather(_digest(tensors)) if self.size > 1 else []
+        strangers = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if strangers:
+            raise RuntimeError(f"run.devices: the weights of rank {strangers[0]} are not those of rank 0")
+
+
+class Group(Ranks):
+    """One of several processes.
+
+    Args:
+        rank: of this process.
+        size: processes.
+        meeting: a file through which they find each other.
+        look: raises if another rank has ended; called now and then while waiting.
+    """
+
+    def __init__(self, rank: int, size: int, meeting: Path, look: Callable[[], None] = lambda: None):
+        self.rank, self.size = rank, size
+        self._meeting, self._look, self._looked = meeting, look, 0.0
+        self._host: Any = None
+        self._device: Any = None
+
+    def connect(self, device: torch.device) -> None:
+        """See `Ranks.connect`."""
+        store = distributed.FileStore(str(self._meeting), self.size)
+        store.set(f"here/{self.rank}", "")
+        here = [f"here/{rank}" for rank in range(self.size)]
+        self._until(lambda: store.check(here))
+        options = distributed.ProcessGroupGloo._Options()
+        options._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = NO_LIMIT
+        self._host = distributed.ProcessGroupGloo(distributed.PrefixStore("host", store), self.rank, self.size, options)
+        if device.type == "cuda" and distributed.is_nccl_available():
+            nccl = distributed.ProcessGroupNCCL
+            options = nccl.Options()
+            options._timeout = NO_LIMIT
+            self._device = nccl(distributed.PrefixStore("device", store), self.rank, self.size, options)
+
+    def gather(self, mine: Any) -> list[Any]:
+        """See `Ranks.gather`."""
+        data = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._done(self._host.allgather([lengths], [torch.tensor([len(data)])]))
+        longest = int(max(lengths))
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        self._done(self._host.allgather([parts], [torch.nn.functional.pad(data, (0, longest - len(data)))]))
+        return [json.loads(part[: int(length)].numpy().tobytes()) for part, length in zip(parts, lengths, strict=True)]
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """See `Ranks.sum_`."""
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            same = [t for t in tensors if t.dtype == dtype]
+            # themselves, but for those that are not contiguous or, without NCCL, on a GPU
+            held = [(t if self._device else t.cpu()).contiguous() for t in same]
+            self._done((self._device or self._host).allreduce_coalesced(held))
+            for tensor, sums in zip(same, held, strict=True):
+                if sums is not tensor:
+                    tensor.copy_(sums)
+
+    def _done(self, work: Any) -> None:
+        """Waits for a collective, and not for a rank that has ended."""
+        self._until(work.is_completed)
+        try:
+            work.wait()
+        except RuntimeError:  # its connections went with it: its end is seen a moment later
+            deadline = time.monotonic() + ENDED_S
+            self._until(lambda: time.monotonic() > deadline)
+            raise
+
+    def _until(self, holds: Callable[[], bool]) -> None:
+        """Polls, so that signals are heard."""
+        while not holds():
+            time.sleep(POLL_S)
+            if time.monotonic() - self._looked > LOOK_S:
+                self._looked = time.monotonic()
+                self._look()
+
+
+@contextmanager
+def started(config: Config, *, resume: Path | None, from_pairs: str | None) -> Iterator[Ranks]:
+    """Rank 0 of the processes of a run; the others begin, and end with the block.
+
+    Args:
+        config: resolved settings; `run.devices` says how many there are.
+        resume, from_pairs: as `train` takes them.
+
+    Raises:
+        ValueError: more devices than this machine has, or settings that do not go with several.
+    """
+    size = config.run.devices
+    if size == 1:
+        yield Ranks()
+        return
+    on_gpu = check_devices(config)
+    threads = max(1, torch.get_num_threads() // size)
+    before = torch.get_num_threads()
+    with tempfile.TemporaryDirectory(prefix="bpo-fast-ranks-") as folder:
+        meeting = Path(folder) / "meeting"
+        order = {
+            "size": size,
+            "meeting": str(meeting),
+            "config": configs.to_flat(config),
+            "resume": str(resume) if resume else None,
+            "from_pairs": from_pairs,
+            "path": sys.path,
+        }
+        others = [_Other(rank, order, Path(folder) / f"rank-{rank}.log", threads, on_gpu) for rank in range(1, size)]
+
+        def look() -> None:
+            for other in others:
+                other.check()
+
+        try:
+            torch.set_num_threads(threads)
+            yield Group(0, size, meeting, look)
+            for other in others:
+                other.wait()
+        finally:
+            torch.set_num_threads(before)
+            for other in others:
+                other.kill()
+
+
+class _Other:
+    """A process of another rank, seen from rank 0."""
+
+    def __init__(self, rank: int, order: dict[str, Any], log: Path, threads: int, on_gpu: bool):
+        self._rank, self._log = rank, log
+        environ = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        if on_gpu:  # it sees its own device alone, and so does the vLLM in it
+            environ["CUDA_VISIBLE_DEVICES"] = _visible()[rank]
+        with log.open("w", encoding="utf-8") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bpo_fast.rank_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+                text=True,
+                env=environ,
+                start_new_session=True,  # Ctrl-C is for rank 0
+            )
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            json.dump(order | {"rank": rank}, self._process.stdin)
+            self._process.stdin.close()
+
+    def check(self) -> None:
+        """Raises what ended it, if it has."""
+        code = self._process.poll()
+        if code is None:
+            return
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        last = last.removeprefix("error: ")
+        if code == 2:  # what a user can cause, as rank 0 itself would have said it
+            raise ValueError(last)
+        raise RuntimeError(f"rank {self._rank} of run.devices ended with code {code}: {last}")
+
+    def wait(self) -> None:
+        """For its own end, a while."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(DONE_S)
+
+    def kill(self) -> None:
+        """Ends it, whatever it does: nothing of it is kept."""
+        self._process.kill()
+        self._process.wait()
+
+
+def check_devices(config: Config) -> bool:
+    """Whether the ranks have GPUs; ValueError if there are not enough, or if settings forbid several."""
+    size, name = config.run.devices, config.run.device
+    if size == 1:
+        return False
+    what = f"run.devices = {size}"
+    on_gpu = name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())
+    if ":" in name:
+        raise ValueError(f"{what}: not with run.device = {name}; choose GPUs by CUDA_VISIBLE_DEVICES")
+    if config.sampling.tensor_parallel > 1:
+        raise ValueError(f"{what}: not with sampling.tensor_parallel = {config.sampling.tensor_parallel}")
+    num, kind = (torch.cuda.device_count(), "CUDA devices") if on_gpu else (os.cpu_count() or 1, "cores")
+    if size > num:
+        raise ValueError(f"{what}: this machine has {num} {kind}")
+    return on_gpu
+
+
+def _visible() -> list[str]:
+    """The GPUs of this process, by the names that CUDA_VISIBLE_DEVICES takes."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _digest(tensors: Sequence[Tensor]) -> int:
+    """The sum of the bits as integers, in which the order of a sum makes no difference."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [t.detach().contiguous().view(-1).view(kinds[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    return int(torch.stack(sums).sum()) if sums else 0

@@ -1,0 +1,128 @@
+"""Runs on several devices, processes on a CPU: they end as on one, and are interrupted, killed and resumed like it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_resume import HERE, contents, environment, settings
+
+from bpo_fast import config as configs
+from bpo_fast.checkpoint import complete_checkpoints
+from bpo_fast.metrics import read_metrics
+from bpo_fast.train import train
+
+SHORT = {"method__pairs": 24, "method__phases": 2, "run__save_steps": 0, "eval__eval_steps": 0}
+
+
+@pytest.fixture(autouse=True)
+def _scorers(monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+
+
+def sampled(run: Path):
+    """Ids and scores of all that was sampled, in its order."""
+    rows = [json.loads(line) for p in sorted((run / "pairs").iterdir()) for line in p.read_text().splitlines()[1:]]
+    sides = [[row.get(side, {}).get("ids") for side in ("chosen", "rejected")] for row in rows]
+    return [(*ids, row.get("chosen_score"), row.get("dropped")) for ids, row in zip(sides, rows, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"model__members": 2, "method__ref": "ema", "optim__microbatch_tokens": 200},
+        {"model__full": True, "method__batch_pairs": 1, "method__pairs": 6, "method__loss": "slic"},  # empty shares
+        {"method__phases": "on-policy", "method__ref_logps": "sampler", "method__loss": "ipo"},
+    ],
+    ids=["members", "empty shares", "on-policy"],
+)
+def test_two_devices_end_as_one(tiny_model_dir, tiny_data, tmp_path, knobs):
+    runs, summaries = [tmp_path / "one", tmp_path / "two"], []
+    for num, run in enumerate(runs, 1):
+        config = settings(tiny_model_dir, tiny_data, run, **SHORT | knobs, run__devices=num)
+        summaries.append(train(config, quiet=True))
+    assert sampled(runs[0]) == sampled(runs[1])
+    weights = [load_file(next(complete_checkpoints(run)[-1].glob("*model.safetensors"))) for run in runs]
+    for name, one in weights[0].items():
+        assert (weights[1][name] - one).norm() <= 1e-4 * one.norm(), name  # Adam's first steps make much of rounding
+    steps = [[line for line in read_metrics(run) if line["kind"] == "step"] for run in runs]
+    for one, two in zip(*steps, strict=True):
+        for key in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
+        assert two["num_tokens"] == one["num_tokens"]
+    for key in ("pairs", "steps", "win_rate_after", "num_tokens"):
+        assert summaries[0][key] == summaries[1][key]
+    assert summaries[1]["after"]["kl"] == pytest.approx(summaries[0]["after"]["kl"], rel=0.01, abs=1e-4)
+
+
+def start(*options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "bpo_fast", "train", *options]
+    return subprocess.Popen(command, env=environment(), cwd=HERE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(process: subprocess.Popen, run: Path, num: int) -> list[int]:
+    """Waits until the run has logged so many steps; returns the processes that it has started."""
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count('"step",') >= num):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def assert_gone(pids: list[int]) -> None:
+    assert pids, "there was a second process"
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_interrupted_and_killed_and_resumed_it_ends_bit_for_bit(tiny_model_dir, tiny_data, tmp_path):
+    knobs = {"run__devices": 2, "model__members": 2, "model__lora_dropout": 0.1}
+    toml = tmp_path / "run.toml"
+    toml.write_text(configs.to_toml(settings(tiny_model_dir, tiny_data, "none", **knobs)))
+    straight = start("--config", str(toml), "--out", str(tmp_path / "straight"))
+    run = tmp_path / "stopped"
+    process = start("--config", str(toml), "--out", str(run))
+    others = wait_for_steps(process, run, 2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert_gone(others)  # an orphan ends by itself
+    process = start("--resume", str(run))
+    others = wait_for_steps(process, run, 6)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "go on with --resume" in stderr
+    assert_gone(others)
+    last = start("--resume", str(run))
+    assert last.wait(120) == 0, last.communicate()
+    assert straight.wait(120) == 0, straight.communicate()
+    for one, other in zip(contents(tmp_path / "straight"), contents(run), strict=True):
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    ("annotator", "code", "message"),
+    [
+        ("fails_beside_rank_0", 2, "error: annotator fails_beside_rank_0: ValueError: no scores here"),
+        ("dies_beside_rank_0", 1, "error: rank 1 of run.devices ended with code 7: the last words"),
+    ],
+)
+def test_what_ends_another_rank_ends_the_run(tiny_model_dir, tiny_data, tmp_path, annotator, code, message):
+    knobs = SHORT | {"run__devices": 2, "annotator__path": f"scorers:{annotator}"}
+    toml = tmp_path / "run.toml"
+    toml.write_text(configs.to_toml(settings(tiny_model_dir, tiny_data, tmp_path / "run", **knobs)))
+    process = start("--config", str(toml))
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == code, stderr
+    assert stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in stderr
+    assert not list((tmp_path / "run").rglob("phase-*"))

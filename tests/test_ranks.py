@@ -1,0 +1,130 @@
+"""Ranks: what is dealt comes back whole, sums are the same everywhere, and nobody waits for a rank that is gone."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bpo_fast import config as configs
+from bpo_fast.ranks import Ranks, started
+
+RANK = """
+import json, sys, time
+from pathlib import Path
+import torch
+from bpo_fast.ranks import Group
+
+rank, size, meeting = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+
+def look():
+    if meeting.with_name("gone").exists():
+        raise RuntimeError("rank 1 is gone")
+
+group = Group(rank, size, meeting, look)
+group.connect(torch.device("cpu"))
+"""
+SUMS = """
+items = list(range(11))
+share = group.share(items, lambda i: i % 4)
+whole = share.gather([{"of": rank, "item": item, "text": "\\u00e9" * item} for item in share.mine])
+tensors = [torch.full((3, 2), rank + 0.5, dtype=t) for t in (torch.float32, torch.bfloat16, torch.float64)]
+tensors += [torch.tensor(1.0), torch.full((5,), 2.0**rank)]
+view = torch.zeros(4, 4)
+tensors.append(view.T[1:].add_(rank))  # not contiguous
+group.sum_(tensors)
+group.check_same(tensors)
+tensors[1][0, 0] += rank == 1
+try:
+    group.check_same(tensors)
+except RuntimeError as error:
+    strange = str(error)
+group.wait()
+sums = [t.double().flatten().tolist() for t in tensors]
+print(json.dumps({"mine": share.mine, "whole": whole, "sums": sums, "strange": strange}))
+"""
+GONE = """
+if rank == 1:
+    group.wait()
+    meeting.with_name("gone").touch()
+    sys.exit()
+group.wait()
+try:
+    group.gather("x" * 10**6)
+    group.gather("y")
+except RuntimeError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def together(code: str, size: int, folder) -> list:
+    """What the ranks print that run the code; None for nothing."""
+    command = [sys.executable, "-c", RANK + code]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(size), str(folder / "meeting")], stdout=subprocess.PIPE, text=True)
+        for rank in range(size)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * size
+    return [json.loads(text) if text else None for text in said]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_dealt_comes_back_and_sums_are_the_same(tmp_path, size):
+    said = together(SUMS, size, tmp_path)
+    assert sorted(item for rank in said for item in rank["mine"]) == list(range(11))
+    assert all(rank["mine"] == sorted(rank["mine"]) for rank in said)
+    owner = {item: rank for rank, each in enumerate(said) for item in each["mine"]}
+    whole = [{"of": owner[item], "item": item, "text": "é" * item} for item in range(11)]
+    total = sum(rank + 0.5 for rank in range(size))
+    for rank, each in enumerate(said):
+        assert each["whole"] == whole
+        narrow = [total] * 6
+        if rank == 1:
+            narrow[0] += 1
+        assert each["sums"][:3] == [[total] * 6, narrow, [total] * 6]
+        assert each["sums"][3:5] == [[size], [2.0**size - 1] * 5]
+        assert each["sums"][5] == [sum(range(size))] * 12
+        assert each["strange"] == "run.devices: the weights of rank 1 are not those of rank 0"
+
+
+def test_nobody_waits_for_a_rank_that_is_gone(tmp_path):
+    assert together(GONE, 2, tmp_path)[0] == "rank 1 is gone"
+
+
+def test_shares_are_of_like_sizes():
+    ranks = Ranks()
+    ranks.size = 4
+    sizes = [3, 90, 5, 70, 60, 8, 80, 1, 2, 100, 7, 4]
+    shares = []
+    for ranks.rank in range(4):
+        shares.append(ranks.share(sizes, lambda size: size).mine)
+    assert sorted(size for share in shares for size in share) == sorted(sizes)
+    assert sorted(map(sum, shares)) == [100, 100, 100, 130]
+
+
+def test_one_alone_keeps_everything_as_it_is():
+    ranks = Ranks()
+    share = ranks.share([3, 1, 2], lambda item: item)
+    assert share.mine == [3, 1, 2]
+    values = [(1,), (2,), (3,)]
+    assert share.gather(values) == values  # and no JSON, whose lists they would be
+    tensor = torch.ones(2)
+    ranks.sum_([tensor])
+    ranks.check_same([tensor])
+    assert tensor.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"run.devices": 1000}, "run.devices = 1000: this machine has"),
+        ({"run.devices": 2, "run.device": "cuda:1"}, "not with run.device = cuda:1"),
+        ({"run.devices": 2, "sampling.tensor_parallel": 2}, "not with sampling.tensor_parallel = 2"),
+    ],
+)
+def test_what_does_not_go_is_said_before_a_process_starts(knobs, message):
+    config = configs.load(None, {"run.device": "cpu"} | knobs)
+    with pytest.raises(ValueError, match=message), started(config, resume=None, from_pairs=None):
+        pass
