@@ -41,6 +41,7 @@ class ModelConfig:
         "what the backward pass recomputes: all of a layer, or all but its matrix products and attention",
         choices=("none", "selective", "full"),
     )
+    fused_layers: bool = knob(True, "norms and gated MLPs by kernels that give the same; a compiled trunk has its own")
     compile: bool = knob(False, "compile the trunk for training and scoring; minutes at the start")
     head_chunk_mib: int | None = knob(None, "memory of a chunk of the head; none: the kernels' own choice", ge=1)
     full: bool = knob(False, "train all weights; otherwise LoRA on a frozen base")

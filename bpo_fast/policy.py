@@ -29,6 +29,7 @@ from bpo_fast.allocator import arena_is_open
 from bpo_fast.attention import exchange_attention_, packed_arguments
 from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.dequantise import dense_, loading_options, quantised_by, quietly
+from bpo_fast.fused_layers import fuse_layers_
 from bpo_fast.head import probe_head
 from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_errors, position_limit, trunk_of
 from bpo_fast.lora import LoraEnsemble
@@ -64,6 +65,8 @@ class Policy:
         self.model, self.tokenizer, self.config, self.temperature = model, tokenizer, config, temperature
         self.version = 0
         _disable_dropout(model)
+        if config.fused_layers and not config.compile:
+            fuse_layers_(model)
         self.head = probe_head(model)
         self.pad_id = _pad_id(tokenizer, model)
         self.eos_ids = _eos_ids(tokenizer, model)

@@ -13,6 +13,7 @@
 
 #include "attention_cpu.h"
 #include "head_dw_cpu.h"
+#include "trunk_cpu.h"
 
 namespace {
 
@@ -279,6 +280,48 @@ void attend_decoded(Tensor q, Tensor prompt_k, Tensor prompt_v, Tensor bounds, T
   });
 }
 
+bpo::Matrix matrix(const Tensor& t) { return {floats(t), t.stride(0)}; }
+
+// Calls f on ranges of rows of so many numbers, in threads where there is work for them.
+template <class F>
+void over_rows(const Tensor& rows, const F& f) {
+  torch::stable::parallel_for(0, rows.size(0), std::max<int64_t>(1, 32768 / std::max<int64_t>(1, rows.size(1))), f);
+}
+
+void rms_norm(Tensor x, Tensor weight, double eps, double offset, Tensor out, Tensor scales) {
+  over_rows(x, [&](int64_t begin, int64_t end) {
+    bpo::rms_norm(matrix(x), floats(weight), eps, offset, x.size(1), begin, end, matrix(out), floats(scales));
+  });
+}
+
+// The weight's gradient is summed in parts whose number does not depend on that of the threads.
+void rms_norm_backward(Tensor dout, Tensor x, Tensor weight, Tensor scales, double offset, Tensor dx,
+                       std::optional<Tensor> dweight) {
+  const int64_t num_rows = x.size(0), width = x.size(1), parts = std::min<int64_t>(num_rows, 8);
+  std::vector<float> sums(dweight ? parts * width : 0);
+  torch::stable::parallel_for(0, parts, num_rows * width < 32768 ? parts : 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      bpo::rms_norm_backward(matrix(dout), matrix(x), floats(weight), floats(scales), offset, width, num_rows * part / parts,
+                             num_rows * (part + 1) / parts, matrix(dx), dweight ? sums.data() + part * width : nullptr);
+    }
+  });
+  for (int64_t part = 0; dweight && part < parts; ++part) {
+    for (int64_t i = 0; i < width; ++i) floats(*dweight)[i] += sums[part * width + i];
+  }
+}
+
+void gated(Tensor gate, Tensor up, bool silu, Tensor out) {
+  const auto run = silu ? bpo::gated<true> : bpo::gated<false>;
+  over_rows(gate, [&](int64_t begin, int64_t end) { run(matrix(gate), matrix(up), gate.size(1), begin, end, matrix(out)); });
+}
+
+void gated_backward(Tensor dout, Tensor gate, Tensor up, bool silu, Tensor dgate, Tensor dup) {
+  const auto run = silu ? bpo::gated_backward<true> : bpo::gated_backward<false>;
+  over_rows(gate, [&](int64_t begin, int64_t end) {
+    run(matrix(dout), matrix(gate), matrix(up), gate.size(1), begin, end, matrix(dgate), matrix(dup));
+  });
+}
+
 // Asks the system for pages of 2 MiB behind memory not touched yet: faults of 4 KiB cost 0.5 ms a MiB here.
 void use_large_pages(Tensor memory) {
 #if defined(__linux__)
@@ -331,6 +374,12 @@ STABLE_TORCH_LIBRARY(bpo_fast_cpu, m) {
   m.def(
       "attend_decoded(Tensor q, Tensor prompt_k, Tensor prompt_v, Tensor bounds, Tensor prompts, Tensor k, Tensor v, "
       "float scale, float softcap, Tensor(a!) out) -> ()");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset, Tensor(a!) out, Tensor(b!) scales) -> ()");
+  m.def(
+      "rms_norm_backward(Tensor dout, Tensor x, Tensor weight, Tensor scales, float offset, Tensor(a!) dx, "
+      "Tensor(b!)? dweight) -> ()");
+  m.def("gated(Tensor gate, Tensor up, bool silu, Tensor(a!) out) -> ()");
+  m.def("gated_backward(Tensor dout, Tensor gate, Tensor up, bool silu, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
   m.def("mass_block(Tensor hidden, Tensor weight, bool narrow) -> int");
   m.def("has_pairs() -> bool");
   m.def("panel_lanes() -> int");
@@ -347,6 +396,10 @@ STABLE_TORCH_LIBRARY_IMPL(bpo_fast_cpu, CPU, m) {
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("attend_backward", TORCH_BOX(&attend_backward));
   m.impl("attend_decoded", TORCH_BOX(&attend_decoded));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("gated", TORCH_BOX(&gated));
+  m.impl("gated_backward", TORCH_BOX(&gated_backward));
   m.impl("mass_block", TORCH_BOX(&mass_block));
   m.impl("use_large_pages", TORCH_BOX(&use_large_pages));
 }

@@ -16,6 +16,7 @@ OTHER = {
     "model.trust_remote_code": (True, "yes"),
     "model.gradient_checkpointing": (True, "1"),
     "model.activation_checkpointing": ("selective", "selective"),
+    "model.fused_layers": (False, "false"),
     "model.compile": (True, "true"),
     "model.head_chunk_mib": (64, "64"),
     "model.full": (True, "TRUE"),

@@ -19,16 +19,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bpo_fast_kernels import triton_gemm, triton_live, triton_pair, triton_passes
+from bpo_fast_kernels import triton_gemm, triton_live, triton_pair, triton_passes, triton_trunk
 from bpo_fast_kernels.triton_config import SHARED_BYTES, GemmConfig, gemm_config
 from bpo_fast_kernels.triton_live import live_config
+from bpo_fast_kernels.triton_trunk import gate_config, norm_config
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 ARCHS = (80, 89, 90, 100)
 # Arguments that hold no address and no stride: nothing is known of their divisibility at run time.
 PLAIN = {"scale", "softcap", "slack", "limit", "beta", "smoothing", "vocab", "first", "num_tiles"}
-PLAIN |= {"num_rows", "num_slots", "num_pairs", "tile_cols"}
-FLOATS = {"scale", "softcap", "slack", "limit", "beta", "smoothing"}
+PLAIN |= {"num_rows", "num_slots", "num_pairs", "tile_cols", "eps", "offset"}
+FLOATS = {"scale", "softcap", "slack", "limit", "beta", "smoothing", "eps", "offset"}
 POINTERS = {
     "targets": "*i64",
     "cu_seqlens": "*i32",
@@ -47,7 +48,11 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel with its compile-time values, as a launcher would ask for it."""
+    """One kernel with its compile-time values, as a launcher would ask for it.
+
+    Attributes:
+        narrow: pointers to bfloat16 that are to float32 in other kernels.
+    """
 
     name: str
     kernel: Any
@@ -56,6 +61,7 @@ class Build:
     num_stages: int = 3
     descriptors: dict[str, tuple[int, int]] | None = None
     float32: bool = False
+    narrow: tuple[str, ...] = ()
 
 
 def builds(arch: int) -> Iterator[Build]:
@@ -94,8 +100,27 @@ def builds(arch: int) -> Iterator[Build]:
             warps, stages = shape.pop("num_warps"), shape.pop("num_stages")
             kernel = getattr(triton_live, f"{name}_kernel")
             yield Build(name + suffix, kernel, shape, warps, stages, float32=dtype == torch.float32)
+    yield from _trunk()
     for loss, number in triton_pair.LOSS_IDS.items():
         yield Build(f"pair_loss_{loss}", triton_pair.pair_loss_kernel, {"LOSS": number, "BLOCK": triton_pair.BLOCK})
+
+
+def _trunk() -> Iterator[Build]:
+    """Norms of narrow and of wide rows, whose programs hold whole ones, and gated activations."""
+    for width in (128, 4096, triton_trunk.WIDEST):
+        shape = norm_config(width)
+        warps = shape.pop("num_warps")
+        forms = {"": {"TWICE": True}, "_backward": {"SUMS": True}}
+        for suffix, form in forms.items():
+            kernel = getattr(triton_trunk, f"rms_norm{suffix}_kernel")
+            yield Build(f"rms_norm{suffix}_{width}", kernel, form | shape, warps, narrow=("out", "dout", "dx"))
+    shape = gate_config(4096)
+    warps = shape.pop("num_warps")
+    for silu, name in ((True, "silu"), (False, "gelu")):
+        for suffix in ("", "_backward"):
+            kernel = getattr(triton_trunk, f"gated{suffix}_kernel")
+            narrow = ("gate", "up", "out", "dout", "dgate", "dup")
+            yield Build(f"gated_{name}{suffix}", kernel, {"SILU": silu} | shape, warps, narrow=narrow)
 
 
 def _gemm(name: str, config: GemmConfig, forms: dict[str, bool]) -> Build:
@@ -119,7 +144,7 @@ def source(build: Build) -> ASTSource:
         elif name in PLAIN or name.startswith(("stride", "width")):
             signature[name] = "i32"
         else:
-            signature[name] = POINTERS.get(name, "*fp32")
+            signature[name] = "*bf16" if name in build.narrow else POINTERS.get(name, "*fp32")
             if build.float32:
                 signature[name] = signature[name].replace("bf16", "fp32")
         if name not in PLAIN and signature[name][0] in "*i":

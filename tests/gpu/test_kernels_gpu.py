@@ -4,13 +4,23 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
-from bpo_fast_kernels import linear_draw, linear_logps, linear_pair_loss, linear_token_logps, pair_loss
+from bpo_fast_kernels import (
+    gated,
+    linear_draw,
+    linear_logps,
+    linear_pair_loss,
+    linear_token_logps,
+    pair_loss,
+    rms_norm,
+)
 from bpo_fast_kernels.linear_logps import linear_token_logps_reference, logits_reference
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
 from bpo_fast_kernels.pair_loss import pair_loss_reference
+from trunk_cases import ACTS, NORMS, gate_outcome, norm_outcome, worst
 from waits import nothing_waits
 
 pytestmark = [
@@ -270,3 +280,30 @@ def test_memory_at_a_vocabulary_of_128k(frozen):
     scalar.backward()
     returned = x.grad.nbytes + (0 if frozen else 3 * w.grad.nbytes)  # dW is summed in float32, then rounded
     assert torch.cuda.max_memory_allocated() - before - returned < (0.25e9 if frozen else 1.4e9)
+
+
+TRUNK_SHAPES = [(1, 1), (300, 128), (2, 77, 896), (513, 4096), (5, 8192), (3, 20000)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", TRUNK_SHAPES)
+def test_norms_and_gates_against_float64(dtype, shape):
+    limit = 1e-5 if dtype == torch.float32 else 0.016
+    for form in NORMS:
+        found = norm_outcome(rms_norm, shape, form, dtype=dtype, device="cuda")
+        assert worst(found, norm_outcome(None, shape, form, dtype=dtype, device="cuda")) < limit
+    for activation in ACTS:
+        found = gate_outcome(gated, shape, activation, dtype=dtype, device="cuda")
+        assert worst(found, gate_outcome(None, shape, activation, dtype=dtype, device="cuda")) < limit
+
+
+def test_norms_and_gates_repeat_bit_for_bit_and_wait_for_nothing():
+    x, weight = torch.randn(3000, 896, device="cuda").bfloat16(), torch.randn(896, device="cuda").bfloat16()
+    runs = []
+    for run in range(3):
+        a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        with nothing_waits() if run else nullcontext():  # the first compiles
+            (gated(rms_norm(a, b, 1e-6), a, "silu") * x).sum().backward()
+        runs.append((a.grad, b.grad))
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from bpo_fast_kernels import linear_logps, linear_pair_loss, linear_token_logps, pair_loss
+import trunk_cases
+from bpo_fast_kernels import gated, linear_logps, linear_pair_loss, linear_token_logps, pair_loss, rms_norm
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
 from bpo_fast_kernels.pair_loss import pair_loss_reference
 from bpo_fast_kernels.rows import Head, Rows, WeightSums
+from bpo_fast_kernels.trunk import gated_reference, rms_norm_reference
 from cases import adversarial_cases, answer, keep_e_as_on_a_gpu, offsets, random_case, relative
 from gpu_types import replacements
 
@@ -283,3 +285,45 @@ def test_rows_without_coefficient_are_skipped():
     assert relative(sums.total - 1, want.dw) < 1e-5
     coefs.zero_()
     assert engine.kept_dx(scored, coefs, rows, zeros=True).abs().sum() == 0
+
+
+@pytest.mark.parametrize("shape", trunk_cases.SHAPES)
+@pytest.mark.parametrize("form", trunk_cases.NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms(gpu_types, shape, form, dtype):
+    found = trunk_cases.norm_outcome(rms_norm, shape, form, dtype=dtype, backend="triton")
+    expected = trunk_cases.norm_outcome(None, shape, form, dtype=dtype)
+    assert trunk_cases.worst(found, expected) < (2e-6 if dtype == torch.float32 else 0.016)
+    if dtype == torch.bfloat16:  # as the layers of models round
+        twin = trunk_cases.norm_outcome(rms_norm_reference, shape, form, dtype=dtype)
+        assert float((found[0] != twin[0]).float().mean()) < 0.01 or not found[0].numel()
+
+
+@pytest.mark.parametrize("shape", trunk_cases.SHAPES)
+@pytest.mark.parametrize("activation", trunk_cases.ACTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates(gpu_types, shape, activation, dtype):
+    found = trunk_cases.gate_outcome(gated, shape, activation, dtype=dtype, backend="triton")
+    expected = trunk_cases.gate_outcome(None, shape, activation, dtype=dtype)
+    assert trunk_cases.worst(found, expected) < (2e-6 if dtype == torch.float32 else 0.016)
+    if dtype == torch.bfloat16 and activation == "silu":  # what is left of a shut gate, PyTorch's gelu rounds to 0
+        twin = trunk_cases.gate_outcome(gated_reference, shape, activation, dtype=dtype)
+        assert float((found[0] != twin[0]).float().mean()) < 0.01 or not found[0].numel()
+
+
+def test_a_weight_whose_gradient_several_programs_sum(monkeypatch):
+    from bpo_fast_kernels import triton_trunk
+
+    monkeypatch.setattr(triton_trunk, "BLOCK", 64)
+    monkeypatch.setattr(triton_trunk, "SUMMING", 3)
+    for form in trunk_cases.NORMS:
+        found = trunk_cases.norm_outcome(rms_norm, (41, 20), form, backend="triton")
+        assert trunk_cases.worst(found, trunk_cases.norm_outcome(None, (41, 20), form)) < 2e-6
+
+
+def test_halves_of_one_tensor():
+    gate, up = torch.randn(9, 2 * 37).chunk(2, -1)
+    assert torch.equal(
+        gated(gate, up, "silu", backend="triton"),
+        gated(gate.contiguous(), up.contiguous(), "silu", backend="triton"),
+    )

@@ -1,0 +1,115 @@
+// RMS norms and gated activations, a row at a time. Rows are `stride` numbers apart.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "simd.h"
+
+namespace bpo {
+
+struct Matrix {
+  float* data;
+  int64_t stride;
+  float* row(int64_t r) const { return data + r * stride; }
+};
+
+// Calls f(offset, lanes) over a row: whole vectors, then what is left of it in a vector padded by zeros.
+template <class F>
+inline void over_row(int64_t width, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) f(i, kLanes);
+  if (i < width) f(i, static_cast<int>(width - i));
+}
+
+inline Vec load_some(const float* p, int lanes) {
+  if (lanes == kLanes) return load(p);
+  Vec v{};
+  std::memcpy(&v, p, lanes * sizeof(float));
+  return v;
+}
+
+inline void store_some(float* p, Vec v, int lanes) { std::memcpy(p, &v, lanes * sizeof(float)); }
+
+inline float sum(Vec v) {
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+inline void rms_norm(Matrix x, const float* weight, float eps, float offset, int64_t width, int64_t begin, int64_t end, Matrix out,
+                     float* scales) {
+  for (int64_t r = begin; r < end; ++r) {
+    const float* in = x.row(r);
+    Vec squares{};
+    over_row(width, [&](int64_t i, int lanes) {
+      const Vec v = load_some(in + i, lanes);
+      squares += v * v;
+    });
+    const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
+    scales[r] = scale;
+    over_row(width, [&](int64_t i, int lanes) {
+      store_some(out.row(r) + i, load_some(in + i, lanes) * scale * (load_some(weight + i, lanes) + offset), lanes);
+    });
+  }
+}
+
+// `dweight` gets the sum over these rows of dout * x * scale on top, unless it is null.
+inline void rms_norm_backward(Matrix dout, Matrix x, const float* weight, const float* scales, float offset, int64_t width,
+                              int64_t begin, int64_t end, Matrix dx, float* dweight) {
+  for (int64_t r = begin; r < end; ++r) {
+    const float *in = x.row(r), *grad = dout.row(r), scale = scales[r];
+    Vec products{};
+    over_row(width, [&](int64_t i, int lanes) {
+      const Vec toward = load_some(grad + i, lanes) * load_some(in + i, lanes) * scale;
+      products += toward * (load_some(weight + i, lanes) + offset);
+      if (dweight) store_some(dweight + i, load_some(dweight + i, lanes) + toward, lanes);
+    });
+    const float mean = sum(products) / static_cast<float>(width) * scale;
+    over_row(width, [&](int64_t i, int lanes) {
+      const Vec g = load_some(grad + i, lanes) * (load_some(weight + i, lanes) + offset);
+      store_some(dx.row(r) + i, (g - load_some(in + i, lanes) * mean) * scale, lanes);
+    });
+  }
+}
+
+// x sigmoid(t(x)) and its slope: t is x for silu, twice the argument of tanh for its approximation of gelu.
+template <bool kSilu>
+struct Activation {
+  Vec value, slope;
+  explicit Activation(Vec x) {
+    constexpr float kTwice = 1.5957691216057308f, kCubic = 0.044715f;  // 2 sqrt(2 / pi)
+    const Vec near = x < -16.0f ? splat(-16.0f) : (x > 16.0f ? splat(16.0f) : x);  // the gate of gelu is open or shut there
+    const Vec t = kSilu ? x : kTwice * near * (1.0f + kCubic * near * near);
+    const Vec gate = 1.0f / (1.0f + exp(-t));
+    value = x * gate;
+    const Vec steep = kSilu ? splat(1.0f) : kTwice * (1.0f + 3.0f * kCubic * near * near);
+    slope = gate * (1.0f + x * (1.0f - gate) * steep);
+  }
+};
+
+template <bool kSilu>
+void gated(Matrix gate, Matrix up, int64_t width, int64_t begin, int64_t end, Matrix out) {
+  for (int64_t r = begin; r < end; ++r) {
+    over_row(width, [&](int64_t i, int lanes) {
+      const Activation<kSilu> a(load_some(gate.row(r) + i, lanes));
+      store_some(out.row(r) + i, a.value * load_some(up.row(r) + i, lanes), lanes);
+    });
+  }
+}
+
+template <bool kSilu>
+void gated_backward(Matrix dout, Matrix gate, Matrix up, int64_t width, int64_t begin, int64_t end, Matrix dgate, Matrix dup) {
+  for (int64_t r = begin; r < end; ++r) {
+    over_row(width, [&](int64_t i, int lanes) {
+      const Activation<kSilu> a(load_some(gate.row(r) + i, lanes));
+      const Vec grad = load_some(dout.row(r) + i, lanes);
+      store_some(dgate.row(r) + i, grad * load_some(up.row(r) + i, lanes) * a.slope, lanes);
+      store_some(dup.row(r) + i, grad * a.value, lanes);
+    });
+  }
+}
+
+}  // namespace bpo

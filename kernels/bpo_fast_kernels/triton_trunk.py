@@ -1,0 +1,229 @@
+"""RMS norms and gated activations on a GPU: rows by blocks, no atomics, no host sync.
+
+A program holds whole rows of a norm, so that each is read once; the weight's gradient is summed by a fixed number of
+programs, in an order that no schedule changes.
+"""
+
+# Triton's launch syntax is beyond a type checker.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 4096  # numbers of a program
+SUMMING = 256  # programs that sum the gradient of a norm's weight, at most
+WIDEST = 8192  # of the rows of a norm: the registers of a program hold no more
+
+
+@triton.jit
+def rms_norm_kernel(
+    x,
+    w,
+    out,
+    scales,
+    num_rows,
+    width,
+    stride_x,
+    stride_out,
+    eps,
+    offset,
+    TWICE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out[r] = x[r] * scales[r] * (offset + w), scales[r] = 1 / sqrt(mean(x[r]^2) + eps)."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    mask = (rows < num_rows)[:, None] & (cols < width)[None, :]
+    raw = tl.load(x + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(raw * raw, axis=1) / width + eps)
+    tl.store(scales + rows, scale, mask=rows < num_rows)
+    value = raw * scale[:, None]
+    if TWICE:
+        value = value.to(x.dtype.element_ty).to(tl.float32)
+    weight = tl.load(w + cols, mask=cols < width, other=0.0).to(tl.float32) + offset
+    value = value * weight[None, :]
+    tl.store(out + rows[:, None] * stride_out + cols[None, :], value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rms_norm_backward_kernel(
+    dout,
+    x,
+    w,
+    scales,
+    dx,
+    sums,
+    num_rows,
+    width,
+    stride_dout,
+    stride_x,
+    stride_dx,
+    stride_sums,
+    offset,
+    SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """dx, and of every program the sum over its rows of dout * x * scale."""
+    cols = tl.arange(0, COLS)
+    inside = cols < width
+    weight = tl.load(w + cols, mask=inside, other=0.0).to(tl.float32) + offset
+    acc = tl.zeros([COLS], tl.float32)
+    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+        rows = (first + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (rows < num_rows)[:, None] & inside[None, :]
+        scale = tl.load(scales + rows, mask=rows < num_rows, other=0.0)[:, None]
+        unit = tl.load(x + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32) * scale
+        grad = tl.load(dout + rows[:, None] * stride_dout + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        if SUMS:
+            acc += tl.sum(grad * unit, axis=0)
+        grad = grad * weight[None, :]
+        mean = tl.sum(grad * unit, axis=1) / width
+        value = (grad - unit * mean[:, None]) * scale
+        tl.store(dx + rows[:, None] * stride_dx + cols[None, :], value.to(dx.dtype.element_ty), mask=mask)
+    if SUMS:
+        tl.store(sums + tl.program_id(0).to(tl.int64) * stride_sums + cols, acc, mask=inside)
+
+
+@triton.jit
+def _activation(x, SILU: tl.constexpr):
+    """The activation at x and its slope there: both kinds are x sigmoid(t(x))."""
+    if SILU:
+        gate = tl.sigmoid(x)
+        return x * gate, gate * (1.0 + x * (1.0 - gate))
+    else:
+        # tanh(u) = 2 sigmoid(2 u) - 1, u = sqrt(2 / pi) (x + 0.044715 x^3); past 16 the gate is open or shut
+        near = tl.minimum(tl.maximum(x, -16.0), 16.0)
+        gate = tl.sigmoid(1.5957691216057308 * near * (1.0 + 0.044715 * near * near))
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
+        return x * gate, gate * (1.0 + x * (1.0 - gate) * slope)
+
+
+@triton.jit
+def gated_kernel(
+    gate,
+    up,
+    out,
+    num_rows,
+    width,
+    stride_gate,
+    stride_up,
+    stride_out,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out = activation(gate) * up, the activation rounded first."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    mask = (rows < num_rows)[:, None] & (cols < width)[None, :]
+    x = tl.load(gate + rows[:, None] * stride_gate + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    times = tl.load(up + rows[:, None] * stride_up + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    active, _ = _activation(x, SILU)
+    value = active.to(gate.dtype.element_ty).to(tl.float32) * times
+    tl.store(out + rows[:, None] * stride_out + cols[None, :], value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_backward_kernel(
+    dout,
+    gate,
+    up,
+    dgate,
+    dup,
+    num_rows,
+    width,
+    stride_dout,
+    stride_gate,
+    stride_up,
+    stride_dgate,
+    stride_dup,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """dgate = dout * up * slope, dup = dout * activation(gate)."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    mask = (rows < num_rows)[:, None] & (cols < width)[None, :]
+    grad = tl.load(dout + rows[:, None] * stride_dout + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(gate + rows[:, None] * stride_gate + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    times = tl.load(up + rows[:, None] * stride_up + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    active, slope = _activation(x, SILU)
+    active = active.to(gate.dtype.element_ty).to(tl.float32)
+    down = grad * times * slope
+    tl.store(dgate + rows[:, None] * stride_dgate + cols[None, :], down.to(dgate.dtype.element_ty), mask=mask)
+    tl.store(dup + rows[:, None] * stride_dup + cols[None, :], (grad * active).to(dup.dtype.element_ty), mask=mask)
+
+
+def norm_config(width: int) -> dict[str, int]:
+    """Rows of a program, their room, and its warps."""
+    cols = triton.next_power_of_2(width)
+    return {"ROWS": max(1, BLOCK // cols), "COLS": cols, "num_warps": max(8, cols // 512)}
+
+
+def gate_config(width: int) -> dict[str, int]:
+    """Rows and columns of a program, and its warps."""
+    cols = min(1024, triton.next_power_of_2(width))
+    return {"ROWS": BLOCK // cols, "COLS": cols, "num_warps": 8}
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, form: tuple[float, float, bool]) -> tuple[torch.Tensor, torch.Tensor]:
+    """([R, H] normed, [R] float32 scales); `form` is (eps, offset, whether it rounds twice)."""
+    (num_rows, width), (eps, offset, twice) = x.shape, form
+    out, scales = x.new_empty(x.shape), torch.empty(num_rows, device=x.device)
+    if out.numel():
+        config = norm_config(width)
+        grid = (triton.cdiv(num_rows, config["ROWS"]),)
+        strides = (x.stride(0), out.stride(0))
+        rms_norm_kernel[grid](x, weight, out, scales, num_rows, width, *strides, eps, offset, TWICE=twice, **config)
+    return out, scales
+
+
+def norm_backward(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    form: tuple[float, float, bool],
+    *,
+    dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """([R, H], [H] if asked for)."""
+    num_rows, width = x.shape
+    dx, config = x.new_empty(x.shape), norm_config(width)
+    num_programs = min(SUMMING, triton.cdiv(num_rows, config["ROWS"]))
+    sums = torch.empty((num_programs, width) if dweight else (1, 1), device=x.device)
+    if dx.numel():
+        strides = (dout.stride(0), x.stride(0), dx.stride(0), sums.stride(0))
+        args = (dout, x, weight, scales, dx, sums, num_rows, width, *strides, form[1])
+        rms_norm_backward_kernel[(num_programs,)](*args, SUMS=dweight, **config)
+    return dx, sums.sum(0).to(weight.dtype) if dweight else None
+
+
+def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """[R, I]"""
+    (num_rows, width), out = gate.shape, gate.new_empty(gate.shape)
+    if out.numel():
+        config = gate_config(width)
+        grid = (triton.cdiv(num_rows, config["ROWS"]), triton.cdiv(width, config["COLS"]))
+        args = (gate, up, out, num_rows, width, gate.stride(0), up.stride(0), out.stride(0))
+        gated_kernel[grid](*args, SILU=activation == "silu", **config)
+    return out
+
+
+def gate_backward(
+    dout: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dgate, dup), [R, I] each"""
+    num_rows, width = gate.shape
+    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    if dgate.numel():
+        config = gate_config(width)
+        grid = (triton.cdiv(num_rows, config["ROWS"]), triton.cdiv(width, config["COLS"]))
+        strides = (t.stride(0) for t in (dout, gate, up, dgate, dup))
+        args = (dout, gate, up, dgate, dup, num_rows, width, *strides)
+        gated_backward_kernel[grid](*args, SILU=activation == "silu", **config)
+    return dgate, dup

@@ -1,0 +1,127 @@
+"""Layers with kernels compute what they computed before, in every architecture; those that no kernel matches stay."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from relative import relative_error
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from bpo_fast.config import ModelConfig
+from bpo_fast.fused_layers import fuse_layers_
+from bpo_fast.policy import load_policy
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+# of each architecture: its norms (of queries and keys, before and after, and the last) and gated MLPs
+FUSED = {
+    "Llama": 7,
+    "Qwen2": 7,
+    "Qwen3": 11,
+    "Gemma": 7,
+    "Gemma2": 11,
+    "Gemma3Text": 15,
+    "Mistral": 7,
+    "Phi3": 7,
+    "SmolLM3": 7,
+    "Olmo2": 11,
+    "GPTNeoX": 0,
+    "GPT2": 0,
+}
+
+
+def make_model(name: str, **more):
+    config = getattr(transformers, f"{name}Config")
+    head = {"head_dim": 12} if name in ("Qwen3", "Gemma", "Gemma2", "Gemma3Text") else {}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**SMALL | head | more)).eval()
+    with torch.no_grad():  # norms as training leaves them, not all ones or zeros
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.add_(0.3 * torch.randn(weight.shape))
+    return model
+
+
+def outcome(model, ids):
+    """Logits, and the gradient of every weight."""
+    model.zero_grad()
+    logits = model(ids).logits
+    logits.log_softmax(-1)[..., 3].sum().backward()
+    return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_model_and_its_gradients_are_as_before(name):
+    model = make_model(name)
+    ids = torch.randint(2, 97, (2, 19))
+    before, exact = outcome(copy.deepcopy(model), ids), outcome(copy.deepcopy(model).double(), ids)
+    assert fuse_layers_(model) == FUSED[name]
+    for found, plain, right in zip(outcome(model, ids), before, exact, strict=True):
+        assert relative_error(found, right) <= max(1e-5, 2 * relative_error(plain, right))
+
+
+def test_layers_that_compute_something_else_stay():
+    class ShiftedRMSNorm(LlamaRMSNorm):
+        def forward(self, x):
+            return super().forward(x) + 1e-3
+
+    class NarrowRMSNorm(LlamaRMSNorm):
+        def forward(self, x):
+            return super().forward(x.clamp(-20, 20))
+
+    class Mlp(nn.Module):
+        def __init__(self, act):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+            self.act = act
+
+        def forward(self, x):
+            return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+    others = nn.ModuleList([ShiftedRMSNorm(8), NarrowRMSNorm(8), Mlp(nn.ReLU()), Mlp(nn.GELU()), nn.RMSNorm(8)])
+    assert fuse_layers_(others) == 0
+    assert fuse_layers_(nn.ModuleList([LlamaRMSNorm(8), Mlp(nn.SiLU()), Mlp(nn.GELU(approximate="tanh"))])) == 3
+
+
+def test_weights_are_as_before_and_a_copy_is_a_model_of_its_own():
+    model = make_model("Llama")
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    fuse_layers_(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    other, ids = copy.deepcopy(model), torch.randint(2, 97, (1, 5))
+    expected = model(ids).logits
+    for weight in model.parameters():
+        weight.data.zero_()
+    assert torch.equal(other(ids).logits, expected)
+
+
+def test_sampling_keeps_the_models_own_layers():
+    model = make_model("Llama")
+    ids = torch.randint(2, 97, (1, 5))
+    with torch.inference_mode():
+        before = model(ids).logits
+        fuse_layers_(model)
+        assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_policy_has_them_unless_told_otherwise(tiny_model_dir, fused):
+    form = ModelConfig(path=str(tiny_model_dir), lora_r=2, lora_alpha=4.0, fused_layers=fused)
+    policy = load_policy(form, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
+    own = [name for name, module in policy.model.named_modules() if "forward" in vars(module) and "norm" in name]
+    assert len(own) == (5 if fused else 0)
+    assert policy.shares_prompts
