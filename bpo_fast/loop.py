@@ -96,14 +96,13 @@ class Loop:
         if ahead and self.num_steps and not path.exists():
             raise ValueError(f"{path}: missing; the initial policy, which samples it, has been trained since")
         for p in self._parts.plan.phases if ahead and not self.num_steps else (phase,):
-            if self._run.pairs_path(p.index).exists():
-                continue
-            new = self._collect_new(p)
-            nothing_scored = new.counts.unscored == p.last_prompt - p.first_prompt
-            if not new.pairs and (p.num_steps > 1 or nothing_scored):
-                self._stop_without_pairs(new)
-            self._write_pairs(self._run.pairs_path(p.index), new)
-        self._ranks.wait()  # for rank 0 to have written them
+            if not self._run.pairs_path(p.index).exists():
+                new = self._collect_new(p)
+                nothing_scored = new.counts.unscored == p.last_prompt - p.first_prompt
+                if not new.pairs and (p.num_steps > 1 or nothing_scored):
+                    self._stop_without_pairs(new)
+                self._write_pairs(self._run.pairs_path(p.index), new)
+            self._ranks.wait()  # for rank 0 to have written them, before anyone reads them
         found = read_pairs(path)
         if not found.scored:
             found = self._score_reference(phase, found)

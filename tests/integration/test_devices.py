@@ -38,8 +38,9 @@ def sampled(run: Path):
         {"model__members": 2, "method__ref": "ema", "optim__microbatch_tokens": 200},
         {"model__full": True, "method__batch_pairs": 1, "method__pairs": 6, "method__loss": "slic"},  # empty shares
         {"method__phases": "on-policy", "method__ref_logps": "sampler", "method__loss": "ipo"},
+        {"method__phases": 3, "method__sampler": "initial"},
     ],
-    ids=["members", "empty shares", "on-policy"],
+    ids=["members", "empty shares", "on-policy", "sampled ahead"],
 )
 def test_two_devices_end_as_one(tiny_model_dir, tiny_data, tmp_path, knobs):
     runs, summaries = [tmp_path / "one", tmp_path / "two"], []
