@@ -138,13 +138,16 @@ def sum_over_ranks(sums: dict[str, Any], policy: Policy, ranks: Ranks) -> dict[s
     """
     if ranks.size == 1:
         return sums
-    for parameter in policy.parameters():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    values = [float(sums["tokens"]), *(sums.get(name, 0.0) for name in MEASURED)]
+    parameters = policy.parameters()
+    has_gradient = [float(p.grad is not None) for p in parameters]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    values = [float(sums["tokens"]), *(sums.get(name, 0.0) for name in MEASURED), *has_gradient]
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=policy.device) for v in values])
-    ranks.sum_([*(p.grad for p in policy.parameters() if p.grad is not None), total])
-    return {"tokens": int(total[0])} | dict(zip(MEASURED, total[1:].float(), strict=True))
+    ranks.sum_([*grads, total])
+    num_tokens, measured, num_with_gradient = total.split([1, len(MEASURED), len(parameters)])
+    for parameter, grad, num in zip(parameters, grads, num_with_gradient.tolist(), strict=True):
+        parameter.grad = grad if num else None  # as on one device, which leaves alone what has none
+    return {"tokens": int(num_tokens)} | dict(zip(MEASURED, measured.float(), strict=True))
 
 
 def _measured(parts: PairLoss, beta: float) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Gradients of a step: those of any split and of single members; out of memory, where no pair is lost."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,9 @@ from relative import worst_error
 from tiny_policy import make_pairs, make_policy
 
 from bpo_fast.config import MethodConfig, ModelConfig, OptimConfig
-from bpo_fast.gradients import TokenBudget, microbatch_tokens, microbatches, step_gradients
+from bpo_fast.gradients import TokenBudget, microbatch_tokens, microbatches, step_gradients, sum_over_ranks
 from bpo_fast.optim import Optimizer
+from bpo_fast.ranks import Group
 
 LORA = {"path": "tiny", "lora_r": 4, "lora_alpha": 8.0}
 FORMS = {"full": ModelConfig(path="tiny", full=True), "lora": ModelConfig(**LORA, members=3)}
@@ -44,6 +46,30 @@ def test_the_gradient_does_not_depend_on_the_split(form, loss, shared):
     assert num_batches[0] == 1 < num_batches[-1]
     for other in found[1:]:
         assert worst_error(other, found[0]) < 1e-5
+
+
+@pytest.mark.parametrize("shares", [(slice(0, 3), slice(3, 4)), (slice(0, 4), slice(0, 0))], ids=["both", "one"])
+def test_ranks_end_with_what_one_has_and_without_a_gradient_where_it_has_none(tmp_path, shares):
+    pairs = with_other_reference(make_pairs())
+    alone, *policies = (make_policy() for _ in range(3))
+    for policy in (alone, *policies):
+        policy.model.unused = torch.nn.Parameter(torch.ones(3))
+
+    def work(rank):
+        group, policy = Group(rank, 2, tmp_path / "meeting"), policies[rank]
+        group.connect(policy.device)
+        sums = step_gradients(pairs[shares[rank]], policy, MethodConfig(), max_tokens=36, num_pairs=len(pairs))
+        return sum_over_ranks(sums, policy, group)
+
+    expected = step_gradients(pairs, alone, MethodConfig(), max_tokens=36)
+    with ThreadPoolExecutor(2) as ranks:
+        for policy, sums in zip(policies, ranks.map(work, range(2)), strict=True):
+            assert policy.model.unused.grad is None  # or weight decay would move it
+            assert sums.keys() == expected.keys()
+            for name, value in expected.items():
+                torch.testing.assert_close(torch.as_tensor(sums[name]), torch.as_tensor(value))
+            found, wanted = ([g for g in gradients(p) if g is not None] for p in (policy, alone))
+            assert worst_error(found, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("loss", LOSSES)
