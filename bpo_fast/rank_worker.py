@@ -1,6 +1,7 @@
-"""A rank of a run beside rank 0, `python -m bpo_fast.rank_worker`: what to do comes in as JSON; nothing goes out.
+"""A rank of a run beside rank 0: what to do comes in as JSON; nothing goes out.
 
-An error is one line in the log, which rank 0 reads when the process has ended.
+It ends when rank 0 does, which alone is interrupted: SIGINT and SIGTERM to the whole job leave this one at its work. An
+error is one line in the log, which rank 0 reads when the process has ended.
 """
 
 import json
@@ -14,6 +15,7 @@ from bpo_fast import config as configs
 from bpo_fast.allocator import keep_freed_memory
 from bpo_fast.cli_errors import reports_errors
 from bpo_fast.config import Config
+from bpo_fast.interrupts import interrupts_call
 from bpo_fast.threads import call_when_orphaned, leaves_threads, share_cores
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -24,7 +26,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 def work() -> None:
     """Follows rank 0 through the run."""
     order = json.load(sys.stdin)
-    sys.path[:] = order["path"]
+    call_when_orphaned(lambda: os._exit(1), order["parent"])
     # torch is loaded here, after OpenMP's settings
     from bpo_fast.progress import Progress
     from bpo_fast.ranks import Group
@@ -38,8 +40,7 @@ def work() -> None:
 
 
 if __name__ == "__main__":
-    call_when_orphaned(lambda: os._exit(1))
     share_cores()
     keep_freed_memory()
-    with leaves_threads():
+    with leaves_threads(), interrupts_call(lambda number, frame: None):
         app()

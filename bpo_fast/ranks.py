@@ -26,10 +26,16 @@ from bpo_fast import config as configs
 from bpo_fast.config import Config
 
 Item = TypeVar("Item")
-POLL_S, LOOK_S = 1e-4, 0.2  # between two looks at a collective; and at the processes
+# between two looks at a collective: at first, growing by a fiftieth each, at most; and at the processes
+POLL_S, LONGEST_POLL_S, LOOK_S = 1e-4, 1e-2, 0.2
 ENDED_S = 5.0  # a process is seen to have ended so long after its connections
 DONE_S = 60.0  # for the others to end by themselves after rank 0
 NO_LIMIT = timedelta(days=365)  # one rank may wait for another's sampling
+# on the path of rank 0, which no file of the working folder gets in front of
+WORKER = """import sys
+sys.path[:] = {path!r}
+import runpy
+runpy.run_module("bpo_fast.rank_worker", run_name="__main__", alter_sys=True)"""
 
 
 @dataclass(frozen=True)
@@ -176,8 +182,10 @@ class Group(Ranks):
 
     def _until(self, holds: Callable[[], bool]) -> None:
         """Polls, so that signals are heard."""
+        pause = POLL_S
         while not holds():
-            time.sleep(POLL_S)
+            time.sleep(pause)
+            pause = min(1.02 * pause, LONGEST_POLL_S)
             if time.monotonic() - self._looked > LOOK_S:
                 self._looked = time.monotonic()
                 self._look()
@@ -199,8 +207,8 @@ def started(config: Config, *, resume: Path | None, from_pairs: str | None) -> I
         yield Ranks()
         return
     on_gpu = check_devices(config)
-    threads = max(1, torch.get_num_threads() // size)
     before = torch.get_num_threads()
+    threads = max(1, before // size)
     with tempfile.TemporaryDirectory(prefix="bpo-fast-ranks-") as folder:
         meeting = Path(folder) / "meeting"
         order = {
@@ -209,15 +217,17 @@ def started(config: Config, *, resume: Path | None, from_pairs: str | None) -> I
             "config": configs.to_flat(config),
             "resume": str(resume) if resume else None,
             "from_pairs": from_pairs,
-            "path": sys.path,
+            "parent": os.getpid(),
         }
-        others = [_Other(rank, order, Path(folder) / f"rank-{rank}.log", threads, on_gpu) for rank in range(1, size)]
+        others: list[_Other] = []
 
         def look() -> None:
             for other in others:
                 other.check()
 
         try:
+            for rank in range(1, size):
+                others.append(_Other(rank, order, Path(folder) / f"rank-{rank}.log", threads, on_gpu))
             torch.set_num_threads(threads)
             yield Group(0, size, meeting, look)
             for other in others:
@@ -238,7 +248,7 @@ class _Other:
             environ["CUDA_VISIBLE_DEVICES"] = _visible()[rank]
         with log.open("w", encoding="utf-8") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bpo_fast.rank_worker"],
+                [sys.executable, "-c", WORKER.format(path=[*map(str, sys.path)])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=file,
@@ -257,8 +267,9 @@ class _Other:
         if code is None:
             return
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        last = last.removeprefix("error: ")
+        said = [line.strip() for line in lines if line.strip()]
+        errors = [line for line in said if line.startswith("error: ")]  # libraries can have words after it
+        last = (errors or said or [""])[-1].removeprefix("error: ")
         if code == 2:  # what a user can cause, as rank 0 itself would have said it
             raise ValueError(last)
         raise RuntimeError(f"rank {self._rank} of run.devices ended with code {code}: {last}")

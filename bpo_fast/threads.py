@@ -25,9 +25,14 @@ def share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-def call_when_orphaned(action: Callable[[], None]) -> None:
-    """Calls `action`, in a thread, once the process that started this one is gone."""
-    parent = os.getppid()
+def call_when_orphaned(action: Callable[[], None], parent: int | None = None) -> None:
+    """Calls `action`, in a thread, once the process that started this one is gone.
+
+    Args:
+        action: what to do then.
+        parent: id of that process; None: of this one's parent, if it is still there.
+    """
+    parent = parent or os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

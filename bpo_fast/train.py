@@ -6,6 +6,7 @@ in loop.py.
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def run_rank(
         progress.print(f"{run.path}: this run has finished")
         return run, run.read_summary() or {}
     loop = Loop(replace(parts, config=config), run, progress, ranks)
-    with run.interruptible():
+    with run.interruptible() if ranks.is_main else nullcontext():
         try:
             if not progress.quiet:
                 loop.print_memory()

@@ -33,6 +33,13 @@ with leaves_threads(), Threads(1) as threads:
     print("the last words")
     raise {error}
 """
+ORPHAN = """
+import os, time
+from bpo_fast.threads import call_when_orphaned
+
+call_when_orphaned(lambda: os._exit(5), int({parent}))
+time.sleep(60)
+"""
 
 
 def start(command, cwd):
@@ -41,6 +48,13 @@ def start(command, cwd):
     return subprocess.Popen(
         [sys.executable, *command], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def test_an_orphan_notices_even_if_its_parent_was_gone_when_it_began():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    done = subprocess.run([sys.executable, "-c", ORPHAN.format(parent=gone.pid)], timeout=50)
+    assert done.returncode == 5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have another OpenMP")

@@ -1,5 +1,6 @@
 """Annotators for whole runs, named `scorers:NAME`."""
 
+import atexit
 import os
 import sys
 
@@ -16,8 +17,9 @@ def tie_every_third(prompts, completions, completion_ids, **columns):
 
 
 def fails_beside_rank_0(prompts, completions, completion_ids, **columns):
-    """Scores in rank 0; other ranks refuse."""
+    """Scores in rank 0; other ranks refuse, and a library of theirs has the last word."""
     if _is_worker():
+        atexit.register(print, "W [lib.cpp:1] was not destroyed", file=sys.stderr)
         raise ValueError("no scores here")
     return by_id_sum(prompts, completions, completion_ids)
 

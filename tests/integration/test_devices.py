@@ -61,9 +61,9 @@ def test_two_devices_end_as_one(tiny_model_dir, tiny_data, tmp_path, knobs):
     assert summaries[1]["after"]["kl"] == pytest.approx(summaries[0]["after"]["kl"], rel=0.01, abs=1e-4)
 
 
-def start(*options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "bpo_fast", "train", *options]
-    return subprocess.Popen(command, env=environment(), cwd=HERE, stderr=subprocess.PIPE, text=True)
+def start(*options: str, cwd: Path = HERE) -> subprocess.Popen:
+    command = [sys.executable, "-P", "-m", "bpo_fast", "train", *options]
+    return subprocess.Popen(command, env=environment(), cwd=cwd, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_steps(process: subprocess.Popen, run: Path, num: int) -> list[int]:
@@ -97,7 +97,10 @@ def test_interrupted_and_killed_and_resumed_it_ends_bit_for_bit(tiny_model_dir, 
     process.communicate()
     assert_gone(others)  # an orphan ends by itself
     process = start("--resume", str(run))
-    others = wait_for_steps(process, run, 6)
+    others = wait_for_steps(process, run, 4)
+    for pid in others:  # which a job's end comes to, too
+        os.kill(pid, signal.SIGTERM)
+    wait_for_steps(process, run, 6)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 130
@@ -127,3 +130,12 @@ def test_what_ends_another_rank_ends_the_run(tiny_model_dir, tiny_data, tmp_path
     assert stderr.splitlines()[-1].startswith(message)
     assert "Traceback" not in stderr
     assert not list((tmp_path / "run").rglob("phase-*"))
+
+
+def test_files_of_the_working_folder_are_not_those_of_a_rank(tiny_model_dir, tiny_data, tmp_path):
+    (tmp_path / "typer.py").write_text("raise ImportError('not the real one')\n")
+    toml = tmp_path / "run.toml"
+    toml.write_text(configs.to_toml(settings(tiny_model_dir, tiny_data, tmp_path / "run", **SHORT, run__devices=2)))
+    process = start("--config", str(toml), cwd=tmp_path)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, stderr
