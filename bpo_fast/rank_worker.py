@@ -7,6 +7,7 @@ error is one line in the log, which rank 0 reads when the process has ended.
 import json
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import typer
@@ -32,10 +33,10 @@ def work() -> None:
     from bpo_fast.ranks import Group
     from bpo_fast.train import run_rank
 
-    ranks = Group(order["rank"], order["size"], Path(order["meeting"]))
+    group = Group(order["rank"], order["size"], Path(order["meeting"]))
     config = configs.replace(Config(), order["config"])
     resume = Path(order["resume"]) if order["resume"] else None
-    with Progress(quiet=True) as progress:
+    with Progress(quiet=True) as progress, closing(group) as ranks:
         run_rank(config, ranks, progress, resume=resume, from_pairs=order["from_pairs"])
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, distributed
 
 from bpo_fast import config as configs
 from bpo_fast.config import Config
+from bpo_fast.threads import Threads
 
 Item = TypeVar("Item")
 # between two looks at a collective: at first, growing by a fiftieth each, at most; and at the processes
@@ -98,6 +99,9 @@ class Ranks:
             ValueError, RuntimeError: another rank has ended, with its message.
         """
 
+    def close(self) -> None:
+        """Gives up the connections; what the GPU still does for a collective ends."""
+
     def gather(self, mine: Any) -> list[Any]:
         """The values of all ranks, in their order; JSON goes between processes."""
         return [mine]
@@ -148,6 +152,17 @@ class Group(Ranks):
             options = nccl.Options()
             options._timeout = NO_LIMIT
             self._device = nccl(distributed.PrefixStore("device", store), self.rank, self.size, options)
+            # while all are here: NCCL would begin with the first sum, deaf to signals and to the end of others
+            with Threads(1) as thread:
+                connected = thread.submit(self._device.eager_connect_single_device, device)
+                self._until(connected.done)
+                connected.result()
+
+    def close(self) -> None:
+        """See `Ranks.close`."""
+        if self._device is not None:  # and no sum is left to be waited for
+            self._device.abort()
+            self._device = None
 
     def gather(self, mine: Any) -> list[Any]:
         """See `Ranks.gather`."""
@@ -172,7 +187,11 @@ class Group(Ranks):
 
     def _done(self, work: Any) -> None:
         """Waits for a collective, and not for a rank that has ended."""
-        self._until(work.is_completed)
+        try:
+            self._until(work.is_completed)
+        except BaseException:  # the GPU waits on, and with it whatever else it is given
+            self.close()
+            raise
         try:
             work.wait()
         except RuntimeError:  # its connections went with it: its end is seen a moment later
@@ -229,7 +248,8 @@ def started(config: Config, *, resume: Path | None, from_pairs: str | None) -> I
             for rank in range(1, size):
                 others.append(_Other(rank, order, Path(folder) / f"rank-{rank}.log", threads, on_gpu))
             torch.set_num_threads(threads)
-            yield Group(0, size, meeting, look)
+            with closing(Group(0, size, meeting, look)) as ranks:
+                yield ranks
             for other in others:
                 other.wait()
         finally:
