@@ -233,7 +233,8 @@ def started(config: Config, *, resume: Path | None, from_pairs: str | None) -> I
         order = {
             "size": size,
             "meeting": str(meeting),
-            "config": configs.to_flat(config),
+            # a rank whose GPU does not answer fails, where auto would be a CPU that the others wait for
+            "config": configs.to_flat(config) | {"run.device": "cuda" if on_gpu else "cpu"},
             "resume": str(resume) if resume else None,
             "from_pairs": from_pairs,
             "parent": os.getpid(),

@@ -116,6 +116,18 @@ def test_one_alone_keeps_everything_as_it_is():
     assert tensor.tolist() == [1, 1]
 
 
+def test_other_ranks_are_told_the_device_and_do_not_look_for_one(tmp_path, monkeypatch):
+    worker = tmp_path / "worker"
+    worker.write_text(f"#!/bin/sh\ncat > {tmp_path}/order\n")
+    worker.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(worker))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = configs.load(None, {"run.device": "auto", "run.devices": 2})
+    with started(config, resume=None, from_pairs=None):
+        pass
+    assert json.loads((tmp_path / "order").read_text())["config"]["run.device"] == "cpu"
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
