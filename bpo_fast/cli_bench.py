@@ -7,7 +7,10 @@ import typer
 
 from bpo_fast.cli_errors import reports_errors
 
-SHAPES_HELP = "rows x hidden x vocabulary, as 1024x256x32000; for attention alone prompt x completion x heads"
+SHAPES_HELP = (
+    "rows x hidden x vocabulary, as 1024x256x32000; for attention alone prompt x completion x heads, "
+    "for norm and gate alone rows x width"
+)
 bench = typer.Typer(help="Measure: correctness first, interleaved, medians.", no_args_is_help=True)
 
 
@@ -15,7 +18,8 @@ bench = typer.Typer(help="Measure: correctness first, interleaved, medians.", no
 @reports_errors
 def bench_kernels(
     op: Annotated[
-        list[str] | None, typer.Option(help="forward, step, behavior, draw, pair_loss, attention; all if none")
+        list[str] | None,
+        typer.Option(help="forward, step, behavior, draw, pair_loss, attention, norm, gate; all if none"),
     ] = None,
     head: Annotated[list[str] | None, typer.Option(help="frozen, trained; both by default")] = None,
     shapes: Annotated[list[str] | None, typer.Option(help=SHAPES_HELP)] = None,

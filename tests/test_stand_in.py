@@ -118,11 +118,13 @@ def test_benches(run, tmp_path):
     rows = problems[0]["implementations"]
     assert all("seconds" in rows[name] for name in ("eager", "triton", "triton-gemm", "mm"))
     assert "seconds" in rows["native"] or rows["native"]["unavailable"]
-    options = ("--op", "attention", "--shapes", "9x5x2", "--quick")
-    run([*BPO_FAST, "bench", "kernels", *options, "--json", tmp_path / "attention.json"])
-    problems = json.loads((tmp_path / "attention.json").read_text())["problems"]
-    assert [problem["label"] for problem in problems] == ["attention 9/5 heads=2 P=8 bfloat16"]
-    assert all("seconds" in problems[0]["implementations"][name] for name in ("eager", "varlen", "masked"))
+    options = ("--op", "attention", "--op", "norm", "--op", "gate", "--quick", "--peers", "none")
+    run([*BPO_FAST, "bench", "kernels", *options, "--json", tmp_path / "trunk.json"])
+    attention, *trunk = json.loads((tmp_path / "trunk.json").read_text())["problems"]
+    assert attention["label"] == "attention 24/9 heads=2 P=8 bfloat16"
+    assert all("seconds" in attention["implementations"][name] for name in ("eager", "varlen", "masked"))
+    assert [problem["label"] for problem in trunk] == ["norm R=33 H=48 bfloat16", "gate R=33 H=48 bfloat16"]
+    assert all("seconds" in problem["implementations"][name] for problem in trunk for name in ("eager", "triton"))
     shape = ("--shape", "32x1x300", "--pairs", "2", "--rounds", "1", "--peers", "none", "--lengths", "helpfulness")
     for bench, more in (("step", ()), ("loop", ("--steps", "1"))):
         out = tmp_path / f"{bench}.json"

@@ -16,10 +16,11 @@ from bpo_fast_kernels.packed_attention import packed_attention_reference
 
 from bpo_fast.attention import SharedPrompts, attend_sdpa, lay_out
 from bpo_fast.varlen import attend_varlen, pick_varlen
-from bpo_fast_bench.kernels_impls import Implementation, Outcome
+from bpo_fast_bench.kernels_impls import Implementation, Outcome, both_ways
 
 WIDTH = 64
 SCALE = WIDTH**-0.5
+GRADS = ("dq", "dk", "dv")
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ def attention_answer(inputs: AttentionInputs) -> Outcome:
     bounds = lay_out([lengths], torch.device("cpu"))[0].bounds
     for *qkv, weights in zip(*(x.detach().double().cpu().split(sum(lengths), 2) for x in inputs.packed), strict=True):
         leaves = [x.requires_grad_() for x in qkv]
-        out = packed_attention_reference(*leaves, *bounds, scale=SCALE)
-        parts.append((out.detach(), *torch.autograd.grad(out, leaves, weights)))
+        part = both_ways(lambda *qkv: packed_attention_reference(*qkv, *bounds, scale=SCALE), leaves, weights, GRADS)
+        parts.append((part.values, *part.grads.values()))
     values, *grads = (torch.cat(part, 2).to(inputs.packed[0].device) for part in zip(*parts, strict=True))
-    return Outcome(values, **dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+    return Outcome(values, **dict(zip(GRADS, grads, strict=True)))
 
 
 def attention_implementations(inputs: AttentionInputs) -> dict[str, Implementation]:
@@ -126,8 +127,6 @@ def _both_ways(attend: Callable[..., torch.Tensor], form: str = "packed") -> Imp
 
     def call(inputs: AttentionInputs) -> Outcome:
         *qkv, weights = getattr(inputs, form)
-        out = attend(*qkv, inputs.layout)
-        grads = torch.autograd.grad(out, qkv, weights)
-        return Outcome(out.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+        return both_ways(lambda *qkv: attend(*qkv, inputs.layout), qkv, weights, GRADS)
 
     return call

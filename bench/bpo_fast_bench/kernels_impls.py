@@ -7,7 +7,7 @@ and coefficients from sequence log-probs).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from bpo_fast_kernels.pair_loss import pair_loss_reference
 from bpo_fast_kernels.torch_backend import mm_f32
 
 BETA = 0.1
-GRADS = ("dx", "dw", "dq", "dk", "dv")
+GRADS = ("dx", "dw", "dq", "dk", "dv", "dgate", "dup")
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Outcome:
     """What an implementation returns.
 
     Attributes:
-        values: sequence log-probs, pair losses, log-probs of drawn tokens, or what attention puts out.
-        dx, dw, dq, dk, dv: gradients where the operation has them.
+        values: sequence log-probs, pair losses, log-probs of drawn tokens, or what attention, norms or gates put out.
+        dx, dw, dq, dk, dv, dgate, dup: gradients where the operation has them.
         tokens: [T] int64. drawn ones.
         gaps: [T] float64. of an answer: how far a row's uniform number lies from the shares beside its token's.
     """
@@ -86,6 +86,8 @@ class Outcome:
     dq: torch.Tensor | None = None
     dk: torch.Tensor | None = None
     dv: torch.Tensor | None = None
+    dgate: torch.Tensor | None = None
+    dup: torch.Tensor | None = None
 
     @property
     def grads(self) -> dict[str, torch.Tensor]:
@@ -179,8 +181,9 @@ def answer(problem: Problem, inputs: Inputs) -> Outcome:
 
 
 def errors(got: Outcome, want: Outcome, lengths: torch.Tensor | None) -> dict[str, float]:
-    """Largest error of a value a token, and relative Frobenius errors of the gradients; without lengths, of a value.
+    """Largest error of a value a token, and relative Frobenius errors of the gradients.
 
+    Without lengths, of a value, and of its size where that is above 1.
     Of drawn tokens: the largest error of a log-prob, and how far a number lies from all shares but the answer's where
     another token was drawn.
     """
@@ -189,7 +192,8 @@ def errors(got: Outcome, want: Outcome, lengths: torch.Tensor | None) -> dict[st
         same = got.tokens == want.tokens
         return {"logp": float(off.where(same, 0.0).max()), "token": float(want.gaps.where(~same, 0.0).max())}
     summed = lengths is not None and len(lengths) == len(want.values)
-    out = {"value": float((off / (lengths.clamp(min=1).double() if summed else 1.0)).max())}
+    sizes = want.values.abs() if lengths is None else lengths.double() if summed else torch.ones(())
+    out = {"value": float((off / sizes.clamp(min=1)).max())}
     for name, right in want.grads.items():
         out[name] = float((getattr(got, name).double() - right).norm() / right.norm())
     return out
@@ -199,6 +203,15 @@ def gradients(inputs: Inputs, loss: torch.Tensor, values: torch.Tensor) -> Outco
     wanted = [t for t in (inputs.hidden, inputs.weight) if t.requires_grad]
     grads = torch.autograd.grad(loss, wanted)
     return Outcome(values.detach(), grads[0], grads[1] if len(grads) == 2 else None)
+
+
+def both_ways(
+    function: Callable[..., torch.Tensor], leaves: Sequence[torch.Tensor], weights: torch.Tensor, names: Sequence[str]
+) -> Outcome:
+    """What a function of tensors puts out, and its gradients for that of the output, by these names."""
+    out = function(*leaves)
+    grads = (grad.detach() for grad in torch.autograd.grad(out, leaves, weights))
+    return Outcome(out.detach(), **dict(zip(names, grads, strict=True)))
 
 
 def ours(problem: Problem, backend: str) -> Implementation:

@@ -91,7 +91,7 @@ def implementations(
     makers = {"cce": cut_cross_entropy, "liger": liger, "liger-dpo": liger_dpo}
     ops = {"cce": ("forward", "step"), "liger": ("forward",), "liger-dpo": ("behavior",)}
     for name in peers:
-        if name in makers and problem.op in ops[name] and (gpu or name == "liger-dpo") and _importable(name):
+        if name in makers and problem.op in ops[name] and (gpu or name == "liger-dpo") and importable(name):
             out[name] = makers[name](problem)
     if problem.op != "pair_loss":
         out["mm"] = ceiling(problem)
@@ -100,6 +100,7 @@ def implementations(
     return out
 
 
-def _importable(name: str) -> bool:
+def importable(name: str) -> bool:
+    """Whether the package of a peer is here."""
     package = "cut_cross_entropy" if name == "cce" else "liger_kernel"
     return importlib.util.find_spec(package) is not None

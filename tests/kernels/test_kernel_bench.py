@@ -14,6 +14,12 @@ from bpo_fast_bench.kernels_attention import (
 )
 from bpo_fast_bench.kernels_impls import Outcome, Problem, answer, eager, errors, make_inputs
 from bpo_fast_bench.kernels_peers import implementations, liger_dpo
+from bpo_fast_bench.kernels_trunk import (
+    TrunkProblem,
+    trunk_answer,
+    trunk_implementations,
+    trunk_inputs,
+)
 from bpo_fast_kernels import linear_draw
 from bpo_fast_kernels.backends import BackendUnavailable, pick_backend
 from typer.testing import CliRunner
@@ -55,17 +61,20 @@ def test_quick_run_writes_json_and_plots(tmp_path):
     labels = [problem["label"] for problem in record["problems"]]
     kinds = ["forward", "step frozen", "step trained", "behavior frozen", "behavior trained", "draw"]
     shapes = [f"{kind} T=64 H=16 V=500 {dtype}" for kind in kinds for dtype in ("float32", "bfloat16")]
-    assert labels == [*shapes, "pair_loss P=256", "attention 24/9 heads=2 P=2 float32"]
+    trunk = [f"{op} R=33 H=48 float32" for op in ("norm", "gate")]
+    assert labels == [*shapes, "pair_loss P=256", "attention 24/9 heads=2 P=2 float32", *trunk]
     for problem in record["problems"]:
         rows, op = problem["implementations"], problem["problem"]["op"]
         if op == "pair_loss":
             continue
-        assert {"eager", "native", "torch", "masked" if op == "attention" else "mm"} <= set(rows)
+        others = {"attention": {"torch", "masked"}, "norm": set(), "gate": set()}.get(op, {"torch", "mm"})
+        assert {"eager", "native"} | others <= set(rows)
         assert all(row["seconds"] > 0 and row["p20"] <= row["seconds"] <= row["p80"] for row in rows.values())
         value = "logp" if op == "draw" else "value"
-        assert all(rows[name]["errors"][value] < 1e-4 for name in ("native", "torch"))
+        assert all(rows[name]["errors"][value] < 1e-4 for name in {"native", "torch"} & set(rows))
     text = table(record)
     assert all(label in text for label in labels)
+    assert (text.count("GB/s"), text.count("TFLOP/s")) == (2, len(labels) - 2)
     assert record["environment"]["threads"] == torch.get_num_threads()
 
 
@@ -172,7 +181,9 @@ def test_the_command_measures_what_it_is_told(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--shapes", "3x3"), "error: bench.kernels.shapes = '3x3'"),
+        (("--shapes", "3x"), "error: bench.kernels.shapes = '3x'"),
+        (("--shapes", "3x3"), "error: bench.kernels.shapes = (3, 3): expected 3 numbers"),
+        (("--shapes", "3x3x3", "--op", "gate"), "error: bench.kernels.shapes = (3, 3, 3): expected 2 numbers"),
         (("--op", "softmax"), "error: bench.kernels.ops = 'softmax'"),
         (("--peers", "cce,verl"), "error: bench.kernels.peers = 'verl'"),
     ],
@@ -291,6 +302,86 @@ def test_the_work_of_attention_is_what_its_tokens_see():
     assert problem.min_flop() == 6 * 2 * 64 * 2 * int(seen)
 
 
+@pytest.fixture(params=["norm", "gate"])
+def trunk(request):
+    """(a problem of a norm or a gate, what makes its inputs and answer for a type)."""
+    problem = TrunkProblem(request.param, 70, 33)
+
+    def make(dtype):
+        inputs = trunk_inputs(problem, torch.device("cpu"), dtype, 1)[0]
+        return inputs, trunk_answer(problem, inputs)
+
+    return problem, make
+
+
+def test_norms_and_gates_pass_their_gate(trunk):
+    problem, make = trunk
+    inputs, want = make(torch.float32)
+    calls = trunk_implementations(problem, inputs, kernels.PEERS)
+    assert list(calls) == ["eager", "native"]
+    for call in calls.values():
+        found = gate("native", call, inputs, want, None)
+        assert found["passed"]
+        assert set(found["errors"]) == {"value", *want.grads}
+        assert max(found["errors"].values()) < 1e-6
+
+
+def test_rounding_passes_the_gate_and_more_does_not(trunk):
+    """In bfloat16, where the eager form rounds its result as the kernels on a GPU do."""
+    problem, make = trunk
+    inputs, want = make(torch.bfloat16)
+    (call,) = trunk_implementations(problem, inputs, kernels.PEERS).values()
+    values = call(inputs).values
+    assert gate("eager", call, inputs, want, None)["passed"]
+    assert gate("triton", lambda _: replace(want, values=values), inputs, want, None)["passed"]
+    assert not gate("triton", lambda _: replace(want, values=values * 1.02), inputs, want, None)["passed"]
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_a_wrong_norm_or_gate_fails_its_gate(trunk, wrong):
+    problem, make = trunk
+    inputs, want = make(torch.float32)
+    name = ("values", *want.grads)[wrong]
+    right = trunk_implementations(problem, inputs, ())["native"](inputs)
+    spoiled = getattr(right, name).clone()
+    spoiled[..., ::4] *= 1.5
+    for contender in ("native", "eager"):
+        assert gate(contender, lambda _: right, inputs, want, None)["passed"]
+        assert not gate(contender, lambda _: replace(right, **{name: spoiled}), inputs, want, None)["passed"]
+
+
+def test_who_writes_into_inputs_gets_copies(trunk):
+    _, make = trunk
+    inputs, _ = make(torch.float32)
+    copies = inputs.copies
+    assert copies is inputs.copies
+    for mine, own in zip((*copies.leaves, copies.weights), (*inputs.leaves, inputs.weights), strict=True):
+        assert torch.equal(mine, own)
+        assert mine.requires_grad == own.requires_grad
+        with torch.no_grad():
+            mine.zero_()
+        assert own.any()
+
+
+def test_shapes_are_those_of_norms_and_gates_where_they_are_alone():
+    shapes, cpu = ((20, 9), (7, 3)), torch.device("cpu")
+    found = kernels.problems(KernelBench(ops=("norm", "gate"), shapes=shapes), cpu)
+    assert found == [TrunkProblem(op, *shape) for op in ("norm", "gate") for shape in shapes]
+    found = kernels.problems(KernelBench(ops=("draw", "gate"), shapes=((20, 9, 30),)), cpu)
+    assert found[1:] == [TrunkProblem("gate", *shape) for shape in ((1024, 256), (1024, 672), (4096, 1024))]
+
+
+def test_rates_of_norms_and_gates_are_what_they_move_at_least(trunk, monkeypatch):
+    """x, out; dout, x, dx of a norm, and gate, up, out; dout, gate, up, dgate, dup of a gate."""
+    problem, make = trunk
+    _, want = make(torch.float32)
+    forward, backward = (2, 3) if problem.op == "norm" else (3, 5)
+    assert problem.min_bytes(torch.float32) == (forward + backward) * want.values.numel() * 4
+    monkeypatch.setattr(kernels, "median", lambda samples: 2e-9)
+    row = kernels.measure(problem, "float32", torch.device("cpu"), KernelBench(quick=True))["implementations"]["eager"]
+    assert row["effective_gbps"] == problem.min_bytes(torch.float32) / 2
+
+
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 def test_ligers_chunked_dpo_loss_answers_the_same_question(head):
     pytest.importorskip("liger_kernel.chunked_loss")
@@ -344,8 +435,9 @@ def test_options_are_refused_by_name(change, message):
 
 def test_shapes_are_read_from_text():
     assert parse_shape("1024x256x32000") == (1024, 256, 32000)
-    with pytest.raises(ValueError, match=r"bench\.kernels\.shapes = '1024x256'"):
-        parse_shape("1024x256")
+    assert parse_shape("1024x256") == (1024, 256)
+    with pytest.raises(ValueError, match=r"bench\.kernels\.shapes = '1024xH'"):
+        parse_shape("1024xH")
 
 
 def test_order_is_balanced_and_input_sets_rotate():
