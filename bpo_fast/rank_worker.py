@@ -6,8 +6,10 @@ error is one line in the log, which rank 0 reads when the process has ended.
 
 import json
 import os
+import shutil
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -27,17 +29,24 @@ app = typer.Typer(pretty_exceptions_enable=False)
 def work() -> None:
     """Follows rank 0 through the run."""
     order = json.load(sys.stdin)
-    call_when_orphaned(lambda: os._exit(1), order["parent"])
+    meeting = Path(order["meeting"])
+    call_when_orphaned(partial(_end, meeting.parent), order["parent"])
     # torch is loaded here, after OpenMP's settings
     from bpo_fast.progress import Progress
     from bpo_fast.ranks import Group
     from bpo_fast.train import run_rank
 
-    group = Group(order["rank"], order["size"], Path(order["meeting"]))
+    group = Group(order["rank"], order["size"], meeting)
     config = configs.replace(Config(), order["config"])
     resume = Path(order["resume"]) if order["resume"] else None
     with Progress(quiet=True) as progress, closing(group) as ranks:
         run_rank(config, ranks, progress, resume=resume, from_pairs=order["from_pairs"])
+
+
+def _end(folder: Path) -> None:
+    """In place of rank 0, whose temporary folder this is."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 if __name__ == "__main__":

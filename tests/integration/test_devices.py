@@ -85,17 +85,20 @@ def assert_gone(pids: list[int]) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_interrupted_and_killed_and_resumed_it_ends_bit_for_bit(tiny_model_dir, tiny_data, tmp_path):
+def test_interrupted_and_killed_and_resumed_it_ends_bit_for_bit(tiny_model_dir, tiny_data, tmp_path, monkeypatch):
     knobs = {"run__devices": 2, "model__members": 2, "model__lora_dropout": 0.1}
     toml = tmp_path / "run.toml"
     toml.write_text(configs.to_toml(settings(tiny_model_dir, tiny_data, "none", **knobs)))
     straight = start("--config", str(toml), "--out", str(tmp_path / "straight"))
-    run = tmp_path / "stopped"
+    run, temporary = tmp_path / "stopped", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     process = start("--config", str(toml), "--out", str(run))
     others = wait_for_steps(process, run, 2)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert_gone(others)  # an orphan ends by itself
+    assert not list(temporary.glob("bpo-fast-*"))
     process = start("--resume", str(run))
     others = wait_for_steps(process, run, 4)
     for pid in others:  # which a job's end comes to, too
