@@ -185,7 +185,7 @@ def problems(options: KernelBench, device: torch.device) -> list[AnyProblem]:
 
 def measure(problem: AnyProblem, dtype: str, device: torch.device, options: KernelBench) -> dict[str, Any]:
     """Gate, then time and weigh the implementations of one problem."""
-    gpu, lengths = device.type == "cuda", None
+    lengths = None
     if isinstance(problem, AttentionProblem):
         sets = attention_inputs(problem, device, DTYPES[dtype], 3)
         calls, want = attention_implementations(sets[0]), attention_answer(sets[0])
@@ -206,7 +206,8 @@ def measure(problem: AnyProblem, dtype: str, device: torch.device, options: Kern
         if rows[name]["passed"]:
             passed[name] = call
     del want
-    warmups, rounds = (1, 2) if options.quick else (25, 15) if gpu else (2, 5)
+    brief = device.type == "cuda" or problem.op in TRUNK_OPS  # calls of milliseconds
+    warmups, rounds = (1, 2) if options.quick else (25, 15) if brief else (2, 5)
     for name, samples in interleave(passed, sets, device, warmups, rounds).items():
         low, *_, high = quantiles(samples, n=5)
         seconds = median(samples)
