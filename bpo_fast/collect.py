@@ -81,13 +81,14 @@ class Collector:
                 mine = self._engine.generate(
                     share.mine, sampling_params(config), run_seed=config.run.seed, policy_version=version, on_done=take
                 )
+                completions = [both_from_row(row) for row in share.gather([both_row(both) for both in mine])]
             start = time.perf_counter()
             with self._run.timed("annotate"), self._progress.task(title + "scoring", num) as task:
                 scores = scorer.scores()
+                all_scores = share.gather([scores[p.id] for p in share.mine])
                 task.advance(num)
             self.overlapped_s += max(0.0, scorer.busy_s - (time.perf_counter() - start))
-        completions = [both_from_row(row) for row in share.gather([both_row(both) for both in mine])]
-        pairs, dropped = make_pairs(prompts, completions, share.gather([scores[p.id] for p in share.mine]))
+        pairs, dropped = make_pairs(prompts, completions, all_scores)
         return pairs, dropped, [c for both in completions for c in both]
 
 

@@ -30,6 +30,7 @@ Item = TypeVar("Item")
 # between two looks at a collective: at first, growing by a fiftieth each, at most; and at the processes
 POLL_S, LONGEST_POLL_S, LOOK_S = 1e-4, 1e-2, 0.2
 ENDED_S = 5.0  # a process is seen to have ended so long after its connections
+SHOWN_LINES = 40  # of what a rank said that crashed
 DONE_S = 60.0  # for the others to end by themselves after rank 0
 NO_LIMIT = timedelta(days=365)  # one rank may wait for another's sampling
 # on the path of rank 0, which no file of the working folder gets in front of
@@ -112,6 +113,12 @@ class Ranks:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sums tensors over the ranks, in place; all ranks end with the same bits."""
+
+    def check_alike(self, what: str, value: str) -> None:
+        """Raises ValueError if ranks differ in a setting that each of them found for itself."""
+        values = self.gather(value)
+        if len(set(values)) > 1:
+            raise ValueError(f"{what}: {', '.join(f'{v} on rank {rank}' for rank, v in enumerate(values))}; name one")
 
     def check_same(self, tensors: Sequence[Tensor]) -> None:
         """Raises RuntimeError if the ranks do not hold the same bits."""
@@ -293,6 +300,8 @@ class _Other:
         last = (errors or said or [""])[-1].removeprefix("error: ")
         if code == 2:  # what a user can cause, as rank 0 itself would have said it
             raise ValueError(last)
+        if not errors:  # a crash: its traceback
+            print(*lines[-SHOWN_LINES:], sep="\n", file=sys.stderr)
         raise RuntimeError(f"rank {self._rank} of run.devices ended with code {code}: {last}")
 
     def wait(self) -> None:

@@ -73,6 +73,7 @@ def run_rank(
     """
     parts = build(config, progress, from_pairs=from_pairs)
     ranks.connect(parts.policy.device)
+    ranks.check_alike("sampling.engine", parts.engine.name)
     config, run = open_run(parts.config, resume=resume, command=sys.argv, ranks=ranks)
     if run.was_finished:
         progress.print(f"{run.path}: this run has finished")

@@ -40,9 +40,14 @@ try:
     group.check_same(tensors)
 except RuntimeError as error:
     strange = str(error)
+group.check_alike("sampling.engine", "hf")
+try:
+    group.check_alike("sampling.engine", "hf" if rank else "vllm")
+except ValueError as error:
+    unlike = str(error)
 group.wait()
 sums = [t.double().flatten().tolist() for t in tensors]
-print(json.dumps({"mine": share.mine, "whole": whole, "sums": sums, "strange": strange}))
+print(json.dumps({"mine": share.mine, "whole": whole, "sums": sums, "strange": strange, "unlike": unlike}))
 """
 GONE = """
 if rank == 1:
@@ -86,6 +91,7 @@ def test_what_is_dealt_comes_back_and_sums_are_the_same(tmp_path, size):
         assert each["sums"][:3] == [[total] * 6, narrow, [total] * 6]
         assert each["sums"][3:5] == [[size], [2.0**size - 1] * 5]
         assert each["sums"][5] == [sum(range(size))] * 12
+        assert each["unlike"].startswith("sampling.engine: vllm on rank 0, hf on rank 1")
         assert each["strange"] == "run.devices: the weights of rank 1 are not those of rank 0"
 
 

@@ -27,7 +27,8 @@ def kv_budget(config: Config, model: PreTrainedModel, device: torch.device, max_
     a_sequence = round(held_here * cache_bytes(model, -(-max_length // block) * block))
     own = round(held_here * cache_bytes(model, 2 * block))  # vLLM keeps a block of its own
     least = a_sequence + own
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
+    on_gpu = device.type == "cuda"  # which no other rank has; the host is shared
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else _free_host_bytes() // config.run.devices
     free = max(0, free - _held_bytes(config, model, device))
     gib = config.sampling.kv_cache_gib
     if gib is None:
