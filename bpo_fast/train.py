@@ -1,4 +1,4 @@
-"""The loop: `train()` reads as Algorithm 1 of BPO (Xu et al., EMNLP 2024).
+"""The loop: `run_rank()` reads as Algorithm 1 of BPO (Xu et al., EMNLP 2024).
 
 Every phase freezes the policy as the behavior, samples two completions a prompt from it, lets the annotator order them,
 and takes K = T / F optimizer steps against the behavior's own log-probs. Start reading here; the parts of the loop are
