@@ -197,7 +197,7 @@ def test_the_rows_of_a_batch_go_by_their_memory():
     assert row_bytes(model, 10, 1, sharing=1) == row_bytes(model, 10, 64, sharing=1) == 74 * token
     assert row_bytes(model, 10, 65, sharing=2) == (5 + 128) * token
     assert rows_together(model, token, logits=True) == rows_together(model, token, logits=False) == 512
-    each = 2**27 // 100
+    each = decoding.CPU_BYTES // 100
     assert rows_together(model, each - 97 * 4, logits=True) in (100, 101)
     assert rows_together(model, 10**9, logits=False) == 64
     model.resize_token_embeddings(each // 4)  # as much as the rest of a row

@@ -18,7 +18,7 @@ from bpo_fast.varlen import bounds_of
 
 # what cache and logits of a batch may take; how many rows it has at least (fewer leave matrix products waiting for the
 # weights) and at most (more gain nothing)
-CPU_BYTES, GPU_BYTES = 2**27, 2**31
+CPU_BYTES, GPU_BYTES = 2**28, 2**31
 MIN_ROWS, MAX_ROWS = 64, 512
 # rows that are done are dropped once they are this share of the batch: that copies the cache of the others
 DROPPED_SHARE = 1 / 8
