@@ -384,7 +384,7 @@ def _disable_dropout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "hidden_dropout"):
+        for name in ("attention_dropout", "dropout", "hidden_dropout", "residual_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
 

@@ -297,7 +297,7 @@ void rms_norm(Tensor x, Tensor weight, double eps, double offset, Tensor out, Te
 // The weight's gradient is summed in parts whose number does not depend on that of the threads.
 void rms_norm_backward(Tensor dout, Tensor x, Tensor weight, Tensor scales, double offset, Tensor dx,
                        std::optional<Tensor> dweight) {
-  const int64_t num_rows = x.size(0), width = x.size(1), parts = std::min<int64_t>(num_rows, 8);
+  const int64_t num_rows = x.size(0), width = x.size(1), parts = std::min<int64_t>(num_rows, 32);
   std::vector<float> sums(dweight ? parts * width : 0);
   torch::stable::parallel_for(0, parts, num_rows * width < 32768 ? parts : 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {

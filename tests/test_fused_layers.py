@@ -91,9 +91,35 @@ def test_layers_that_compute_something_else_stay():
         def forward(self, x):
             return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
-    others = nn.ModuleList([ShiftedRMSNorm(8), NarrowRMSNorm(8), Mlp(nn.ReLU()), Mlp(nn.GELU()), nn.RMSNorm(8)])
-    assert fuse_layers_(others) == 0
+    class ClampedMlp(Mlp):
+        def forward(self, x):
+            return self.down_proj(self.act(self.gate_proj(x)).clamp(max=10) * self.up_proj(x))
+
+    class MlpOfLayers(Mlp):
+        def forward(self, x, layer_idx=None):
+            return super().forward(x) * {0: 1.0}[layer_idx]
+
+    shut, patched = Mlp(nn.ReLU()), LlamaRMSNorm(8)
+    nn.init.zeros_(shut.down_proj.weight)
+    nn.init.zeros_(shut.down_proj.bias)
+    patched.forward = lambda x: x * 5
+    others = [ShiftedRMSNorm(8), NarrowRMSNorm(8), Mlp(nn.ReLU()), Mlp(nn.GELU()), nn.RMSNorm(8)]
+    others += [ClampedMlp(nn.SiLU()), MlpOfLayers(nn.SiLU()), shut, patched]
+    assert fuse_layers_(nn.ModuleList(others)) == 0
+    assert torch.equal(patched(torch.ones(8)), torch.full((8,), 5.0))
     assert fuse_layers_(nn.ModuleList([LlamaRMSNorm(8), Mlp(nn.SiLU()), Mlp(nn.GELU(approximate="tanh"))])) == 3
+
+
+def test_types_that_change_or_differ_later_take_the_models_own_layers():
+    model, ids = make_model("Gemma2"), torch.randint(2, 97, (1, 5))
+    expected = copy.deepcopy(model).double()(ids).logits
+    fuse_layers_(model)
+    assert torch.equal(model.double()(ids).logits, expected)
+    norm = LlamaRMSNorm(8)
+    assert fuse_layers_(norm) == 1
+    assert norm(torch.randn(3, 8).bfloat16()).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.float()(ids).logits.isfinite().all()
 
 
 def test_weights_are_as_before_and_a_copy_is_a_model_of_its_own():

@@ -114,6 +114,10 @@ def _trunk() -> Iterator[Build]:
         for suffix, form in forms.items():
             kernel = getattr(triton_trunk, f"rms_norm{suffix}_kernel")
             yield Build(f"rms_norm{suffix}_{width}", kernel, form | shape, warps, narrow=("out", "dout", "dx"))
+            if width == 4096:
+                other = dict.fromkeys(form, False) | shape
+                yield Build(f"rms_norm{suffix}_other", kernel, other, warps, narrow=("out", "dout", "dx"))
+                yield Build(f"rms_norm{suffix}_f32", kernel, form | shape, warps)
     shape = gate_config(4096)
     warps = shape.pop("num_warps")
     for silu, name in ((True, "silu"), (False, "gelu")):
@@ -121,6 +125,7 @@ def _trunk() -> Iterator[Build]:
             kernel = getattr(triton_trunk, f"gated{suffix}_kernel")
             narrow = ("gate", "up", "out", "dout", "dgate", "dup")
             yield Build(f"gated_{name}{suffix}", kernel, {"SILU": silu} | shape, warps, narrow=narrow)
+            yield Build(f"gated_{name}{suffix}_f32", kernel, {"SILU": silu} | shape, warps)
 
 
 def _gemm(name: str, config: GemmConfig, forms: dict[str, bool]) -> Build:

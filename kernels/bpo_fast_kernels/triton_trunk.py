@@ -173,7 +173,7 @@ def gate_config(width: int) -> dict[str, int]:
 def norm(x: torch.Tensor, weight: torch.Tensor, form: tuple[float, float, bool]) -> tuple[torch.Tensor, torch.Tensor]:
     """([R, H] normed, [R] float32 scales); `form` is (eps, offset, whether it rounds twice)."""
     (num_rows, width), (eps, offset, twice) = x.shape, form
-    out, scales = x.new_empty(x.shape), torch.empty(num_rows, device=x.device)
+    out, scales = x.new_empty(x.shape), torch.empty(num_rows, dtype=torch.float32, device=x.device)
     if out.numel():
         config = norm_config(width)
         grid = (triton.cdiv(num_rows, config["ROWS"]),)
@@ -194,8 +194,10 @@ def norm_backward(
     """([R, H], [H] if asked for)."""
     num_rows, width = x.shape
     dx, config = x.new_empty(x.shape), norm_config(width)
-    num_programs = min(SUMMING, triton.cdiv(num_rows, config["ROWS"]))
-    sums = torch.empty((num_programs, width) if dweight else (1, 1), device=x.device)
+    num_programs = triton.cdiv(num_rows, config["ROWS"])
+    if dweight:
+        num_programs = min(SUMMING, num_programs)
+    sums = torch.empty((num_programs, width) if dweight else (1, 1), dtype=torch.float32, device=x.device)
     if dx.numel():
         strides = (dout.stride(0), x.stride(0), dx.stride(0), sums.stride(0))
         args = (dout, x, weight, scales, dx, sums, num_rows, width, *strides, form[1])
@@ -203,7 +205,7 @@ def norm_backward(
     return dx, sums.sum(0).to(weight.dtype) if dweight else None
 
 
-def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+def gating(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """[R, I]"""
     (num_rows, width), out = gate.shape, gate.new_empty(gate.shape)
     if out.numel():
@@ -214,7 +216,7 @@ def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     return out
 
 
-def gate_backward(
+def gating_backward(
     dout: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dgate, dup), [R, I] each"""

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import FLOATS, require
@@ -92,11 +93,11 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str, *, backend: str
 
 def has_kernels(x: torch.Tensor) -> bool:
     """Whether tensors like this one meet kernels and not the twins."""
-    return _passes("auto", x) is not None
+    return x.dtype in FLOATS and _passes("auto", x) is not None
 
 
 def _check(name: str, x: torch.Tensor, like: torch.Tensor) -> None:
-    require(x.dim() > 0, f"{name}.shape", list(x.shape), "expected one dimension at least")
+    require(x.dim() > 0 and x.shape[-1] > 0, f"{name}.shape", list(x.shape), "expected rows of one number at least")
     require(x.dtype in FLOATS, f"{name}.dtype", x.dtype, "expected float32, bfloat16 or float16")
     require(x.dtype == like.dtype, f"{name}.dtype", x.dtype, f"expected {like.dtype}")
     require(x.device == like.device, f"{name}.device", x.device, f"expected {like.device}")
@@ -128,7 +129,7 @@ class _Native:
 
     @staticmethod
     def norm(x: torch.Tensor, weight: torch.Tensor, form: tuple[float, float, bool]) -> tuple[torch.Tensor, ...]:
-        out, scales = torch.empty(x.shape), x.new_empty(len(x))
+        out, scales = x.new_empty(x.shape), x.new_empty(len(x))
         pick_backend("native", x.device).ops.rms_norm(x, weight, *form[:2], out, scales)
         return out, scales
 
@@ -142,21 +143,21 @@ class _Native:
         *,
         dweight: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        dx, dw = torch.empty(x.shape), torch.zeros_like(weight) if dweight else None
+        dx, dw = x.new_empty(x.shape), torch.zeros_like(weight) if dweight else None
         pick_backend("native", x.device).ops.rms_norm_backward(dout, x, weight, scales, form[1], dx, dw)
         return dx, dw
 
     @staticmethod
-    def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-        out = torch.empty(gate.shape)
+    def gating(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+        out = gate.new_empty(gate.shape)
         pick_backend("native", gate.device).ops.gated(gate, up, activation == "silu", out)
         return out
 
     @staticmethod
-    def gate_backward(
+    def gating_backward(
         dout: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        dgate, dup = torch.empty(gate.shape), torch.empty(gate.shape)
+        dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
         native = pick_backend("native", gate.device)
         native.ops.gated_backward(dout, gate, up, activation == "silu", dgate, dup)
         return dgate, dup
@@ -172,6 +173,7 @@ class _RmsNorm(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, scales = ctx.saved_tensors
         dweight = ctx.needs_input_grad[1]
@@ -184,10 +186,11 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str, passes: Any):
         ctx.save_for_backward(gate, up)
         ctx.activation, ctx.passes = activation, passes
-        return passes.gate(_rows(gate), _rows(up), activation).view(gate.shape)
+        return passes.gating(_rows(gate), _rows(up), activation).view(gate.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        grads = ctx.passes.gate_backward(_rows(dout), _rows(gate), _rows(up), ctx.activation)
+        grads = ctx.passes.gating_backward(_rows(dout), _rows(gate), _rows(up), ctx.activation)
         return *(g.view(gate.shape) for g in grads), None, None

@@ -49,6 +49,27 @@ def test_runs_repeat_bit_for_bit_for_any_number_of_threads():
         assert all(torch.equal(x, y) for x, y in zip(runs[0], again, strict=True))
 
 
+def test_results_have_the_type_of_what_came_in_whatever_the_default_is():
+    x, weight = torch.randn(5, 9), torch.randn(9)
+    expected = norm_outcome(rms_norm, (5, 9), NORMS[0]), gate_outcome(gated, (5, 9), "silu")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert rms_norm(x, weight, 1e-6).dtype == torch.float32
+        options = {"dtype": torch.float32}
+        found = norm_outcome(rms_norm, (5, 9), NORMS[0], **options), gate_outcome(gated, (5, 9), "silu", **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for some, others in zip(found, expected, strict=True):
+        assert all(x.dtype == torch.float32 and x.shape == y.shape for x, y in zip(some, others, strict=True))
+
+
+def test_a_gradient_of_a_gradient_is_refused():
+    x = torch.randn(2, 3, requires_grad=True)
+    (slope,) = torch.autograd.grad(gated(x, x, "silu").square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
 def test_a_frozen_weight_gets_no_gradient():
     x, weight = torch.randn(5, 9, requires_grad=True), torch.randn(9)
     rms_norm(x, weight, 1e-6).sum().backward()
@@ -85,6 +106,7 @@ def test_gradients_of_the_twins():
         (lambda x: rms_norm(x, x[0], 0.0), "eps = 0.0"),
         (lambda x: rms_norm(x, x[0], 1e-6, offset=float("nan")), "offset = nan"),
         (lambda x: rms_norm(x, x[0], 1e-6, backend="cuda"), "backend = 'cuda'"),
+        (lambda x: rms_norm(x[:, :0], x[0, :0], 1e-6), r"x.shape = \[2, 0\]: expected rows of one number"),
         (lambda x: gated(x, x[0], "silu"), r"up.shape = \[3\]: expected \[2, 3\] like gate"),
         (lambda x: gated(x, x, "relu"), "activation = 'relu': expected one of silu, gelu_tanh"),
         (lambda x: gated(x, x.half(), "silu"), "up.dtype = torch.float16"),
