@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from bpo_fast import fused_layers
 from bpo_fast.config import ModelConfig
 from bpo_fast.fused_layers import fuse_layers_
 from bpo_fast.policy import load_policy
@@ -108,6 +109,20 @@ def test_layers_that_compute_something_else_stay():
     assert fuse_layers_(nn.ModuleList(others)) == 0
     assert torch.equal(patched(torch.ones(8)), torch.full((8,), 5.0))
     assert fuse_layers_(nn.ModuleList([LlamaRMSNorm(8), Mlp(nn.SiLU()), Mlp(nn.GELU(approximate="tanh"))])) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "rounds_twice"), [("Llama", True), ("Qwen3", True), ("Gemma2", False), ("Olmo2", False)]
+)
+def test_how_a_norm_of_16_bits_rounds_is_found(monkeypatch, name, rounds_twice, dtype):
+    monkeypatch.setattr(fused_layers, "has_kernels", lambda x: True)  # as on a GPU; the twins run
+    model = make_model(name).to(dtype)
+    ids = torch.randint(2, 97, (2, 19))
+    expected = model(ids).logits
+    assert fuse_layers_(model) == FUSED[name]
+    assert torch.equal(model(ids).logits, expected)
+    assert rounds_twice == (fused_layers._fused_norm(make_model(name).to(dtype).model.norm).keywords["rounds_twice"])
 
 
 def test_types_that_change_or_differ_later_take_the_models_own_layers():
