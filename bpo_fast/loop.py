@@ -124,9 +124,10 @@ class Loop:
         if every and step and step % every == 0 and self._evaluated_step != step:
             self.evaluate("step")
         seconds_before = self._run.seconds.get("train", 0.0)
+        mine = self._ranks.share(pairs, self._policy.pair_tokens).mine
         with self._run.critical():
             with self._run.timed("train"):
-                sums = self._gradients(step, pairs)
+                sums = self._gradients(step, mine, len(pairs)) if pairs else {}
                 norm, finite = self._parts.optimizer.step(step, sums["loss"]) if pairs else (0.0, True)
                 norm, finite = float(norm), bool(finite)
                 self._parts.optimizer.release_gradients()
@@ -138,7 +139,7 @@ class Loop:
             values |= {"learning_rate": learning_rate(self._config.optim, step, self._parts.plan.num_steps)}
             values |= {"grad_norm": norm, "num_tokens": self._num_tokens, "pairs/step": len(pairs)}
             values |= {"phase": self._phase, "policy_version": self.num_steps, "bad_step": int(not finite)}
-            values |= self._flop.rates(self._share(pairs), self._run.seconds["train"] - seconds_before)
+            values |= self._flop.rates(mine, self._run.seconds["train"] - seconds_before)
             self._metrics.log("step", self.num_steps, values)
             self._note = f"loss {values['loss']:.4f}" if "loss" in values else "no pairs"
             if self._num_bad_steps >= self._config.optim.max_bad_steps:
@@ -315,21 +316,16 @@ class Loop:
         metrics = found.metrics | {f"objective/{k}": v for k, v in sample.items()}
         return replace(found, metrics=metrics, scored=True)
 
-    def _gradients(self, step: int, pairs: Sequence[Pair]) -> dict[str, Any]:
-        if not pairs:
-            return {}
-        config, mine = self._config, self._share(pairs)
+    def _gradients(self, step: int, mine: Sequence[Pair], num_pairs: int) -> dict[str, Any]:
+        """Of the whole step, of whose pairs these are this rank's."""
+        config = self._config
         seed = (config.run.seed, step, self._ranks.rank) if config.model.lora_dropout else None
         sums = self._budget.run(
             lambda tokens: step_gradients(
-                mine, self._policy, config.method, max_tokens=tokens, num_pairs=len(pairs), seed=seed
+                mine, self._policy, config.method, max_tokens=tokens, num_pairs=num_pairs, seed=seed
             )
         )
         return sum_over_ranks(sums, self._policy, self._ranks)
-
-    def _share(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """This rank's pairs of a step."""
-        return self._ranks.share(pairs, self._policy.pair_tokens).mine
 
     def _write_pairs(self, path: Path, found: PhasePairs) -> None:
         if self._ranks.is_main:
