@@ -17,6 +17,18 @@ WIDEST = 8192  # of the rows of a norm: the registers of a program hold no more
 
 
 @triton.jit
+def _load(at, rows, cols, stride, mask):
+    """A block of rows in float32, 0 outside of the mask."""
+    return tl.load(at + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(at, rows, cols, stride, mask, value):
+    """A block of rows, rounded to the type that is there."""
+    tl.store(at + rows[:, None] * stride + cols[None, :], value.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def rms_norm_kernel(
     x,
     w,
@@ -36,7 +48,7 @@ def rms_norm_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     mask = (rows < num_rows)[:, None] & (cols < width)[None, :]
-    raw = tl.load(x + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    raw = _load(x, rows, cols, stride_x, mask)
     scale = tl.rsqrt(tl.sum(raw * raw, axis=1) / width + eps)
     tl.store(scales + rows, scale, mask=rows < num_rows)
     value = raw * scale[:, None]
@@ -44,7 +56,7 @@ def rms_norm_kernel(
         value = value.to(x.dtype.element_ty).to(tl.float32)
     weight = tl.load(w + cols, mask=cols < width, other=0.0).to(tl.float32) + offset
     value = value * weight[None, :]
-    tl.store(out + rows[:, None] * stride_out + cols[None, :], value.to(out.dtype.element_ty), mask=mask)
+    _store(out, rows, cols, stride_out, mask, value)
 
 
 @triton.jit
@@ -75,14 +87,14 @@ def rms_norm_backward_kernel(
         rows = (first + tl.arange(0, ROWS)).to(tl.int64)
         mask = (rows < num_rows)[:, None] & inside[None, :]
         scale = tl.load(scales + rows, mask=rows < num_rows, other=0.0)[:, None]
-        unit = tl.load(x + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32) * scale
-        grad = tl.load(dout + rows[:, None] * stride_dout + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        unit = _load(x, rows, cols, stride_x, mask) * scale
+        grad = _load(dout, rows, cols, stride_dout, mask)
         if SUMS:
             acc += tl.sum(grad * unit, axis=0)
         grad = grad * weight[None, :]
         mean = tl.sum(grad * unit, axis=1) / width
         value = (grad - unit * mean[:, None]) * scale
-        tl.store(dx + rows[:, None] * stride_dx + cols[None, :], value.to(dx.dtype.element_ty), mask=mask)
+        _store(dx, rows, cols, stride_dx, mask, value)
     if SUMS:
         tl.store(sums + tl.program_id(0).to(tl.int64) * stride_sums + cols, acc, mask=inside)
 
@@ -119,11 +131,11 @@ def gated_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     mask = (rows < num_rows)[:, None] & (cols < width)[None, :]
-    x = tl.load(gate + rows[:, None] * stride_gate + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    times = tl.load(up + rows[:, None] * stride_up + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = _load(gate, rows, cols, stride_gate, mask)
+    times = _load(up, rows, cols, stride_up, mask)
     active, _ = _activation(x, SILU)
     value = active.to(gate.dtype.element_ty).to(tl.float32) * times
-    tl.store(out + rows[:, None] * stride_out + cols[None, :], value.to(out.dtype.element_ty), mask=mask)
+    _store(out, rows, cols, stride_out, mask, value)
 
 
 @triton.jit
@@ -148,14 +160,14 @@ def gated_backward_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     mask = (rows < num_rows)[:, None] & (cols < width)[None, :]
-    grad = tl.load(dout + rows[:, None] * stride_dout + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(gate + rows[:, None] * stride_gate + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    times = tl.load(up + rows[:, None] * stride_up + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    grad = _load(dout, rows, cols, stride_dout, mask)
+    x = _load(gate, rows, cols, stride_gate, mask)
+    times = _load(up, rows, cols, stride_up, mask)
     active, slope = _activation(x, SILU)
     active = active.to(gate.dtype.element_ty).to(tl.float32)
     down = grad * times * slope
-    tl.store(dgate + rows[:, None] * stride_dgate + cols[None, :], down.to(dgate.dtype.element_ty), mask=mask)
-    tl.store(dup + rows[:, None] * stride_dup + cols[None, :], (grad * active).to(dup.dtype.element_ty), mask=mask)
+    _store(dgate, rows, cols, stride_dgate, mask, down)
+    _store(dup, rows, cols, stride_dup, mask, grad * active)
 
 
 def norm_config(width: int) -> dict[str, int]:
