@@ -5,6 +5,8 @@ checkpoint-<step>/
   member-<m>/                                        LoRA with M > 1: each member
   model.safetensors, config.json, ...                full fine-tuning
   tokenizer files, trainer_state.json, optimizer.safetensors, ema.safetensors, COMPLETE
+
+The moments of N devices are in N files, optimizer-<rank>-of-<N>.safetensors; however many go on with them read all.
 """
 
 import json
@@ -19,6 +21,7 @@ from torch import Tensor
 from bpo_fast.files import new_folder
 from bpo_fast.optim import Optimizer
 from bpo_fast.policy import Policy
+from bpo_fast.ranks import Ranks
 
 COMPLETE = "COMPLETE"
 
@@ -56,8 +59,9 @@ def save_checkpoint(
     *,
     ema: dict[str, Tensor] | None,
     keep: int,
+    ranks: Ranks,
 ) -> Path:
-    """Writes checkpoint-<step> and prunes older ones down to `keep`.
+    """Writes checkpoint-<step> and prunes older ones down to `keep`; on rank 0, while the others save their moments.
 
     Args:
         run_dir: the run folder.
@@ -66,6 +70,7 @@ def save_checkpoint(
         optimizer: its moments are written.
         ema: weights of the EMA reference, if there is one.
         keep: complete checkpoints to keep.
+        ranks: of the run.
     """
     path = run_dir / f"checkpoint-{state.step}"
     with new_folder(path) as folder:
@@ -73,7 +78,8 @@ def save_checkpoint(
         if policy.lora and policy.num_members > 1:
             for m in range(policy.num_members):
                 policy.lora.save(folder / f"member-{m}", str(policy.config.path), member=m)
-        save_file(optimizer.state_dict(), folder / "optimizer.safetensors")
+        save_moments(folder, optimizer, ranks)
+        ranks.save(folder, state.step)
         if ema is not None:
             save_file(ema, folder / "ema.safetensors")
         (folder / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
@@ -81,6 +87,12 @@ def save_checkpoint(
     for old in complete_checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old)
     return path
+
+
+def save_moments(folder: Path, optimizer: Optimizer, ranks: Ranks) -> None:
+    """Writes the moments that this rank keeps."""
+    name = f"optimizer-{ranks.rank}-of-{ranks.size}" if ranks.size > 1 else "optimizer"
+    save_file(optimizer.state_dict(), folder / f"{name}.safetensors")
 
 
 def save_weights(folder: Path, policy: Policy) -> None:
@@ -110,7 +122,8 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[st
             policy.lora.load_member(m, path / f"member-{m}" if policy.num_members > 1 else path)
     else:
         load_full(path, policy)
-    optimizer.load_state_dict(load_file(path / "optimizer.safetensors"))
+    files = sorted(path.glob("optimizer*.safetensors"), key=_rank)
+    optimizer.load_state_dict([load_file(file) for file in files])
     ema = path / "ema.safetensors"
     return load_file(ema) if ema.exists() else None
 
@@ -122,6 +135,11 @@ def load_full(path: Path, policy: Policy) -> None:
         tensors |= load_file(file)
     for name, parameter in policy.model.named_parameters():
         parameter.data.copy_(tensors[name])
+
+
+def _rank(path: Path) -> int:
+    """Whose moments a file holds."""
+    return int(path.name.split("-")[1]) if "-of-" in path.name else 0
 
 
 def _step(path: Path) -> int:

@@ -9,7 +9,7 @@ from bpo_fast.config import Config
 from bpo_fast.gradients import step_gradients
 from bpo_fast.memory import GIB, Ledger, longest_pair_tokens, longest_pairs, make_ledger, step_share, token_budget
 from bpo_fast.progress import Progress
-from bpo_fast.ranks import check_devices
+from bpo_fast.ranks import Ranks, check_devices
 from bpo_fast.setup import Parts, build
 from bpo_fast.tasks import resolve
 
@@ -28,7 +28,7 @@ def dry_run(config: Config, *, from_pairs: str | None = None, quiet: bool = Fals
     with Progress(quiet=quiet) as progress:
         config = resolve(config)
         check_devices(config)
-        parts = build(config, progress, from_pairs=from_pairs)
+        parts = build(config, progress, from_pairs=from_pairs, ranks=_OneOf(config.run.devices))
         plan = parts.plan
         out: dict[str, Any] = {"steps": plan.num_steps, "phases": len(plan.phases), "pairs": plan.num_prompts}
         ledger = make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
@@ -42,6 +42,13 @@ def dry_run(config: Config, *, from_pairs: str | None = None, quiet: bool = Fals
         progress.print(out["suggestion"])
         parts.engine.close()
     return out
+
+
+class _OneOf(Ranks):
+    """The first of several ranks, with its piece of the moments; there are no others to exchange anything with."""
+
+    def __init__(self, size: int):
+        self.size = size
 
 
 def _try_steps(parts: Parts, ledger: Ledger) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The parts of the loop that `train()` repeats, and the state between them."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bpo_fast import report
-from bpo_fast.checkpoint import TrainerState, load_checkpoint, read_state, save_checkpoint
+from bpo_fast.checkpoint import TrainerState, load_checkpoint, read_state, save_checkpoint, save_moments
 from bpo_fast.collect import Collector, divergence, with_reference
 from bpo_fast.engine import SamplingParams
 from bpo_fast.evaluate import EvalRow, as_metrics, judge_greedy, prompt_tokens, summarise
@@ -19,7 +20,7 @@ from bpo_fast.optim import learning_rate
 from bpo_fast.pairs import PairCounts, PhasePairs, read_pairs, write_pairs
 from bpo_fast.plan import Phase, deal
 from bpo_fast.progress import Progress
-from bpo_fast.ranks import Ranks
+from bpo_fast.ranks import POLL_S, Ranks
 from bpo_fast.run import Run
 from bpo_fast.run_folder import pairs_words
 from bpo_fast.sampler_reference import with_sampler_reference
@@ -56,6 +57,7 @@ class Loop:
             run.seconds = dict(state.seconds)
             progress.print(f"resuming at step {state.step} of {parts.plan.num_steps}")
         self._policy.version = self.num_steps
+        self._ranks.on_save(self._save_moments)
         keep_lines = num_lines if run.resume else None
         is_main = self._ranks.is_main
         self._metrics = Metrics(run.path, self._config.run.report_to, keep_lines=keep_lines) if is_main else Unlogged()
@@ -225,6 +227,7 @@ class Loop:
             self._parts.optimizer,
             ema=self._parts.reference.ema,
             keep=self._config.run.save_total_limit,
+            ranks=self._ranks,
         )
         self._saved_step = self.num_steps
 
@@ -272,6 +275,12 @@ class Loop:
         """Closes the metrics and the engine."""
         self._metrics.close()
         self._parts.engine.close()
+
+    def _save_moments(self, folder: Path, step: int) -> None:
+        """Beside rank 0, in a thread: those of a step that rank 0 has taken, and without which there is no next one."""
+        while self.num_steps < step:
+            time.sleep(POLL_S)
+        save_moments(folder, self._parts.optimizer, self._ranks)
 
     _note = ""
     _kl = 0.0

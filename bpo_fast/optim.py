@@ -1,16 +1,20 @@
 """AdamW under one global schedule; the members of an ensemble are M independent optimizers in stacked tensors.
 
 AdamW is elementwise, so one step on tensors with a member dimension is M separate steps; only clipping, which couples
-the elements of a member, is done member by member.
+the elements of a member, is done member by member. For the same reason several devices need not each keep all moments:
+each steps its own piece of every tensor and gets the others' (the first stage of ZeRO, Rajbhandari et al., 2020, arXiv
+1910.02054).
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from bpo_fast.adamw8bit import BLOCK, AdamW8bit
 from bpo_fast.config import OptimConfig
+from bpo_fast.ranks import Ranks
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
@@ -29,6 +33,79 @@ def state_bytes(config: OptimConfig, num_stepped: int, num_copied: int) -> int:
     return int(moments * num_stepped) + 4 * num_copied
 
 
+def cut(num: int, num_ranks: int) -> list[int]:
+    """Where the pieces of `num` elements begin, and their end: of like sizes, in whole blocks of the 8-bit moments."""
+    size = -(-num // (BLOCK * num_ranks)) * BLOCK
+    return [min(rank * size, num) for rank in range(num_ranks + 1)]
+
+
+class _Piece:
+    """What a rank steps of a parameter: all of it, or a run of its elements.
+
+    Args:
+        parameter: contiguous where it is cut.
+        bounds: of all pieces, see `cut`.
+        rank: whose piece this is.
+        offload: moments live in host memory.
+
+    Attributes:
+        master: the float32 tensor that is stepped. A copy where the weight is narrower (a bf16 weight swallows updates
+            below 1/256 of its size) or moments live in host memory, else the elements themselves.
+        is_copy: whether it is a copy.
+    """
+
+    def __init__(self, parameter: nn.Parameter, bounds: list[int], rank: int, *, offload: bool):
+        self.parameter, self._is_whole = parameter, len(bounds) == 2
+        self.start, self.stop = bounds[rank], bounds[rank + 1]
+        assert self._is_whole or parameter.is_contiguous(), "its elements are a row"
+        self.is_copy = offload or parameter.dtype != torch.float32
+        if offload:
+            host = self.of(parameter.detach()).to("cpu", torch.float32, copy=True)
+            self.master = nn.Parameter(host.pin_memory() if parameter.is_cuda else host)
+        elif self.is_copy:
+            self.master = nn.Parameter(self.of(parameter.detach()).float())
+        else:
+            self.master = parameter if self._is_whole else nn.Parameter(self.of(parameter.detach()))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The piece of a tensor of the parameter's shape, a view where that is contiguous."""
+        return tensor if self._is_whole else tensor.reshape(-1)[self.start : self.stop]
+
+    def found_in(self, parts: Sequence[Tensor], name: str) -> Tensor:
+        """This piece of what ranks have kept of their pieces of the parameter, under a name in their state."""
+        if name == "step":
+            return parts[0]
+        in_blocks = parts[0].dtype == torch.int8 or name.endswith("_scale")
+        width = BLOCK if name.endswith("_scale") else 1  # elements of the parameter for one of these
+        stop = -(-self.stop // BLOCK) * BLOCK if in_blocks and self.start < self.stop else self.stop
+        found, begin = [], 0
+        for part in parts:  # maps of files, of which only these elements are read
+            found.append(part.reshape(-1)[max(self.start // width - begin, 0) : max(stop // width - begin, 0)])
+            begin += part.numel()
+        return torch.cat(found).view((-1, parts[0].shape[1]) if in_blocks else self.master.shape)
+
+    def take_gradient(self, scale: Tensor | None) -> None:
+        """Moves the parameter's gradient to the master, member m times scale[m]."""
+        grad = self.parameter.grad
+        if grad is None:
+            return
+        if scale is not None:
+            grad = grad.float().mul_(scale.view(-1, *[1] * (grad.dim() - 1)))
+        if self.master is not self.parameter:
+            self.parameter.grad = None
+        self.master.grad = self.of(grad).to(self.master.device, torch.float32)
+
+    def put(self) -> None:
+        """The master's values go to the parameter, and its gradient is forgotten."""
+        own = self.of(self.parameter.data)
+        if self.is_copy:
+            own.copy_(self.master)
+        else:
+            assert own.data_ptr() == self.master.data_ptr(), "the parameter has moved since"
+        if self.master is not self.parameter:
+            self.master.grad = None
+
+
 class Optimizer:
     """Trains the parameters of a policy.
 
@@ -37,12 +114,26 @@ class Optimizer:
         config: AdamW and schedule.
         num_steps: T, for the schedule.
         num_members: M of a LoRA ensemble, or None for full fine-tuning.
+        ranks: with several, each keeps the moments of a piece of every tensor.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], config: OptimConfig, *, num_steps: int, num_members: int | None):
-        self._parameters, self._config = parameters, config
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        config: OptimConfig,
+        *,
+        num_steps: int,
+        num_members: int | None,
+        ranks: Ranks | None = None,
+    ):
+        self._parameters, self._config, self._ranks = parameters, config, ranks or Ranks()
         self._num_steps, self._num_members = num_steps, num_members
-        self._masters = [self._master(p) for p in parameters]
+        self._bounds = [cut(p.numel(), self._ranks.size) for p in parameters]
+        self._pieces = [
+            _Piece(p, bounds, self._ranks.rank, offload=config.offload)
+            for p, bounds in zip(parameters, self._bounds, strict=True)
+        ]
+        masters = [piece.master for piece in self._pieces]
         options = {
             "lr": 0.0,
             "betas": (config.adam_beta1, config.adam_beta2),
@@ -50,28 +141,23 @@ class Optimizer:
             "weight_decay": config.weight_decay,
         }
         if config.states == "8bit":
-            self._adamw: torch.optim.Optimizer = AdamW8bit(self._masters, **options)
+            self._adamw: torch.optim.Optimizer = AdamW8bit(masters, **options)
         else:
-            self._adamw = torch.optim.AdamW(self._masters, fused=True, **options)
-
-    def _master(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The float32 tensor that is stepped: a copy where the weight is narrower (a bf16 weight swallows updates below
-        1/256 of its size) or moments live in host memory, else the weight itself."""
-        if self._config.offload:
-            host = parameter.detach().to("cpu", torch.float32, copy=True)
-            return nn.Parameter(host.pin_memory() if parameter.is_cuda else host)
-        return parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+            self._adamw = torch.optim.AdamW(masters, fused=True, **options)
 
     def num_bytes(self, device: torch.device) -> int:
         """Bytes of moments and masters on `device`, whether they are there already or come with the first step."""
-        own = [(m, p) for m, p in zip(self._masters, self._parameters, strict=True) if m.device == device]
-        return state_bytes(self._config, sum(m.numel() for m, _ in own), sum(m.numel() for m, p in own if m is not p))
+        own = [p for p in self._pieces if p.master.device == device]
+        num_copied = sum(p.master.numel() for p in own if p.is_copy)
+        return state_bytes(self._config, sum(p.master.numel() for p in own), num_copied)
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of all gradients on the device of the weights, in the type in which they are applied."""
+        """Bytes of all gradients on the device of the weights: as they come, or as they are applied if that is more."""
         width = 0 if self._config.offload else 4
-        return sum(p.numel() * max(width, p.element_size()) for p in self._parameters)
+        return sum(
+            max(width * p.master.numel(), p.parameter.numel() * p.parameter.element_size()) for p in self._pieces
+        )
 
     @torch.no_grad()
     def step(self, step: int, loss: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -85,30 +171,28 @@ class Optimizer:
             (norm before clipping, the mean over members: [] float32; [] bool. False if the norm or the loss was not
             finite and nothing was changed)
         """
-        for master, parameter in zip(self._masters, self._parameters, strict=True):
-            if master is not parameter and parameter.grad is not None:
-                master.grad, parameter.grad = parameter.grad.to(master.device, torch.float32), None
-        grads = [m.grad for m in self._masters if m.grad is not None]
+        grads = [p.grad for p in self._parameters if p.grad is not None]
         if not grads:
             return torch.zeros(()), torch.ones((), dtype=torch.bool)
-        norms = self._norms(grads)
+        norms, stepped_on = self._norms(grads), self._pieces[0].master.device
+        del grads  # each goes as soon as it is taken
         mean = norms.mean()
         finite = mean.isfinite() if loss is None else mean.isfinite() & loss.isfinite()
         # the fused kernel divides by grad_scale and leaves everything as it is where found_inf is 1
-        self._adamw.found_inf = (~finite).float()
+        self._adamw.found_inf = (~finite).float().to(stepped_on)
+        scale = None
         if self._num_members:
             scale = (self._config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-            for grad in grads:
-                grad.mul_(scale.view(-1, *[1] * (grad.dim() - 1)))
         else:
-            self._adamw.grad_scale = ((norms + 1e-6) / self._config.max_grad_norm).clamp(min=1.0)[0]
+            self._adamw.grad_scale = ((norms + 1e-6) / self._config.max_grad_norm).clamp(min=1.0)[0].to(stepped_on)
+        for piece in self._pieces:
+            piece.take_gradient(scale)
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(self._config, step, self._num_steps)
         self._adamw.step()
-        for master, parameter in zip(self._masters, self._parameters, strict=True):
-            if master is not parameter:
-                parameter.copy_(master)
-                master.grad = None
+        for piece in self._pieces:
+            piece.put()
+        self._ranks.exchange_([p.data for p in self._parameters], self._bounds)
         return mean, finite
 
     def release_gradients(self) -> None:
@@ -119,25 +203,30 @@ class Optimizer:
     def _norms(self, grads: list[Tensor]) -> Tensor:
         """[M] float32, or [1] for full fine-tuning."""
         if self._num_members:
-            parts = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads]
+            parts = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float32) for g in grads]
             return torch.stack(parts).square().sum(0).sqrt()
-        return nn.utils.get_total_norm(grads).view(1)
+        return torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])
+        ).view(1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments, step counts and masters as flat named tensors."""
+        """Moments, step counts and masters of this rank's pieces, by the number of their parameter."""
         out: dict[str, Tensor] = {}
-        for i, (master, parameter) in enumerate(zip(self._masters, self._parameters, strict=True)):
-            out |= {f"{i}.{k}": v.detach().contiguous() for k, v in self._adamw.state[master].items()}
-            if master is not parameter:
-                out[f"{i}.master"] = master.detach().contiguous()
+        for i, piece in enumerate(self._pieces):
+            out |= {f"{i}.{k}": v.detach().contiguous() for k, v in self._adamw.state[piece.master].items()}
+            if piece.is_copy:
+                out[f"{i}.master"] = piece.master.detach().contiguous()
         return out
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes back a `state_dict`."""
-        for i, (master, parameter) in enumerate(zip(self._masters, self._parameters, strict=True)):
-            own = {k.partition(".")[2]: v for k, v in state.items() if k.partition(".")[0] == str(i)}
-            if master is not parameter:
+    def load_state_dict(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Takes back the `state_dict` of every rank, of however many there were."""
+        for i, piece in enumerate(self._pieces):
+            master, own = piece.master, {}
+            for name in [k.partition(".")[2] for k in states[0] if k.partition(".")[0] == str(i)]:
+                values = piece.found_in([state[f"{i}.{name}"] for state in states], name)
+                own[name] = values.to(master.device, copy=True)
+            if piece.is_copy:
                 master.copy_(own.pop("master"))
             if own:
-                self._adamw.state[master] = {k: v.to(master.device).clone() for k, v in own.items()}
+                self._adamw.state[master] = own

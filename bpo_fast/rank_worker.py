@@ -1,4 +1,4 @@
-"""A rank of a run beside rank 0: what to do comes in as JSON; nothing goes out.
+"""A rank of a run beside rank 0: what to do comes in as lines of JSON; nothing goes out.
 
 It ends when rank 0 does, which alone is interrupted: SIGINT and SIGTERM to the whole job leave this one at its work. An
 error is one line in the log, which rank 0 reads when the process has ended.
@@ -8,9 +8,11 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -28,7 +30,8 @@ app = typer.Typer(pretty_exceptions_enable=False)
 @reports_errors
 def work() -> None:
     """Follows rank 0 through the run."""
-    order = json.load(sys.stdin)
+    orders = _orders()
+    order = next(orders)
     meeting = Path(order["meeting"])
     call_when_orphaned(partial(_end, meeting.parent), order["parent"])
     # torch is loaded here, after OpenMP's settings
@@ -36,11 +39,19 @@ def work() -> None:
     from bpo_fast.ranks import Group
     from bpo_fast.train import run_rank
 
-    group = Group(order["rank"], order["size"], meeting)
+    group = Group(order["rank"], order["size"], meeting, orders=orders)
     config = configs.replace(Config(), order["config"])
     resume = Path(order["resume"]) if order["resume"] else None
     with Progress(quiet=True) as progress, closing(group) as ranks:
         run_rank(config, ranks, progress, resume=resume, from_pairs=order["from_pairs"])
+
+
+def _orders() -> Iterator[dict[str, Any]]:
+    """Of rank 0; no buffer of sys.stdin is held by a thread that waits for the next when the process ends."""
+    rest = b""
+    while found := os.read(sys.stdin.fileno(), 2**16):
+        *lines, rest = (rest + found).split(b"\n")
+        yield from map(json.loads, lines)
 
 
 def _end(folder: Path) -> None:

@@ -3,7 +3,8 @@
 Rank 0 is the run: it alone writes, prints and can be interrupted, and its weights are those of the checkpoints. It
 starts the others, which take their share of the prompts to sample, of the pairs to score and of the pairs of every
 step, and which end with it. What they make is gathered in the order of the prompts, gradients are summed, and every
-rank takes the same optimizer step. The group is none that torch.distributed knows of, so that vLLM can have its own.
+rank steps its piece of the weights and gets the others'. The group is none that torch.distributed knows of, so that
+vLLM can have its own.
 """
 
 import json
@@ -11,8 +12,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,17 +23,20 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+import typer
 from torch import Tensor, distributed
 
 from bpo_fast import config as configs
+from bpo_fast.cli_errors import reports_errors
 from bpo_fast.config import Config
-from bpo_fast.threads import Threads
+from bpo_fast.threads import PREFIX, Threads
 
 Item = TypeVar("Item")
 # between two looks at a collective: at first, growing by a fiftieth each, at most; and at the processes
 POLL_S, LONGEST_POLL_S, LOOK_S = 1e-4, 1e-2, 0.2
 ENDED_S = 5.0  # a process is seen to have ended so long after its connections
 SHOWN_LINES = 40  # of what a rank said that crashed
+EXCHANGED_BYTES = 2**26  # of tensors that go from rank to rank in one piece
 DONE_S = 60.0  # for the others to end by themselves after rank 0
 NO_LIMIT = timedelta(days=365)  # one rank may wait for another's sampling
 # on the path of rank 0, which no file of the working folder gets in front of
@@ -114,6 +120,24 @@ class Ranks:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sums tensors over the ranks, in place; all ranks end with the same bits."""
 
+    def exchange_(self, tensors: Sequence[Tensor], bounds: Sequence[Sequence[int]]) -> None:
+        """Brings each rank's piece of every tensor to all of them, in place.
+
+        Args:
+            tensors: contiguous, of any type.
+            bounds: of each: rank r has brought the elements bounds[r] to bounds[r + 1] up to date.
+        """
+
+    def on_save(self, save: Callable[[Path, int], None]) -> None:
+        """Has a rank beside rank 0 save what it alone holds, whatever it is doing, when rank 0 calls `save`.
+
+        Args:
+            save: takes the folder and the step; runs in a thread of its own.
+        """
+
+    def save(self, folder: Path, step: int) -> None:
+        """Has the other ranks save what they alone hold, and returns when they have."""
+
     def check_alike(self, what: str, value: str) -> None:
         """Raises ValueError if ranks differ in a setting that each of them found for itself."""
         values = self.gather(value)
@@ -136,11 +160,22 @@ class Group(Ranks):
         size: processes.
         meeting: a file through which they find each other.
         look: raises if another rank has ended; called now and then while waiting.
+        tell: on rank 0: takes an order to all others.
+        orders: on the others: those of rank 0, as they come.
     """
 
-    def __init__(self, rank: int, size: int, meeting: Path, look: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        meeting: Path,
+        look: Callable[[], None] = lambda: None,
+        tell: Callable[[dict[str, Any]], None] = lambda order: None,
+        orders: Iterable[dict[str, Any]] = (),
+    ):
         self.rank, self.size = rank, size
         self._meeting, self._look, self._looked = meeting, look, 0.0
+        self._tell, self._orders = tell, orders
         self._host: Any = None
         self._device: Any = None
 
@@ -191,6 +226,67 @@ class Group(Ranks):
             for tensor, sums in zip(same, held, strict=True):
                 if sums is not tensor:
                     tensor.copy_(sums)
+
+    def exchange_(self, tensors: Sequence[Tensor], bounds: Sequence[Sequence[int]]) -> None:
+        """See `Ranks.exchange_`."""
+        bucket: list[tuple[Tensor, Sequence[int]]] = []
+        for tensor, ends in zip(tensors, bounds, strict=True):
+            width = tensor.element_size()
+            bucket.append((tensor.view(-1).view(torch.uint8), [end * width for end in ends]))
+            if sum(len(row) for row, _ in bucket) >= EXCHANGED_BYTES:
+                self._exchange(bucket)
+                bucket = []
+        if bucket:
+            self._exchange(bucket)
+
+    def _exchange(self, bucket: list[tuple[Tensor, Sequence[int]]]) -> None:
+        """Of (bytes, bounds); bytes go as they are, whatever the type."""
+        longest = max(sum(ends[r + 1] - ends[r] for _, ends in bucket) for r in range(self.size))
+        mine = torch.cat([row[ends[self.rank] : ends[self.rank + 1]] for row, ends in bucket])
+        mine = torch.nn.functional.pad(mine if self._device else mine.cpu(), (0, longest - len(mine)))
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        self._done((self._device or self._host).allgather([parts], [mine]))
+        for rank, part in enumerate(parts):
+            begin = 0
+            for row, ends in bucket:
+                num = ends[rank + 1] - ends[rank]
+                if rank != self.rank:
+                    row[ends[rank] : ends[rank + 1]].copy_(part[begin : begin + num])
+                begin += num
+
+    def on_save(self, save: Callable[[Path, int], None]) -> None:
+        """See `Ranks.on_save`."""
+        if not self.is_main:
+            threading.Thread(target=self._answer, args=(save,), name=f"{PREFIX}-saves", daemon=True).start()
+
+    def save(self, folder: Path, step: int) -> None:
+        """See `Ranks.save`."""
+        saved = [self._saved(rank) for rank in range(1, self.size)]
+        for path in saved:
+            path.unlink(missing_ok=True)
+        self._tell({"folder": str(folder.absolute()), "step": step})
+        self._until(lambda: all(path.exists() for path in saved))
+
+    def _answer(self, save: Callable[[Path, int], None]) -> None:
+        """Follows the orders of rank 0; what goes wrong ends the process, as it does in its main thread."""
+
+        @reports_errors
+        def follow() -> None:
+            for order in self._orders:
+                save(Path(order["folder"]), order["step"])
+                self._saved(self.rank).touch()
+
+        try:
+            follow()
+        except typer.Exit as error:
+            os._exit(error.exit_code)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    def _saved(self, rank: int) -> Path:
+        """Is there once a rank has saved."""
+        return self._meeting.with_name(f"saved-{rank}")
 
     def _done(self, work: Any) -> None:
         """Waits for a collective, and not for a rank that has ended."""
@@ -252,11 +348,15 @@ def started(config: Config, *, resume: Path | None, from_pairs: str | None) -> I
             for other in others:
                 other.check()
 
+        def tell(order: dict[str, Any]) -> None:
+            for other in others:
+                other.tell(order)
+
         try:
             for rank in range(1, size):
                 others.append(_Other(rank, order, Path(folder) / f"rank-{rank}.log", threads, on_gpu))
             torch.set_num_threads(threads)
-            with closing(Group(0, size, meeting, look)) as ranks:
+            with closing(Group(0, size, meeting, look, tell)) as ranks:
                 yield ranks
             for other in others:
                 other.wait()
@@ -284,10 +384,14 @@ class _Other:
                 env=environ,
                 start_new_session=True,  # Ctrl-C is for rank 0
             )
+        self.tell(order | {"rank": rank})
+
+    def tell(self, order: dict[str, Any]) -> None:
+        """Gives it a line of JSON; that it has ended is seen by `check`."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
-            json.dump(order | {"rank": rank}, self._process.stdin)
-            self._process.stdin.close()
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
 
     def check(self) -> None:
         """Raises what ended it, if it has."""
@@ -305,7 +409,8 @@ class _Other:
         raise RuntimeError(f"rank {self._rank} of run.devices ended with code {code}: {last}")
 
     def wait(self) -> None:
-        """For its own end, a while."""
+        """For its own end, a while; there are no more orders."""
+        self._hang_up()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(DONE_S)
 
@@ -313,6 +418,12 @@ class _Other:
         """Ends it, whatever it does: nothing of it is kept."""
         self._process.kill()
         self._process.wait()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
 
 
 def check_devices(config: Config) -> bool:

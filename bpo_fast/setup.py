@@ -19,6 +19,7 @@ from bpo_fast.pairs import PairCounts, replay_pairs
 from bpo_fast.plan import Plan, make_plan
 from bpo_fast.policy import Policy, load_policy
 from bpo_fast.progress import Progress
+from bpo_fast.ranks import Ranks
 from bpo_fast.reference import Reference
 from bpo_fast.run_folder import pairs_words
 from bpo_fast.sampler_reference import check_settings as check_sampler_reference
@@ -56,13 +57,14 @@ class Parts:
     not_replayed: PairCounts
 
 
-def build(config: Config, progress: Progress, *, from_pairs: str | None = None) -> Parts:
+def build(config: Config, progress: Progress, *, from_pairs: str | None = None, ranks: Ranks | None = None) -> Parts:
     """Loads models and data and lays out the run.
 
     Args:
         config: resolved settings.
         progress: for one line on each thing that was left out.
         from_pairs: recorded pairs to replay instead of sampling.
+        ranks: of the run.
 
     Raises:
         ValueError: whatever a user can have got wrong, by name.
@@ -92,7 +94,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None) 
     plan = make_plan(config.method, num_pairs)
     reference = Reference(policy, config.method, config.model, max_length=max_length)
     members = policy.num_members if policy.lora else None
-    optimizer = Optimizer(policy.parameters(), config.optim, num_steps=plan.num_steps, num_members=members)
+    optimizer = Optimizer(policy.parameters(), config.optim, num_steps=plan.num_steps, num_members=members, ranks=ranks)
     judges, scoring = judge_specs(config), _share_requests(config)
     held_out = held_out_prompts(config, policy.tokenizer, usable, progress) if judges else ()
     return Parts(

@@ -71,7 +71,7 @@ def run_rank(
     Returns:
         (the run, what summary.json holds)
     """
-    parts = build(config, progress, from_pairs=from_pairs)
+    parts = build(config, progress, from_pairs=from_pairs, ranks=ranks)
     ranks.connect(parts.policy.device)
     ranks.check_alike("sampling.engine", parts.engine.name)
     config, run = open_run(parts.config, resume=resume, command=sys.argv, ranks=ranks)
@@ -90,6 +90,7 @@ def run_rank(
                     loop.step(step, pairs)
                 loop.end_phase(phase, found)
             loop.evaluate("after")
+            ranks.wait()  # for rank 0 to have had what it saves of the others
             return run, loop.finish()
         except KeyboardInterrupt:
             loop.save()

@@ -1,13 +1,17 @@
 """The stacked optimizer against M separate ones, the schedule, and what happens to bad gradients."""
 
 import dataclasses
+import itertools
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
+from bpo_fast.adamw8bit import BLOCK
 from bpo_fast.config import OptimConfig
-from bpo_fast.optim import Optimizer, learning_rate
+from bpo_fast.optim import Optimizer, cut, learning_rate, state_bytes
+from bpo_fast.ranks import Ranks
 
 CONFIG = dataclasses.replace(OptimConfig(), learning_rate=1e-2, max_grad_norm=0.5, weight_decay=0.1)
 SHAPES = ((5, 3), (7,))
@@ -94,7 +98,7 @@ def test_state_goes_on_bitwise(dtype):
         optimizer.step(step)
     copy = [nn.Parameter(p.detach().clone()) for p in parameters]
     other = Optimizer(copy, CONFIG, num_steps=6, num_members=2)
-    other.load_state_dict({k: v.clone() for k, v in optimizer.state_dict().items()})
+    other.load_state_dict([{k: v.clone() for k, v in optimizer.state_dict().items()}])
     for step in range(3, 6):
         set_grads(parameters, step)
         set_grads(copy, step)
@@ -135,7 +139,7 @@ def test_8_bit_states_skip_bad_steps_and_go_on_bitwise():
     assert not optimizer.step(1)[1]
     assert all(torch.equal(v, kept[k]) for k, v in optimizer.state_dict().items())
     other = Optimizer(copy, config, num_steps=6, num_members=2)
-    other.load_state_dict(kept)
+    other.load_state_dict([kept])
     for step in (1, 2):
         set_grads(parameters, step)
         set_grads(copy, step)
@@ -175,3 +179,114 @@ def test_schedules():
     assert [learning_rate(cosine, t, 4) for t in range(4)] == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-5)
     constant = dataclasses.replace(CONFIG, learning_rate=1.0, schedule="constant")
     assert learning_rate(constant, 5, 6) == 1.0
+
+
+class OneOf(Ranks):
+    """A rank of several in one process, which exchange when all have stepped."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size, self.given = rank, size, ()
+
+    def exchange_(self, tensors, bounds):
+        self.given = tuple(zip(tensors, bounds, strict=True))
+
+
+class Together:
+    """The optimizers of several ranks, each with a copy of the weights."""
+
+    def __init__(self, start, config, size, num_members):
+        self.ranks = [OneOf(rank, size) for rank in range(size)]
+        self.weights = [[nn.Parameter(p.detach().clone()) for p in start] for _ in self.ranks]
+        options = {"num_steps": 8, "num_members": num_members}
+        self.optimizers = [
+            Optimizer(weights, config, **options, ranks=rank)
+            for weights, rank in zip(self.weights, self.ranks, strict=True)
+        ]
+
+    def step(self, step, without=None):
+        for weights, optimizer in zip(self.weights, self.optimizers, strict=True):
+            set_grads(weights, step)
+            if without is not None:
+                weights[without].grad = None
+            norm, finite = optimizer.step(step)
+        for mine in self.ranks:
+            for tensors in zip(*(rank.given for rank in self.ranks), strict=True):
+                for rank, (tensor, bounds) in enumerate(tensors):
+                    if rank != mine.rank:
+                        own = slice(bounds[rank], bounds[rank + 1])
+                        tensors[mine.rank][0].view(-1)[own] = tensor.view(-1)[own]
+        return norm, finite
+
+
+SHARDED = ((5, 300), (7,), (2, 128, 9), (1, 512))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("num_members", [None, 3])
+@pytest.mark.parametrize(
+    ("dtype", "knobs"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.float32, {"states": "8bit"}),
+        (torch.bfloat16, {"states": "8bit", "offload": True}),
+    ],
+    ids=["float32", "bfloat16", "8bit", "offloaded"],
+)
+def test_pieces_of_ranks_end_as_the_whole_and_go_on_with_another_number_of_ranks(dtype, knobs, num_members, size):
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, **knobs)
+    start = [nn.Parameter(torch.randn(num_members or 1, *shape).to(dtype)) for shape in SHARDED]
+    whole, pieces = Together(start, config, 1, num_members), Together(start, config, size, num_members)
+    for step in range(6):
+        without = 1 if step == 2 else None
+        for one, other in zip(whole.step(step, without), pieces.step(step, without), strict=True):
+            torch.testing.assert_close(one, other)
+        for weights in pieces.weights:
+            for p, q in zip(whole.weights[0], weights, strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+                assert torch.equal(p, q) or num_members is None, "clipping alone may round"
+        if step == 3:  # the one goes on as several, and the several as another number
+            states = [[o.state_dict() for o in each.optimizers] for each in (whole, pieces)]
+            for new_size, state in zip((size, 1 if size == 2 else 2), states, strict=True):
+                new = Together(whole.weights[0], config, new_size, num_members)
+                for optimizer in new.optimizers:
+                    optimizer.load_state_dict(state)
+                if new_size == size:
+                    pieces = new
+                else:
+                    whole = new
+
+
+def test_each_rank_holds_its_part_of_the_moments():
+    start = [nn.Parameter(torch.zeros(1000, 64, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(17))]
+    num, device = 64_017, torch.device("cpu")
+    for size in (1, 4):
+        optimizers = Together(start, CONFIG, size, None).optimizers
+        held = [o.num_bytes(device) for o in optimizers]
+        assert sum(held) == state_bytes(CONFIG, num, 64_000)
+        assert max(held) <= state_bytes(CONFIG, num, 64_000) / size + 12 * 2 * BLOCK
+        assert optimizers[-1].gradient_bytes <= (4 if size == 1 else 2) * 64_000 + 4 * 17
+
+
+@pytest.mark.parametrize(("num", "size"), [(0, 3), (1, 2), (BLOCK, 2), (BLOCK + 1, 2), (5 * BLOCK, 4), (10**9, 7)])
+def test_cuts_are_of_whole_blocks_and_like_sizes(num, size):
+    bounds = cut(num, size)
+    assert len(bounds) == size + 1
+    assert (bounds[0], bounds[-1]) == (0, num)
+    assert all(b % BLOCK == 0 or b == num for b in bounds)
+    assert all(0 <= b - a <= -(-num // (BLOCK * size)) * BLOCK for a, b in itertools.pairwise(bounds))
+
+
+def test_a_gradient_in_16_bits_goes_as_soon_as_it_is_taken(monkeypatch):
+    parameters = [nn.Parameter(torch.ones(8, dtype=torch.bfloat16)) for _ in range(3)]
+    optimizer = Optimizer(parameters, CONFIG, num_steps=1, num_members=None)
+    alive = []
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+        alive.append(weakref.ref(p.grad))
+    found = []
+    step = optimizer._adamw.step
+    monkeypatch.setattr(optimizer._adamw, "step", lambda: (found.append([r() for r in alive]), step()))
+    optimizer.step(0)
+    assert found == [[None] * 3]

@@ -49,6 +49,51 @@ group.wait()
 sums = [t.double().flatten().tolist() for t in tensors]
 print(json.dumps({"mine": share.mine, "whole": whole, "sums": sums, "strange": strange, "unlike": unlike}))
 """
+EXCHANGE = """
+from bpo_fast import ranks
+ranks.EXCHANGED_BYTES = 64
+shapes = [((5, 3), torch.float32), ((7,), torch.bfloat16), ((0, 4), torch.float32), ((), torch.float64)]
+shapes += [((40,), torch.int8)]
+whole = [torch.arange(1, 1 + int(torch.tensor(s).prod())).reshape(s).to(t) for s, t in shapes]
+bounds = [[min(r * -(-len(t.view(-1)) // size), len(t.view(-1))) for r in range(size + 1)] for t in whole]
+mine = [torch.full_like(t, -1) for t in whole]
+for tensor, right, ends in zip(mine, whole, bounds):
+    own = slice(ends[rank], ends[rank + 1])
+    tensor.view(-1)[own] = right.view(-1)[own]
+group.exchange_(mine, bounds)
+print(json.dumps([torch.equal(a, b) for a, b in zip(mine, whole)]))
+"""
+SAVE = """
+folder = meeting.parent
+done = []
+
+def save(folder, step):
+    time.sleep(0.2)
+    (folder / f"of-{rank}-{step}").write_text("x" if step != 9 else str(1 / 0))
+
+def orders():
+    while True:
+        found = sorted(folder.glob("order-*"))
+        if len(found) > len(done):
+            done.append(found[len(done)])
+            yield json.loads(done[-1].read_text())
+        time.sleep(0.01)
+
+def tell(order):
+    new = folder / ".new"
+    new.write_text(json.dumps(order))
+    new.rename(folder / f"order-{order['step']}")
+
+group._tell, group._orders = tell, orders()
+group.on_save(save)
+if rank == 0:
+    seen = []
+    for step in (3, 5):
+        group.save(folder, step)
+        seen.append(sorted(p.name for p in folder.glob("of-*")))
+    print(json.dumps(seen))
+group.wait()  # the others answer while they are in here
+"""
 GONE = """
 if rank == 1:
     group.wait()
@@ -93,6 +138,31 @@ def test_what_is_dealt_comes_back_and_sums_are_the_same(tmp_path, size):
         assert each["sums"][5] == [sum(range(size))] * 12
         assert each["unlike"].startswith("sampling.engine: vllm on rank 0, hf on rank 1")
         assert each["strange"] == "run.devices: the weights of rank 1 are not those of rank 0"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_pieces_of_any_type_reach_all_ranks(tmp_path, size):
+    assert together(EXCHANGE, size, tmp_path) == [[True] * 5] * size
+
+
+def test_others_save_whatever_they_are_doing(tmp_path):
+    said = together(SAVE, 3, tmp_path)
+    assert said[0] == [["of-1-3", "of-2-3"], ["of-1-3", "of-1-5", "of-2-3", "of-2-5"]]
+
+
+def test_a_save_that_fails_ends_its_rank(tmp_path):
+    code = RANK + SAVE.replace("(3, 5)", "(9,)")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), "2", str(tmp_path / "meeting")], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    said = ranks[1].communicate(timeout=120)[1]
+    (tmp_path / "gone").touch()  # as rank 0 would see it
+    assert "RuntimeError: rank 1 is gone" in ranks[0].communicate(timeout=120)[1]
+    assert ranks[1].returncode == 1
+    assert "ZeroDivisionError" in said
 
 
 def test_nobody_waits_for_a_rank_that_is_gone(tmp_path):

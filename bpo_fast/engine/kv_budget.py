@@ -57,19 +57,22 @@ def _share_of_a_worker(config: Config, model: PreTrainedModel) -> float:
 
 
 def _held_bytes(config: Config, model: PreTrainedModel, device: torch.device) -> int:
-    """Bytes that weights, adapters and optimizer will hold on the device, none of which are there yet."""
+    """Bytes that weights, adapters and this device's part of the optimizer will hold on it; none are there yet."""
     num_weights = model.num_parameters()
     num_workers = config.sampling.tensor_parallel
     held = num_weights * model.dtype.itemsize
     if num_workers > 1:  # a copy beside the trainer's weights, or the part of it on this GPU
         held += held * workers_on(config, device) // num_workers
     if config.model.full:
-        copied = num_weights if model.dtype != torch.float32 else 0
-        return held + (0 if config.optim.offload else state_bytes(config.optim, num_weights, copied))
-    assert config.model.lora_r, "resolve() has set it"
-    linears = find_linears(model, config.model.lora_targets).values()
-    num_lora = config.model.members * config.model.lora_r * sum(sum(m.weight.shape) for m in linears)
-    return held + 4 * num_lora + (0 if config.optim.offload else state_bytes(config.optim, num_lora, 0))
+        num_stepped, num_copied = num_weights, num_weights if model.dtype != torch.float32 else 0
+    else:
+        assert config.model.lora_r, "resolve() has set it"
+        linears = find_linears(model, config.model.lora_targets).values()
+        num_stepped = config.model.members * config.model.lora_r * sum(sum(m.weight.shape) for m in linears)
+        num_copied = 0
+        held += 4 * num_stepped
+    num_devices = config.run.devices
+    return held + (0 if config.optim.offload else state_bytes(config.optim, num_stepped, num_copied) // num_devices)
 
 
 def _free_host_bytes() -> int:

@@ -116,6 +116,33 @@ def test_interrupted_and_killed_and_resumed_it_ends_bit_for_bit(tiny_model_dir, 
         assert one == other
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("devices", [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_devices(tiny_model_dir, tiny_data, tmp_path, devices):
+    knobs = {"model__full": True, "run__save_steps": 0, "optim__states": "8bit"}
+    toml = tmp_path / "run.toml"
+    toml.write_text(configs.to_toml(settings(tiny_model_dir, tiny_data, "none", **knobs)))
+    straight = start("--config", str(toml), "--out", str(tmp_path / "straight"))
+    run = tmp_path / "stopped"
+    process = start("--config", str(toml), "--out", str(run), "--devices", str(devices[0]))
+    wait_for_steps(process, run, 3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, process.communicate()
+    names = [p.name for p in complete_checkpoints(run)[-1].glob("optimizer*")]
+    assert sorted(names) == (
+        ["optimizer-0-of-2.safetensors", "optimizer-1-of-2.safetensors"]
+        if devices[0] == 2
+        else ["optimizer.safetensors"]
+    )
+    last = start("--resume", str(run), "--devices", str(devices[1]))
+    assert last.wait(120) == 0, last.communicate()
+    assert straight.wait(120) == 0, straight.communicate()
+    assert sampled(run) == sampled(tmp_path / "straight")
+    one, other = (load_file(complete_checkpoints(r)[-1] / "model.safetensors") for r in (tmp_path / "straight", run))
+    for name, weight in one.items():
+        assert (other[name] - weight).norm() <= 1e-3 * weight.norm(), name
+
+
 @pytest.mark.parametrize(
     ("annotator", "code", "message"),
     [
