@@ -59,12 +59,13 @@ class PlainLinear(UnquantizedLinearMethod):
         """x W^T + bias + scale * sum_m w_m B_m A_m x, for the rows of W that have members; w is of the row of x."""
         out = F.linear(x, layer.weight, bias)
         for rows, a, b in getattr(layer, "lora_parts", ()):
-            inner = F.linear(x, a.flatten(0, 1).to(x.dtype))  # one adapter of rank M r
+            # one adapter of rank M r, scaled here: where it becomes an addmm, inductor loses the alpha of an add
+            inner = F.linear(x, (self._scale * a.flatten(0, 1)).to(x.dtype))
             if self._rows is not None:
                 weights = self._rows.weights[: inner.shape[0], :, None].to(inner.dtype)
                 inner = (inner.unflatten(-1, (len(a), -1)) * weights).flatten(-2)
             side_by_side = b.permute(1, 0, 2).flatten(1, 2).to(x.dtype)
-            out[..., rows].add_(F.linear(inner, side_by_side), alpha=self._scale)
+            out[..., rows].add_(F.linear(inner, side_by_side))
         return out
 
 

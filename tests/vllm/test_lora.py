@@ -47,6 +47,23 @@ def test_the_rule_merges_on_a_cpu_and_reads_in_place_on_a_gpu(llama_dir):
     assert merges("cpu", model__members=1, sampling__members="single")
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_compiled_layer_reads_the_members_at_their_scale(bias):
+    """On a GPU vLLM compiles its layers; inductor took x W + alpha (A B) for an addmm, whose alpha it left at 1."""
+    from bpo_fast.engine.loader import PlainLinear
+
+    layer = torch.nn.Linear(64, 96, bias=bias).requires_grad_(False)
+    a, b = torch.randn(3, 4, 64), torch.randn(3, 48, 4)
+    rows = slice(32, 80)
+    layer.lora_parts = ((rows, a, b),)
+    method, x = PlainLinear(0.25), torch.randn(40, 64)
+    expected = layer(x)
+    expected[:, rows] += 0.25 * torch.einsum("mor,mri,ti->to", b, a, x)
+    compiled = torch.compile(lambda x: method.apply(layer, x, layer.bias), fullgraph=True)
+    for apply in (compiled, lambda x: method.apply(layer, x, layer.bias)):
+        torch.testing.assert_close(apply(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def storage(layer):
     return [t for _, a, b in getattr(layer, "lora_parts", ()) for t in (a, b)]
 
