@@ -57,6 +57,7 @@ class Session:
         kv_bytes: budget of the KV cache on the trainer's device.
         logps_temperature: temperature of the log-probs that vLLM returns.
         member_rows: opened for sampling from single members.
+        stream: of a GPU, on which vLLM was opened.
     """
 
     llm: Any
@@ -66,6 +67,7 @@ class Session:
     logps_temperature: float
     own_group: bool
     member_rows: MemberRows | None
+    stream: torch.cuda.Stream | None
     policy: Policy | None = field(default=None)
 
     def attach(self, policy: Policy) -> None:
@@ -107,12 +109,15 @@ class Session:
                 with torch.compiler.set_stance("force_eager"):
                     yield
                 return
-            _wake(self.llm)
-            try:
-                yield
-            finally:
+            # vLLM keeps the stream it was opened on, and copies its tokens to the host once that one has made them
+            with torch.cuda.stream(self.stream):
                 torch.cuda.synchronize()
-                self.llm.sleep(level=1)
+                _wake(self.llm)
+                try:
+                    yield
+                finally:
+                    torch.cuda.synchronize()
+                    self.llm.sleep(level=1)
 
     def in_words(self) -> str:
         """One line for the log."""
@@ -161,7 +166,7 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
     loader.register()
     loader.PolicyLoader.policy, loader.PolicyLoader.live_lora = model, live
     try:
-        llm = _start(config, model, device, max_length, kv_bytes, live)
+        llm, stream = _start(config, model, device, max_length, kv_bytes, live)
     except BaseException:
         with preserved(ENVIRON), _group_spared(own_group):  # what a start that failed half-way has left
             if num_workers > 1:
@@ -191,6 +196,7 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
             logps_temperature=config.sampling.temperature,
             own_group=own_group,
             member_rows=rows,
+            stream=stream,
         )
     except BaseException:
         _shut_down(llm, own_group)
@@ -254,7 +260,8 @@ def _start(
     max_length: int,
     kv_bytes: int,
     live: loader.LiveLora | None,
-) -> Any:
+) -> tuple[Any, torch.cuda.Stream | None]:
+    """vLLM, and the stream of a GPU that it goes on using."""
     on_gpu = device.type == "cuda"
     num_workers = config.sampling.tensor_parallel
     options: dict[str, Any] = {"worker_cls": "bpo_fast.engine.worker.KvPoolWorker"} if on_gpu else {}
@@ -270,10 +277,10 @@ def _start(
     handing_over = handed_over(loader.checkpoint_weights(model)) if num_workers > 1 else nullcontext()
     with preserved(environ), preserved_class(type(model.base_model)), quiet, handing_over as handover:
         _import_architecture(model)
-        if on_gpu:
+        if on_gpu and device.index is not None:  # "cuda" is the current one
             torch.cuda.set_device(device)
         try:
-            return vllm.LLM(
+            llm = vllm.LLM(
                 model=str(config.model.path),
                 dtype=str(model.dtype).removeprefix("torch."),
                 trust_remote_code=config.model.trust_remote_code,
@@ -302,6 +309,7 @@ def _start(
         except (ValueError, RuntimeError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(f"sampling.engine = vllm: {_said(error)}; choose sampling.engine = hf") from None
+        return llm, torch.cuda.current_stream() if on_gpu else None
 
 
 def _workers() -> ModuleType:

@@ -4,14 +4,16 @@ vLLM's CPU worker only notes that it sleeps; what is checked here is when it is 
 """
 
 import inspect
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny_vllm import greedy_by_transformers, prompts, train_a_little
+from tiny_vllm import MAX_LENGTH, greedy_by_transformers, prompts, settings, train_a_little
+from transformers import AutoModelForCausalLM
 
-from bpo_fast.engine import SamplingParams
+from bpo_fast.engine import SamplingParams, session
 from bpo_fast.engine.session import Session
 from bpo_fast.engine.vllm import VllmEngine
 
@@ -83,6 +85,74 @@ def test_vllm_is_shut_down_awake_if_there_is_room(releasing, monkeypatch, has_ro
     monkeypatch.setattr(core, "shutdown", note)
     engine.close()
     assert seen == [not has_room]
+
+
+def test_a_step_may_be_left_over_when_a_call_ends(llama_dir, learner, monkeypatch):
+    """On a GPU vLLM prepares a step before it knows the tokens of the last one; on a CPU it has to be told to."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    configure = platform.check_and_update_config
+
+    def look_ahead(cls: type, vllm_config: Any) -> None:
+        configure(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(platform, "check_and_update_config", classmethod(look_ahead))
+    monkeypatch.setattr(Session, "releases_kv", True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    policy, engine = learner(llama_dir, model__full=True)
+    core = engine._session.llm.llm_engine.engine_core.engine_core
+    for version in (0, 4):
+        engine.refresh(version)
+        greedy = [c[0].ids for c in sample(engine, version, temperature=0.0)]
+        assert core.batch_queue
+        assert greedy == greedy_by_transformers(policy, prompts(6), 16)
+        assert sample(engine, version, logps=True, n=2) == sample(engine, version, logps=True, n=2)
+        train_a_little(policy)
+
+
+def test_vllm_works_on_the_stream_that_it_was_opened_on(monkeypatch):
+    seen: list[str] = []
+
+    @contextmanager
+    def on(stream: Any):
+        seen.append(stream)
+        yield
+        seen.append("left")
+
+    llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(
+            is_sleeping=lambda: True,
+            vllm_config=SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True)),
+        ),
+        wake_up=lambda: seen.append("awake"),
+        sleep=lambda level: seen.append("asleep"),
+    )
+    monkeypatch.setattr(session, "guest_functions", nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronized"))
+    opened: Any = {"llm": llm, "held": None, "kv_bytes": 0, "block_size": 16, "logps_temperature": 1.0}
+    opened |= {"own_group": True, "member_rows": None, "stream": "its stream"}
+    with Session(**opened).awake():
+        seen.append("work")
+    assert seen == ["its stream", "synchronized", "awake", "work", "synchronized", "asleep", "left"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_it_starts_on_the_device_of_the_policy(llama_dir, monkeypatch, name):
+    """All but the GPU: vLLM itself is left out."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(session.vllm, "LLM", lambda **options: options)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "a stream")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    options, stream = session._start(settings(llama_dir), model, torch.device(name), MAX_LENGTH, 2**30, None)
+    assert options["worker_cls"] == "bpo_fast.engine.worker.KvPoolWorker"
+    assert options["enable_sleep_mode"]
+    assert not options["enforce_eager"]
+    assert stream is not None
+    assert chosen == ([torch.device(name)] if name == "cuda:1" else [])  # torch refuses a device without a number
 
 
 def test_vllms_pool_is_for_the_kv_cache_alone(monkeypatch):
