@@ -23,7 +23,9 @@ def bench_kernels(
     ] = None,
     head: Annotated[list[str] | None, typer.Option(help="frozen, trained; both by default")] = None,
     shapes: Annotated[list[str] | None, typer.Option(help=SHAPES_HELP)] = None,
-    peers: Annotated[str, typer.Option(help="auto: whatever of torch.compile, Liger and CCE is here; none")] = "auto",
+    peers: Annotated[
+        str, typer.Option(help="auto: whatever of torch.compile, Liger, CCE and verl is here; none")
+    ] = "auto",
     tile: Annotated[list[str] | None, typer.Option(help="of Plan A on a GPU beside its own, as 128x256x64x4")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; the device's by default")] = None,
     data: Annotated[str, typer.Option(help="peaked or gauss")] = "peaked",

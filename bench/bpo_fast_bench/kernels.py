@@ -82,7 +82,8 @@ class KernelBench:
         heads: of "frozen", "trained"; for "step" and "behavior".
         shapes: (rows, hidden, vocabulary) each, or (prompt, completion, heads) where "attention" is the one operation,
             (rows, width) where there are none but "norm" and "gate"; the device's own list if empty.
-        peers: of "compile", "liger", "liger-dpo", "cce"; only where importable, and on a CPU "liger-dpo" alone.
+        peers: of "compile", "liger", "liger-dpo", "cce", "verl", "verl-triton"; only where importable, and on a CPU
+            none that is written in Triton.
         tiles: of Plan A, such as "128x256x64x4" (rows, vocabulary, depth, stages), beside its own; on a GPU.
         dtypes: of "float32", "bfloat16", "float16"; bfloat16 on a GPU and float32 and bfloat16 on a CPU if empty.
             "attention", "norm" and "gate" take the first one.

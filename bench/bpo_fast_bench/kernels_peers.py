@@ -1,10 +1,14 @@
 """The implementations that `bench kernels` sets side by side, peers where importable.
 
-Liger's chunked DPO loss is plain PyTorch and runs on a CPU too; its cross entropy and CCE are Triton kernels.
+On a CPU, too: Liger's chunked DPO loss and verl's chunked log-probs, which are plain PyTorch, CCE in the form that it
+has for torch.compile, and plain PyTorch compiled. Liger's cross entropy and the kernels of CCE and verl are Triton's.
 """
 
 import importlib
 import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +27,63 @@ from bpo_fast_bench.kernels_impls import (
     wide_ceiling,
 )
 
-PEERS = ("compile", "liger", "liger-dpo", "cce")
+PEERS = ("compile", "liger", "liger-dpo", "cce", "verl", "verl-triton")
+ON_CPU = ("compile", "liger-dpo", "cce", "verl")
+PACKAGES = {"cce": "cut_cross_entropy", "liger": "liger_kernel", "liger-dpo": "liger_kernel"}
+PACKAGES |= {"verl": "verl", "verl-triton": "verl"}
 
 
 def cut_cross_entropy(problem: Problem) -> Implementation:
     """Apple's CCE: log-probs a token from its kernel, sums and loss in PyTorch."""
     cce = importlib.import_module("cut_cross_entropy").linear_cross_entropy
 
+    def tokens(inputs: Inputs) -> torch.Tensor:
+        how = {} if inputs.hidden.is_cuda else {"impl": "torch_compile"}
+        return -cce(inputs.hidden, inputs.weight, inputs.targets, reduction="none", **how).float()
+
+    return _from_tokens(problem, tokens)
+
+
+def verl(problem: Problem) -> Implementation:
+    """verl's chunked log-probs, 512 rows of logits at a time, which are made again in the backward pass."""
+    logps = _verls_module("utils/experimental/torch_functional.py").FusedLinearForPPO()
+    return _from_tokens(problem, lambda inputs: logps(inputs.hidden, inputs.weight, inputs.targets)[0])
+
+
+def verl_triton(problem: Problem) -> Implementation:
+    """verl's Triton kernels for log-probs and entropy."""
+    logps = importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+    return _from_tokens(problem, lambda inputs: logps(inputs.hidden, inputs.weight, inputs.targets, 1.0)[0].float())
+
+
+def _from_tokens(problem: Problem, tokens: Callable[[Inputs], torch.Tensor]) -> Implementation:
+    """An implementation from log-probs a token: [T] float32."""
+
     def call(inputs: Inputs) -> torch.Tensor:
-        tokens = -cce(inputs.hidden, inputs.weight, inputs.targets, reduction="none").float()
-        return torch.segment_reduce(tokens, "sum", lengths=inputs.cu_seqlens.diff().long())
+        return torch.segment_reduce(tokens(inputs), "sum", lengths=inputs.cu_seqlens.diff().long())
 
     def step(inputs: Inputs) -> Outcome:
         values, _ = pair_loss_reference(call(inputs), inputs.ref_logps, beta=BETA)
         return gradients(inputs, values.sum() / len(values), values)
 
-    return {"forward": lambda inputs: Outcome(call(inputs).detach()), "step": step}[problem.op]
+    def forward(inputs: Inputs) -> Outcome:
+        with torch.no_grad():
+            return Outcome(call(inputs))
+
+    return {"forward": forward, "step": step}[problem.op]
+
+
+def _verls_module(file: str) -> Any:
+    """A module of verl by itself: the package would import Ray and what else its trainer needs."""
+    package = importlib.util.find_spec("verl")
+    assert package is not None, "importable"
+    assert package.origin is not None, "a package in a folder"
+    spec = importlib.util.spec_from_file_location("verls_functions", Path(package.origin).parent / file)
+    assert spec is not None, "a file of Python"
+    assert spec.loader is not None, "a file of Python"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def liger(problem: Problem) -> Implementation:
@@ -86,12 +131,19 @@ def implementations(
         out[backend] = ours(problem, backend)
     for tile in tiles if "triton-gemm" in backends else ():
         out[f"triton-gemm:{tile}"] = ours(problem, f"triton-gemm:{tile}")
-    if gpu and "compile" in peers:
+    known = [name for name in peers if gpu or name in ON_CPU]
+    if "compile" in known:
         out["compile"] = eager(problem, compiled=True)
-    makers = {"cce": cut_cross_entropy, "liger": liger, "liger-dpo": liger_dpo}
-    ops = {"cce": ("forward", "step"), "liger": ("forward",), "liger-dpo": ("behavior",)}
-    for name in peers:
-        if name in makers and problem.op in ops[name] and (gpu or name == "liger-dpo") and importable(name):
+    makers = {
+        "cce": cut_cross_entropy,
+        "liger": liger,
+        "liger-dpo": liger_dpo,
+        "verl": verl,
+        "verl-triton": verl_triton,
+    }
+    ops = {"liger": ("forward",), "liger-dpo": ("behavior",)}
+    for name in known:
+        if name in makers and problem.op in ops.get(name, ("forward", "step")) and importable(name):
             out[name] = makers[name](problem)
     if problem.op != "pair_loss":
         out["mm"] = ceiling(problem)
@@ -102,5 +154,4 @@ def implementations(
 
 def importable(name: str) -> bool:
     """Whether the package of a peer is here."""
-    package = "cut_cross_entropy" if name == "cce" else "liger_kernel"
-    return importlib.util.find_spec(package) is not None
+    return importlib.util.find_spec(PACKAGES[name]) is not None

@@ -13,7 +13,7 @@ from bpo_fast_bench.kernels_attention import (
     attention_inputs,
 )
 from bpo_fast_bench.kernels_impls import Outcome, Problem, answer, eager, errors, make_inputs
-from bpo_fast_bench.kernels_peers import implementations, liger_dpo
+from bpo_fast_bench.kernels_peers import PEERS, implementations, importable, verl
 from bpo_fast_bench.kernels_trunk import (
     TrunkProblem,
     trunk_answer,
@@ -185,7 +185,7 @@ def test_the_command_measures_what_it_is_told(tmp_path, monkeypatch):
         (("--shapes", "3x3"), "error: bench.kernels.shapes = (3, 3): expected 3 numbers"),
         (("--shapes", "3x3x3", "--op", "gate"), "error: bench.kernels.shapes = (3, 3, 3): expected 2 numbers"),
         (("--op", "softmax"), "error: bench.kernels.ops = 'softmax'"),
-        (("--peers", "cce,verl"), "error: bench.kernels.peers = 'verl'"),
+        (("--peers", "cce,unsloth"), "error: bench.kernels.peers = 'unsloth'"),
     ],
 )
 def test_the_command_refuses_in_one_line(options, message):
@@ -383,11 +383,42 @@ def test_rates_of_norms_and_gates_are_what_they_move_at_least(trunk, monkeypatch
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
-def test_ligers_chunked_dpo_loss_answers_the_same_question(head):
-    pytest.importorskip("liger_kernel.chunked_loss")
-    problem = Problem("behavior", head, 100, 16, 300, 2, "peaked")
+@pytest.mark.parametrize(
+    ("peer", "op"),
+    [("compile", "step"), ("cce", "step"), ("verl", "step"), ("verl", "forward"), ("liger-dpo", "behavior")],
+)
+def test_peers_answer_the_same_question_on_a_cpu(peer, op, head):
+    if peer != "compile" and not importable(peer):
+        pytest.skip(f"{peer} is not installed")
+    problem = Problem(op, head, 100, 16, 300, 2, "peaked")
     inputs = make_inputs(problem, torch.device("cpu"), torch.float32, 1)[0]
-    found = errors(liger_dpo(problem)(inputs), answer(problem, inputs), inputs.cu_seqlens.diff())
+    call = implementations(problem, torch.device("cpu"), (peer,))[peer]
+    found = errors(call(inputs), answer(problem, inputs), inputs.cu_seqlens.diff())
+    assert max(found.values()) < 1e-4
+
+
+def test_peers_written_in_triton_are_left_out_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("bpo_fast_bench.kernels_peers.importable", lambda name: True)
+    monkeypatch.setattr("bpo_fast_bench.kernels_peers.verl", lambda problem: None)
+    monkeypatch.setattr("bpo_fast_bench.kernels_peers.cut_cross_entropy", lambda problem: None)
+    problem = Problem("forward", "frozen", 8, 4, 9, 2, "gauss")
+    assert list(implementations(problem, torch.device("cpu"), PEERS)) == [
+        *("eager", "native", "torch", "compile", "cce", "verl", "mm")
+    ]
+
+
+def test_a_module_of_verl_is_read_without_its_package(tmp_path, monkeypatch):
+    (tmp_path / "verl" / "utils" / "experimental").mkdir(parents=True)
+    (tmp_path / "verl" / "__init__.py").write_text("raise ImportError('what its trainer needs')\n")
+    (tmp_path / "verl" / "utils" / "experimental" / "torch_functional.py").write_text(
+        "class FusedLinearForPPO:\n    def __call__(self, hidden, weight, ids):\n"
+        "        logps = (hidden @ weight.T).log_softmax(-1)\n"
+        "        return logps.gather(1, ids[:, None]).squeeze(1), None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    problem = Problem("step", "trained", 30, 8, 50, 2, "gauss")
+    inputs = make_inputs(problem, torch.device("cpu"), torch.float32, 1)[0]
+    found = errors(verl(problem)(inputs), answer(problem, inputs), inputs.cu_seqlens.diff())
     assert max(found.values()) < 1e-4
 
 
@@ -418,7 +449,7 @@ def test_peaked_data_is_what_it_says():
     [
         ({"ops": ("softmax",)}, "bench.kernels.ops = 'softmax'"),
         ({"heads": ("tied",)}, "bench.kernels.heads = 'tied'"),
-        ({"peers": ("verl",)}, "bench.kernels.peers = 'verl'"),
+        ({"peers": ("unsloth",)}, "bench.kernels.peers = 'unsloth'"),
         ({"dtypes": ("float64",)}, "bench.kernels.dtypes = 'float64'"),
         ({"data": "zeros"}, "bench.kernels.data = 'zeros'"),
         ({"shapes": ((64, 16),)}, "bench.kernels.shapes = (64, 16)"),
