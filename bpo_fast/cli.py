@@ -2,13 +2,16 @@
 
 import dataclasses
 import inspect
+import io
 import json
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from bpo_fast import config as configs
 from bpo_fast.allocator import keep_freed_memory
@@ -30,6 +33,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of `bpo-fast`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a model says need not fit the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     share_cores()
     keep_freed_memory()
     with leaves_threads():
@@ -37,7 +42,7 @@ def main() -> None:
 
 
 def _flag(name: str, knob: str, **extra: Any) -> Any:
-    return typer.Option(name, help=_help(KNOBS[knob][0]), show_default=False, **extra)
+    return typer.Option(name, help=escape(_help(KNOBS[knob][0])), show_default=False, **extra)
 
 
 def _help(field: dataclasses.Field) -> str:
@@ -356,6 +361,9 @@ def _settings(flags: dict[str, Any], path: Path | None, assignments: list[str], 
 
     if path is not None:
         raise ValueError(f"--config {path}: --resume takes its settings from the run")
+    out = given.get("run.output_dir")
+    if out is not None and Path(out).resolve() != resume.resolve():
+        raise ValueError(f"run.output_dir = {out}: --resume {resume} goes on in the folder of the run")
     return configs.replace(saved_config(resume), given)
 
 

@@ -299,7 +299,12 @@ FIGURES: tuple[tuple[str, str, Callable[[RunFolder], Figure | None]], ...] = (
         "intervals over prompts.",
         _win_rates,
     ),
-    ("Loss and margin", "Dotted lines: a new phase begins and the behavior LLM is refreshed.", _loss),
+    (
+        "Loss and margin",
+        "Dotted lines: a new phase begins and the behavior LLM is refreshed. Where there are two lines, the faint one "
+        "is each step, the strong one is smoothed within the phase.",
+        _loss,
+    ),
     (
         "Rewards",
         "Reward: beta times the log-prob ratio of policy and reference; under BPO each phase starts at 0.",

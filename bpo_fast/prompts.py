@@ -83,6 +83,8 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
     name = match["name"] if match else source
     rows: list[Row] = []
     for path in _files(name, split):
+        if path.suffix.lower() in (".csv", ".tsv"):
+            raise ValueError(f"{path}: a table of text is not read; write JSONL (a JSON object a line) or Parquet")
         for row in _parquet_rows(path) if path.name.endswith(".parquet") else _json_rows(path):
             if stop is not None and len(rows) >= stop:
                 break
@@ -183,7 +185,10 @@ def row_text(
     is_turns = isinstance(value, str) and _TURN.match(value if value.startswith("\n\n") else "\n\n" + value)
     # a bare answer in "chosen" holds no prompt
     if not value or (isinstance(value, str) and not (value.strip() if column != "chosen" else is_turns)):
-        raise ValueError(f"{source}: row {index + 1} has no prompt (column {data.prompt_column or 'prompt'})")
+        raise ValueError(
+            f"{source}: row {index + 1} has no prompt (column {data.prompt_column or 'prompt'}); its columns:"
+            f" {', '.join(list(row)[:8]) or 'none'} (data.prompt_column names another)"
+        )
     label = row_label(row, data, column)
     if isinstance(value, str) and is_turns:
         value, answer = split_answer(value)

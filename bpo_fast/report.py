@@ -214,7 +214,7 @@ def _header(run: RunFolder) -> str:
     if "method" in about:
         facts["method"] = method_words(about["method"], about.get("steps"))
     facts |= {name: about.get(name) for name in ("model", "data", "annotator")}
-    facts["judges"] = ", ".join(about.get("judges", []))
+    facts["judges"] = ", ".join(about.get("judges", [])) + (" (the annotator itself)" if _judges_itself(run) else "")
     facts["machine"] = ", ".join(_machine_words(env))
     versions = ("bpo_fast", "python", "torch", "transformers", "triton", "vllm")
     facts["versions"] = ", ".join(f"{name} {env[name]}" for name in versions if env.get(name))
@@ -229,6 +229,12 @@ def _header(run: RunFolder) -> str:
     rows = "".join(f"<dt>{html(k)}</dt><dd>{html(v)}</dd>" for k, v in facts.items() if v)
     task = html(about.get("task", run.path.resolve().name))
     return f"<h1>bpo-fast: {task}</h1>\n{_headline(run)}<dl>{rows}</dl>"
+
+
+def _judges_itself(run: RunFolder) -> bool:
+    """Whether the run was evaluated by its annotator, for want of another judge."""
+    has_annotator = bool(run.config.get("annotator", {}).get("path"))
+    return has_annotator and bool(run.eval_rows) and not run.config.get("eval", {}).get("judges")
 
 
 def _machine_words(env: Mapping[str, Any]) -> list[str]:

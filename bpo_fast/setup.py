@@ -97,6 +97,8 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None, 
     optimizer = Optimizer(policy.parameters(), config.optim, num_steps=plan.num_steps, num_members=members, ranks=ranks)
     judges, scoring = judge_specs(config), _share_requests(config)
     held_out = held_out_prompts(config, policy.tokenizer, usable, progress) if judges else ()
+    if held_out and not config.eval.judges and replayed is None:
+        progress.print("judge: the annotator itself, so a win rate says how well it was pleased; --judge names another")
     return Parts(
         config=replace(
             config,

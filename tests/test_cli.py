@@ -74,6 +74,22 @@ def test_help_names_every_daily_flag():
     assert [f for f in flags.split() if not re.search(rf"(?<![\w-]){f}\b", text)] == []
 
 
+def test_help_names_the_choices():
+    text = re.sub(r"[\s│]+", "", call("train", "--help")[1])
+    assert "[dpo|ipo|slic]" in text
+    assert "[behavior|initial|ema|golden]" in text
+
+
+def test_answers_are_shown_on_a_terminal_of_another_encoding():
+    code = (
+        "import sys; from bpo_fast import cli; cli.app = lambda **_: print('caf\\xe9 \\u2019'); cli.main();"
+        "print(sys.stdout.encoding)"
+    )
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.splitlines() == ["caf\\xe9 \\u2019", "ascii"]
+
+
 def test_no_arguments_show_the_help():
     code, out, err = call()
     assert code == 2
@@ -302,6 +318,23 @@ def test_settings_of_a_resumed_run_must_be_its_own(trained):
     code, _, err = call("train", "--resume", trained[1], "--beta", "0.3")
     assert code == 2
     assert "error: method.beta = 0.3: the run to resume has 0.1" in err
+
+
+def test_a_resumed_run_stays_in_its_folder(trained):
+    code, _, err = call("train", "--resume", trained[1], "--out", "elsewhere")
+    assert code == 2
+    assert f"error: run.output_dir = elsewhere: --resume {trained[1]} goes on in the folder of the run" in err
+    assert call("train", "--resume", trained[1], "--out", trained[1])[0] == 0
+
+
+def test_an_annotator_that_judges_itself_is_said_to(tiny_args, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(*tiny_args, "--dry-run")
+    assert code == 0
+    assert "judge: the annotator itself" in err
+    code, _, err = call(*tiny_args, "--judge", "toy_annotator:same", "--dry-run")
+    assert code == 0
+    assert "judge: the annotator itself" not in err
 
 
 def test_a_dry_run_writes_nothing(tiny_args, tmp_path, monkeypatch):

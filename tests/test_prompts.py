@@ -179,6 +179,8 @@ def test_a_row_without_a_prompt_is_named(row, tiny_tokenizer):
 def test_the_missing_column_is_named(tiny_tokenizer):
     with pytest.raises(ValueError, match=r"row 1 has no prompt \(column title\)"):
         one({"prompt": "Q?"}, tiny_tokenizer, prompt_column="title")
+    with pytest.raises(ValueError, match=r"row 1 has no prompt \(column prompt\); its columns: text, id \("):
+        one({"text": "Q?", "id": 3}, tiny_tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -327,6 +329,7 @@ def test_a_folder_without_the_split_lists_what_is_there(tmp_path):
         ("e.jsonl.gz", b'{"prompt": "a"}', "Not a gzipped file"),
         ("e.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-9], "Compressed file ended before"),
         ("e.parquet", b"PAR1 no", "not a Parquet file"),
+        ("e.csv", b"prompt,label\na,b\n", "a table of text is not read"),
     ],
     ids=lambda v: str(v)[:30],
 )

@@ -218,6 +218,14 @@ def test_embedded_parts_are_called_embedded(tmp_path, no_figures):
     assert "annotator org/reward-model judges" in text
 
 
+def test_an_annotator_that_judges_itself_is_said_to(tmp_path, no_figures):
+    write_fake_run(tmp_path, judges=("rm",))
+    assert "(the annotator itself)" not in _page(tmp_path).text
+    path = tmp_path / "config.toml"
+    path.write_text(path.read_text().replace("[annotator]", '[annotator]\npath = "rm"'))
+    assert "judges rm (the annotator itself)" in _page(tmp_path).text
+
+
 def test_no_such_folder(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such run folder"):
         write_report(tmp_path / "nowhere")
