@@ -4,6 +4,7 @@ vLLM loads the policy; the trainer's parameters become views of its storages (sh
 optimizer step in place is what the next sample comes from. After every refresh a probe proves it (probe.py).
 """
 
+import atexit
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -136,8 +137,10 @@ class VllmEngine:
         self._probe = Probe(
             policy, self._draw_probe, max_length=max_length, block_size=session.block_size, members=members
         )
-        # at exit, too, and then before vLLM's own shutdown, which would miss the functions it put into torch
+        # at exit, too, and then before vLLM's own shutdown, which would miss the functions it put into torch, and
+        # before its allocator gives up the pool that a KV cache on a GPU is still to be freed in
         self._close = weakref.finalize(self, session.close)
+        atexit.register(self._close)
         self.num_retried = 0
         self._version: int | None = None  # of the weights that the next call samples from
         self.last_refresh: Refresh | None = None

@@ -196,6 +196,46 @@ def test_two_processes_of_torchrun_have_an_engine_each(llama_dir, tmp_path):
     assert done.stdout.count("rank is done") == 2
 
 
+UNCLOSED = """
+import atexit
+import sys
+from pathlib import Path
+
+import torch
+from tiny_vllm import MAX_LENGTH, settings
+
+from bpo_fast.engine import session, vllm
+from bpo_fast.setup import load_learner
+
+open_session, shut_down = vllm.open_session, session._shut_down
+
+
+def open_and_register(*args):
+    opened = open_session(*args)
+    atexit.register(print, "the allocator ends")  # as vLLM's does at its start
+    return opened
+
+
+def shut_down_and_tell(*args):
+    shut_down(*args)
+    print("vLLM is shut down")
+
+
+vllm.open_session, session._shut_down = open_and_register, shut_down_and_tell
+learner = load_learner(
+    settings(Path(sys.argv[1]), model__full=True), torch.device("cpu"), MAX_LENGTH, lambda line: None
+)
+"""
+
+
+def test_an_engine_left_open_ends_before_what_vllm_registered(llama_dir):
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", UNCLOSED, str(llama_dir)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-2:] == ["vLLM is shut down", "the allocator ends"]
+
+
 def test_what_is_preserved_is_put_back_after_an_error(monkeypatch):
     monkeypatch.setattr(host_state, "_replacements", {})  # what is spoilt here is not for the next guest
     before = state()
