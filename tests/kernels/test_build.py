@@ -132,3 +132,10 @@ def test_cuda_sources_compile(tmp_path, arch):
         assert done.returncode == 0, done.stderr[-2000:]
         assert target.stat().st_size > 0
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
+
+
+def test_cuda_sources_include_the_header_of_each_macro():
+    """The other headers of PyTorch bring it along from some release on, which is not the oldest that is supported."""
+    for source in sorted(build.source_dir().glob("*.cu")):
+        text = source.read_text()
+        assert "STD_CUDA_" not in text or "#include <torch/csrc/stable/macros.h>" in text
