@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -311,7 +312,16 @@ def _torch(check: Check, machine: Machine) -> Check:
 def _triton(check: Check, machine: Machine) -> Check:
     if check.status == "missing" and not machine.gpus:
         return Check("triton", "missing", "not installed, not needed without a GPU")
+    if check.status == "ok" and machine.gpus and not _python_header().is_file():
+        advice = "install the headers of this Python (Debian, Ubuntu: apt-get install python3-dev)"
+        return Check("triton", "warn", f"{check.detail}, launches nothing: {_python_header()} is not there", advice)
     return check
+
+
+def _python_header() -> Path:
+    """What Triton compiles its launchers with, where it looks."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    return Path(sysconfig.get_path("include", scheme)) / "Python.h"
 
 
 def _vllm(check: Check, machine: Machine) -> Check:

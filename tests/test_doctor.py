@@ -109,6 +109,20 @@ def test_gpu_machine_takes_the_fast_paths(bare_machine, monkeypatch):
     assert doctor.environment()["gpu"] == "NVIDIA H100 80GB HBM3, 79 GiB, sm_90"
 
 
+@pytest.mark.parametrize(
+    ("gpus", "header", "status"), [(True, False, "warn"), (True, True, "ok"), (False, False, "ok")]
+)
+def test_a_gpu_needs_the_header_that_triton_compiles_with(bare_machine, monkeypatch, tmp_path, gpus, header, status):
+    _installed(monkeypatch, {"torch": "2.13.0", "transformers": "5.23.0", "triton": "3.9.0"})
+    _torch(monkeypatch, "13.0", "", ("NVIDIA H100 80GB HBM3, 79 GiB, sm_90",) if gpus else ())
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name, scheme: str(tmp_path))
+    if header:
+        (tmp_path / "Python.h").touch()
+    check = _by_name()["triton"]
+    assert check.status == status
+    assert ("python3-dev" in check.advice) == (status == "warn")
+
+
 def test_gpu_machine_without_the_optional_parts(bare_machine, monkeypatch):
     _installed(monkeypatch, {"torch": "2.13.0", "transformers": "5.23.0"})
     _torch(monkeypatch, "13.0", "", ("NVIDIA H100 80GB HBM3, 79 GiB, sm_90",))
