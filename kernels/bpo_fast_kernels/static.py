@@ -187,7 +187,26 @@ def measure(build: Build, arch: int) -> dict[str, Any]:
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "shared": compiled.metadata.shared,
         "instructions": sorted(found),
+        "narrow": narrow_products(compiled.asm["ttir"]),
     }
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Products of a stride or a size in 32 bits, but for those with a constant: past 2^31 numbers they would wrap."""
+    sizes, found = set(), []
+    for line in ttir.splitlines():
+        sizes.update(re.findall(r"(%(?:stride|width|vocab)\w*): i32", line))
+        parts = re.match(r"\s*(%\w+) = ([\w.]+) ([^:]*) : ", line)
+        if parts is None:
+            continue
+        to, operation, operands = parts.groups()
+        if not sizes.intersection(re.findall(r"%\w+", operands)):
+            continue
+        if operation in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+            sizes.add(to)
+        elif operation == "arith.muli" and not re.search(r"%c\d+_i32", operands):
+            found.append(operands.replace(", ", " * "))
+    return found
 
 
 def over_budget(name: str, got: dict[str, Any], budget: dict[str, Any] | None, arch: int) -> list[str]:
@@ -201,6 +220,7 @@ def over_budget(name: str, got: dict[str, Any], budget: dict[str, Any] | None, a
     ]
     if got["shared"] > SHARED_BYTES[arch]:
         faults.append(f"{name}: {got['shared']} bytes of shared memory do not fit sm_{arch}")
+    faults += [f"{name}: {one} in 32 bits" for one in got["narrow"]]
     missing = [one for one in budget["instructions"] if one not in got["instructions"]]
     return faults + [f"{name}: no {one}" for one in missing]
 
@@ -214,6 +234,7 @@ def _budget(row: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any]:
     """What a kernel with these figures keeps, at least the old one; other instructions or any spills are not let in."""
     # releases of the assembler move a few registers; everything else is exact
     roomy = row | {"registers": min(255, row["registers"] + 8)}
+    del roomy["narrow"]  # a fault in any number
     if old is None:
         return roomy
     return old | {key: roomy[key] for key in ("registers", "shared") if row[key] > old[key]}

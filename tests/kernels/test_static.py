@@ -8,7 +8,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bpo_fast_kernels.static import ARCHS, BUDGETS, builds, over_budget
+import triton
+import triton.language as tl
+from bpo_fast_kernels.static import ARCHS, BUDGETS, Build, builds, measure, over_budget
 from triton.runtime import JITFunction
 
 
@@ -55,13 +57,31 @@ def test_budgets_demand_no_spills_and_the_right_instructions(arch, mma, load):
 
 def test_what_is_over_budget_is_named():
     budget = {"registers": 100, "stack": 0, "spills": 0, "shared": 200_000, "instructions": ["HMMA"]}
-    got = {"registers": 101, "stack": 8, "spills": 2, "shared": 200_000, "instructions": []}
+    got = {"registers": 101, "stack": 8, "spills": 2, "shared": 200_000, "instructions": [], "narrow": ["%a * %b"]}
     faults = over_budget("k", got, budget, 80)
     assert faults == [
         "k: registers 101 > 100",
         "k: stack 8 > 0",
         "k: spills 2 > 0",
         "k: 200000 bytes of shared memory do not fit sm_80",
+        "k: %a * %b in 32 bits",
         "k: no HMMA",
     ]
     assert over_budget("k", got, None, 80) == ["k: no budget"]
+
+
+@triton.jit
+def _rows_kernel(x, stride_x, width, WIDE: tl.constexpr):
+    row = tl.program_id(0) * 2
+    if WIDE:
+        row = row.to(tl.int64)
+    at = x + (row + tl.arange(0, 2))[:, None] * stride_x + tl.arange(0, 16)[None, :]
+    for _ in range(0, width, 16):
+        tl.store(at, 0.0)
+        at += 16 * stride_x
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_offsets_that_would_wrap_are_found(wide):
+    found = measure(Build("rows", _rows_kernel, {"WIDE": wide}, narrow=("x",)), 90)
+    assert len(found["narrow"]) == (0 if wide else 1)
