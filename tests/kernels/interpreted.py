@@ -1,16 +1,22 @@
 """The Triton kernels on the CPU, run by test_interpreter.py. Small: the interpreter does about 0.7 GFLOP/s."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 import trunk_cases
+import watched
 from bpo_fast_kernels import gated, linear_logps, linear_pair_loss, linear_token_logps, pair_loss, rms_norm
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
 from bpo_fast_kernels.pair_loss import pair_loss_reference
 from bpo_fast_kernels.rows import Head, Rows, WeightSums
 from bpo_fast_kernels.trunk import gated_reference, rms_norm_reference
-from cases import adversarial_cases, answer, keep_e_as_on_a_gpu, offsets, random_case, relative
+from cases import Case, adversarial_cases, answer, keep_e_as_on_a_gpu, offsets, random_case, relative
 from gpu_types import replacements
+from triton.runtime import interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 PLANS = ("triton", "triton-gemm")
@@ -31,12 +37,61 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(triton_backend, "TILE_COLS", 64)
 
 
+@pytest.fixture(autouse=True)
+def watch(monkeypatch):
+    """Programs in a shuffled order; accesses outside of a kernel's arguments and races are errors."""
+    for owner, name, function in watched.replacements():
+        monkeypatch.setattr(owner, name, function)
+
+
 @pytest.fixture
 def gpu_types(monkeypatch):
     """bfloat16 as a GPU has it."""
     for owner, name, function in replacements():
         monkeypatch.setattr(owner, name, function)
     keep_e_as_on_a_gpu(monkeypatch)
+
+
+@triton.jit
+def _shift_kernel(x, out, size, READ: tl.constexpr, WRITE: tl.constexpr):
+    """out[p + WRITE] = x[p + READ] for the programs p of `size`, the last one masked."""
+    place = tl.program_id(0)
+    tl.store(out + place + WRITE, tl.load(x + place + READ, mask=place < size - 1, other=0.0))
+
+
+@pytest.mark.parametrize(
+    ("parts", "read", "write", "fault"),
+    [
+        (("x", "out"), 1, 0, None),
+        (("x", "x"), 0, 0, None),
+        (("x", "out"), -1, 0, "1 of 1 numbers read lie outside"),
+        (("x", "out"), 0, 1, "1 of 1 numbers written lie outside"),
+        (("x", "x"), 1, 0, "a program reads what another one writes"),
+    ],
+)
+def test_the_watch_tells_what_a_gpu_punishes(parts, read, write, fault):
+    tensors = {"x": torch.arange(9.0)[1:8], "out": torch.zeros(9)[1:8]}
+    args = [tensors[part] for part in parts]
+    call = lambda: _shift_kernel[(7,)](*args, 7, READ=read, WRITE=write)  # noqa: E731
+    if fault is None:
+        call()
+    else:
+        with pytest.raises(Exception, match=fault):
+            call()
+
+
+@triton.jit
+def _last_kernel(out):
+    tl.store(out, tl.program_id(0))
+
+
+def test_the_watch_tells_two_writers_and_runs_programs_in_any_order():
+    out, found = torch.zeros(1, dtype=torch.int32), set()
+    for _ in range(9):
+        with pytest.raises(AssertionError, match="two programs write the same number"):
+            _last_kernel[(7,)](out)
+        found.add(int(out))
+    assert len(found) > 1
 
 
 def run(case, backend, mode, frozen, **options):
@@ -214,6 +269,29 @@ def test_plan_a_takes_a_tile_by_name():
     for tile in ("128x256x64", "128x100x64x3", "8x16x16x1", "fast"):
         with pytest.raises(ValueError, match=f"^backend = 'triton-gemm:{tile}'"):
             pick_backend(f"triton-gemm:{tile}", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("case", [(1, 8, 2), (16, 16, 32), (35, 24, 97), "past_overflow_e-95"], ids=str)
+def test_descriptors_load_what_pointers_do(case, monkeypatch):
+    """The form of Hopper and later, where a block of rows or of the vocabulary may end inside of its tile."""
+    from bpo_fast_kernels import triton_backend
+
+    case = adversarial_cases()[case] if isinstance(case, str) else random_case(*case, spread=3.0)
+    hidden, weight = (torch.nn.functional.pad(x, (0, -x.shape[1] % 4)) for x in (case.hidden, case.weight))
+    loads, found = [], []
+    load = interpreter.InterpreterBuilder.create_descriptor_load
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder, "create_descriptor_load", lambda *args: loads.append(1) or load(*args)
+    )
+    for tma in (False, True):
+        monkeypatch.setattr(triton_backend, "INTERPRETED", replace(triton_backend.INTERPRETED, tma=tma))
+        assert not loads
+        torch.manual_seed(0)
+        logps, dx, dw, _ = run(Case(hidden, weight, case.targets), "triton-gemm", "store", False)
+        options = {"behavior_hidden": hidden.flip(0), "backend": "triton-gemm"}
+        found.append([logps, dx, dw, *linear_logps(hidden, weight, case.targets, offsets([len(hidden)]), **options)])
+    assert loads
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("backend", PLANS)
