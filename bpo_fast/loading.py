@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from bpo_fast.allocator import open_arena
 
 
-def pick_device(what: str, name: str) -> torch.device:
+def pick_device(what: str, name: str, *, main: bool = True) -> torch.device:
     """The device called auto (the GPU if there is one), cpu, cuda or cuda:N; ValueError `what = name` otherwise.
 
-    If it is the CPU, its tensors come from the arena of allocator.py from now on, where that is wanted.
+    If it is the CPU, its tensors come from the arena of allocator.py from now on, where that is wanted. The `main` one
+    of several GPUs is the current device from now on: memory is measured there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,6 +29,8 @@ def pick_device(what: str, name: str) -> torch.device:
         raise ValueError(f"{what} = {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     if device.type == "cpu":
         open_arena()
+    elif main and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

@@ -182,7 +182,7 @@ class RewardModel(RewardScorer):
         trust_remote_code: bool = False,
     ):
         what = f"reward model {path}"
-        place = pick_device(f"{what}: device", device)
+        place = pick_device(f"{what}: device", device, main=False)
         if dtype == "auto":
             dtype = "bfloat16" if place.type == "cuda" else "float32"
         check_reward_model(path, trust_remote_code=trust_remote_code)

@@ -106,7 +106,7 @@ def linear_token_logps(
     engine = pick_backend(backend, hidden.device)
     head = Head(weight, 1.0 / temperature, logit_softcap)
     mode = choose_mode(mode, hidden, head, engine, budget_bytes)
-    return token_scores(_Call(Rows(hidden, targets, head), None, engine, mode))[0]
+    return token_scores(_Call(Rows(hidden, targets.contiguous(), head), None, engine, mode))[0]
 
 
 def linear_logps(
@@ -145,7 +145,7 @@ def linear_logps(
     engine = pick_backend(backend, hidden.device)
     head = Head(weight, 1.0 / temperature, logit_softcap)
     mode = choose_mode(mode, hidden, head, engine, budget_bytes)
-    behavior = None
+    targets, behavior = targets.contiguous(), None
     if behavior_hidden is not None:
         check_behavior(behavior_hidden, behavior_weight, hidden, weight)
         behavior_head = head if behavior_weight is None else replace(head, weight=behavior_weight)
@@ -174,7 +174,8 @@ def choose_mode(mode: str, hidden: torch.Tensor, head: Head, engine: Backend, bu
 
 def sequence_sums(token_logps: torch.Tensor, cu_seqlens: torch.Tensor, engine: Backend) -> torch.Tensor:
     """Differentiable sums over packed sequences."""
-    return _SequenceSums.apply(token_logps, cu_seqlens.to(token_logps.device, non_blocking=True), engine)
+    with torch.cuda.device_of(token_logps):
+        return _SequenceSums.apply(token_logps, cu_seqlens.to(token_logps.device, non_blocking=True), engine)
 
 
 @dataclass(frozen=True)
@@ -186,12 +187,16 @@ class _Call:
 
 
 def token_scores(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Token log-probs of the policy rows, differentiable, and of the behavior rows."""
-    if call.mode == "forward":
-        with torch.no_grad():
-            scored = call.engine.score(call.rows, dx=False, keep=False, behavior=call.behavior)
-        return scored.stats.token_logps, scored.behavior_logps
-    return _TokenLogps.apply(call.rows.hidden, call.rows.head.weight, call)
+    """Token log-probs of the policy rows, differentiable, and of the behavior rows.
+
+    Triton launches on the current device: every operator makes its tensors' device that. Autograd does it backward.
+    """
+    with torch.cuda.device_of(call.rows.hidden):
+        if call.mode == "forward":
+            with torch.no_grad():
+                scored = call.engine.score(call.rows, dx=False, keep=False, behavior=call.behavior)
+            return scored.stats.token_logps, scored.behavior_logps
+        return _TokenLogps.apply(call.rows.hidden, call.rows.head.weight, call)
 
 
 def hidden_gradient(engine: Backend, scored: Scored, coefs: torch.Tensor, rows: Rows, *, zeros: bool) -> torch.Tensor:

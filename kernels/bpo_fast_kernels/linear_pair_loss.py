@@ -148,7 +148,8 @@ def linear_pair_loss(
         engine = pick_backend(backend, hidden.device)
         chunk_bytes = engine.chunk_bytes if budget_bytes is None else budget_bytes
         call = _Call(targets, cu_seqlens, ref_logps, lengths, head, spec, divisor, chunk_bytes, engine)
-        scalar, value, margins, logps = _LinearPairLoss.apply(hidden, trained, call)
+        with torch.cuda.device_of(hidden):
+            scalar, value, margins, logps = _LinearPairLoss.apply(hidden, trained, call)
         return scalar, PairLoss(value, margins, logps, logps if ref_logps is None else ref_logps)
     logps = linear_logps(
         hidden,

@@ -96,7 +96,8 @@ def pair_loss(
     if lengths is not None:
         check_lengths(lengths, policy_logps)
     call = _Call(ref_logps, lengths, LossSpec(loss, beta, label_smoothing), pick_backend(backend, policy_logps.device))
-    value, margins = _PairLoss.apply(policy_logps, call)
+    with torch.cuda.device_of(policy_logps):
+        value, margins = _PairLoss.apply(policy_logps, call)
     return PairLoss(value, margins, policy_logps.detach(), ref_logps.detach())
 
 

@@ -60,7 +60,8 @@ def rms_norm(
     passes = _passes(backend, x)
     if passes is None or x.shape[-1] > passes.WIDEST:
         return rms_norm_reference(x, weight, eps, offset=offset, rounds_twice=rounds_twice)
-    return _RmsNorm.apply(x, weight, (eps, offset, rounds_twice), passes)
+    with torch.cuda.device_of(x):
+        return _RmsNorm.apply(x, weight, (eps, offset, rounds_twice), passes)
 
 
 def gated_reference(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -88,7 +89,10 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str, *, backend: str
     require(up.shape == gate.shape, "up.shape", list(up.shape), f"expected {list(gate.shape)} like gate")
     _check("up", up, gate)
     passes = _passes(backend, gate)
-    return gated_reference(gate, up, activation) if passes is None else _Gated.apply(gate, up, activation, passes)
+    if passes is None:
+        return gated_reference(gate, up, activation)
+    with torch.cuda.device_of(gate):
+        return _Gated.apply(gate, up, activation, passes)
 
 
 def has_kernels(x: torch.Tensor) -> bool:

@@ -1,5 +1,6 @@
 """The Triton kernels on the CPU, run by test_interpreter.py. Small: the interpreter does about 0.7 GFLOP/s."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -148,6 +149,49 @@ def test_dw_of_live_rows_with_e_as_on_a_gpu(backend, gpu_types):
     engine.kept_dw_(sums, scored, coefs, rows, zeros=True)
     assert relative(engine.kept_dx(scored, coefs, rows, zeros=True).bfloat16(), want.dx) < 4e-3
     assert relative(sums.result().bfloat16(), want.dw) < 4e-3
+
+
+@pytest.mark.parametrize("backend", PLANS)
+@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
+def test_targets_that_lie_apart(backend, mode):
+    case = random_case(35, 24, 97)
+    targets = torch.stack([case.targets, torch.zeros_like(case.targets)], 1)[:, 0]
+    assert targets.stride() == (2,)
+    assert_close(Case(case.hidden, case.weight, targets), backend, mode, logp=1e-5, gradient=1e-5)
+    options = {"cu_seqlens": offsets([20, 15]), "behavior_hidden": case.hidden, "backend": backend}
+    found = linear_logps(case.hidden, case.weight, targets, **options)
+    assert all(map(torch.equal, found, linear_logps(case.hidden, case.weight, case.targets, **options)))
+
+
+@pytest.mark.parametrize("backend", PLANS)
+def test_kernels_are_launched_on_the_device_of_their_tensors(backend, monkeypatch):
+    """Forward; autograd does it backward."""
+    launches, inside = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    run = interpreter.GridExecutor.__call__
+
+    def launch(self, *args, **options):
+        launches.append(bool(inside))
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    case, bounds = random_case(20, 8, 70), offsets([5, 0, 12, 3])
+    for hidden in (case.hidden, case.hidden.clone().requires_grad_()):
+        for weight in (case.weight, case.weight.clone().requires_grad_()):
+            linear_token_logps(hidden, weight, case.targets, backend=backend)
+            linear_logps(hidden, weight, case.targets, bounds, behavior_hidden=case.hidden, backend=backend)
+            linear_pair_loss(hidden, weight, case.targets, bounds, REF, backend=backend)
+    pair_loss(REF, REF, backend=backend)
+    gated(rms_norm(case.hidden, case.weight[0], 1e-6, backend="triton"), case.hidden, "silu", backend="triton")
+    assert len(launches) > 40
+    assert all(launches)
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 17])

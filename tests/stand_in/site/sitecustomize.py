@@ -113,7 +113,7 @@ def cuda_functions(ops):
         **dict.fromkeys(("current_stream", "default_stream"), stream),
         "is_current_stream_capturing": False,
         "device_count": len(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")),  # all of them this process's own
-        "current_device": 0,
+        **dict.fromkeys(("current_device", "_exchange_device", "_maybe_exchange_device"), 0),
         "get_device_capability": (9, 0),
         "get_device_name": facts.name,
         "get_device_properties": facts,
