@@ -282,6 +282,60 @@ def test_memory_at_a_vocabulary_of_128k(frozen):
     assert torch.cuda.max_memory_allocated() - before - returned < (0.25e9 if frozen else 1.4e9)
 
 
+@pytest.fixture
+def large_device():
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB")
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton-gemm", "native"])
+def test_e_of_more_numbers_than_32_bits_count(backend, large_device):
+    x, w, y = inputs(17_000, 64, 131_072)
+    assert len(x) * len(w) > 2**31
+    grads = []
+    for mode in ("store", "recompute"):  # recompute holds a tile of E at a time
+        hidden, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
+        logps = linear_token_logps(hidden, weight, y, mode=mode, backend=backend)
+        logps.sum().backward()
+        grads.append(weight.grad)
+        last, w64 = x[-99:].double().requires_grad_(), w.double()
+        want = linear_token_logps_reference(last, w64, y[-99:])
+        want.sum().backward()
+        assert float((logps[-99:] - want).abs().max()) < 1e-4
+        assert relative(hidden.grad[-99:], last.grad) < 4e-3
+    assert relative(grads[0], grads[1].double()) < 8e-3
+
+
+def test_rows_of_more_numbers_than_32_bits_count(large_device):
+    x = torch.randn(2**21 + 8, 1024, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(1024, device="cuda", dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+
+    def outcome(x):
+        x = x.detach().requires_grad_()
+        out = gated(rms_norm(x, weight, 1e-6), x, "silu")
+        return out.detach(), torch.autograd.grad(out, x, x.detach())[0]
+
+    for whole, last in zip(outcome(x), outcome(x[-8:].clone()), strict=True):
+        assert torch.equal(whole[-8:], last)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", ["triton", "triton-gemm", "native"])
+def test_a_device_that_is_not_the_current_one(backend):
+    x, w, y = inputs(sum(LENGTHS), 256, 5000)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        args = (x.to(device).requires_grad_(), w.to(device).requires_grad_(), y.to(device))
+        ref = torch.zeros(8, device=device)
+        scalar, _ = linear_pair_loss(*args, offsets(LENGTHS, device), ref, backend=backend)
+        normed = rms_norm(args[0], args[1][0].detach(), 1e-6)
+        (scalar + gated(normed, normed, "silu").float().mean()).backward()
+        found.append([t.cpu() for t in (scalar.detach(), args[0].grad, args[1].grad)])
+    assert torch.cuda.current_device() == 0
+    assert all(map(torch.equal, *found))
+
+
 TRUNK_SHAPES = [(1, 1), (300, 128), (2, 77, 896), (513, 4096), (5, 8192), (3, 20000)]
 
 
