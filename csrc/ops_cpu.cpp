@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "adamw_cpu.h"
 #include "attention_cpu.h"
 #include "head_dw_cpu.h"
 #include "trunk_cpu.h"
@@ -322,6 +323,19 @@ void gated_backward(Tensor dout, Tensor gate, Tensor up, bool silu, Tensor dgate
   });
 }
 
+void adamw_8bit(Tensor weight, Tensor grad, Tensor first, Tensor first_scale, Tensor second, Tensor second_scale,
+                double grad_scale, double lr, double beta1, double beta2, double eps, double weight_decay, double correction1,
+                double correction2) {
+  const bpo::AdamW form{static_cast<float>(grad_scale), static_cast<float>(lr),           static_cast<float>(1.0 - beta1),
+                        static_cast<float>(beta2),      static_cast<float>(1.0 - beta2),  static_cast<float>(eps),
+                        static_cast<float>(1.0 - lr * weight_decay), static_cast<float>(correction1),
+                        static_cast<float>(correction2)};
+  const bpo::Moments moments{data<int8_t>(first), data<int8_t>(second), floats(first_scale), floats(second_scale)};
+  torch::stable::parallel_for(0, first.size(0), 64, [&](int64_t begin, int64_t end) {
+    bpo::adamw_8bit(floats(weight), floats(grad), moments, form, weight.numel(), begin, end);
+  });
+}
+
 // Asks the system for pages of 2 MiB behind memory not touched yet: faults of 4 KiB cost 0.5 ms a MiB here.
 void use_large_pages(Tensor memory) {
 #if defined(__linux__)
@@ -380,6 +394,10 @@ STABLE_TORCH_LIBRARY(bpo_fast_cpu, m) {
       "Tensor(b!)? dweight) -> ()");
   m.def("gated(Tensor gate, Tensor up, bool silu, Tensor(a!) out) -> ()");
   m.def("gated_backward(Tensor dout, Tensor gate, Tensor up, bool silu, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
+  m.def(
+      "adamw_8bit(Tensor(a!) weight, Tensor grad, Tensor(b!) first, Tensor(c!) first_scale, Tensor(d!) second, "
+      "Tensor(e!) second_scale, float grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "float correction1, float correction2) -> ()");
   m.def("mass_block(Tensor hidden, Tensor weight, bool narrow) -> int");
   m.def("has_pairs() -> bool");
   m.def("panel_lanes() -> int");
@@ -400,6 +418,7 @@ STABLE_TORCH_LIBRARY_IMPL(bpo_fast_cpu, CPU, m) {
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   m.impl("gated", TORCH_BOX(&gated));
   m.impl("gated_backward", TORCH_BOX(&gated_backward));
+  m.impl("adamw_8bit", TORCH_BOX(&adamw_8bit));
   m.impl("mass_block", TORCH_BOX(&mass_block));
   m.impl("use_large_pages", TORCH_BOX(&use_large_pages));
 }

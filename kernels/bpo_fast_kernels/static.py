@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bpo_fast_kernels import triton_gemm, triton_live, triton_pair, triton_passes, triton_trunk
+from bpo_fast_kernels import triton_adamw, triton_gemm, triton_live, triton_pair, triton_passes, triton_trunk
 from bpo_fast_kernels.triton_config import SHARED_BYTES, GemmConfig, gemm_config
 from bpo_fast_kernels.triton_live import live_config
 from bpo_fast_kernels.triton_trunk import gate_config, norm_config
@@ -29,7 +29,9 @@ ARCHS = (80, 89, 90, 100)
 # Arguments that hold no address and no stride: nothing is known of their divisibility at run time.
 PLAIN = {"scale", "softcap", "slack", "limit", "beta", "smoothing", "vocab", "first", "num_tiles"}
 PLAIN |= {"num_rows", "num_slots", "num_pairs", "tile_cols", "eps", "offset"}
+PLAIN |= {"num", "lr", "beta2", "rest_first", "rest_second", "kept"}
 FLOATS = {"scale", "softcap", "slack", "limit", "beta", "smoothing", "eps", "offset"}
+FLOATS |= {"lr", "beta2", "rest_first", "rest_second", "kept"}
 POINTERS = {
     "targets": "*i64",
     "cu_seqlens": "*i32",
@@ -43,6 +45,8 @@ POINTERS = {
     "ids": "*i64",
     "order": "*i64",
     "num_live": "*i32",
+    "first_codes": "*i8",
+    "second_codes": "*i8",
 }
 
 
@@ -101,6 +105,9 @@ def builds(arch: int) -> Iterator[Build]:
             kernel = getattr(triton_live, f"{name}_kernel")
             yield Build(name + suffix, kernel, shape, warps, stages, float32=dtype == torch.float32)
     yield from _trunk()
+    forms = dict(triton_adamw.CONFIG)
+    warps = forms.pop("num_warps")
+    yield Build("adamw_8bit", triton_adamw.adamw_8bit_kernel, forms | {"HAS_SCALE": True, "HAS_INF": True}, warps)
     for loss, number in triton_pair.LOSS_IDS.items():
         yield Build(f"pair_loss_{loss}", triton_pair.pair_loss_kernel, {"LOSS": number, "BLOCK": triton_pair.BLOCK})
 

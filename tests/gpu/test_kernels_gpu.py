@@ -8,7 +8,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from adamw_cases import FORM, assert_alike, trained
 from bpo_fast_kernels import (
+    adamw_8bit_,
     gated,
     linear_draw,
     linear_logps,
@@ -17,6 +19,7 @@ from bpo_fast_kernels import (
     pair_loss,
     rms_norm,
 )
+from bpo_fast_kernels.adamw_8bit import adamw_8bit_reference_, new_state
 from bpo_fast_kernels.linear_logps import linear_token_logps_reference, logits_reference
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
 from bpo_fast_kernels.pair_loss import pair_loss_reference
@@ -361,3 +364,21 @@ def test_norms_and_gates_repeat_bit_for_bit_and_wait_for_nothing():
         runs.append((a.grad, b.grad))
     for again in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1,), (257,), (3, 100_001), (4096, 1024)])
+def test_adamw_in_8_bits_is_that_of_the_twin(shape):
+    found = trained(adamw_8bit_, shape, device="cuda", backend="triton")
+    assert_alike(found, trained(adamw_8bit_reference_, shape))
+
+
+def test_adamw_in_8_bits_waits_for_nothing_and_holds_no_copies():
+    weight = torch.randn(2**26, device="cuda")
+    grad, state, one = torch.randn_like(weight), new_state(weight), torch.ones((), device="cuda")
+    for run in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with nothing_waits() if run else nullcontext():  # the first compiles
+            adamw_8bit_(weight, grad, state, FORM, grad_scale=one, found_inf=one - 1)
+        assert torch.cuda.max_memory_allocated() - before < 2**20

@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 import trunk_cases
 import watched
-from bpo_fast_kernels import gated, linear_logps, linear_pair_loss, linear_token_logps, pair_loss, rms_norm
+from adamw_cases import FORM, assert_alike, trained
+from adamw_cases import SHAPES as ADAMW_SHAPES
+from bpo_fast_kernels import adamw_8bit_, gated, linear_logps, linear_pair_loss, linear_token_logps, pair_loss, rms_norm
+from bpo_fast_kernels.adamw_8bit import adamw_8bit_reference_
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
 from bpo_fast_kernels.pair_loss import pair_loss_reference
@@ -449,3 +452,15 @@ def test_halves_of_one_tensor():
         gated(gate, up, "silu", backend="triton"),
         gated(gate.contiguous(), up.contiguous(), "silu", backend="triton"),
     )
+
+
+@pytest.mark.parametrize("shape", ADAMW_SHAPES)
+def test_adamw_in_8_bits(shape):
+    assert_alike(trained(adamw_8bit_, shape, backend="triton"), trained(adamw_8bit_reference_, shape))
+
+
+def test_adamw_in_8_bits_changes_nothing_where_a_gradient_is_not_finite():
+    weight, state = trained(adamw_8bit_, (700,), backend="triton")
+    before = [weight.clone(), *(tensor.clone() for tensor in state.values())]
+    adamw_8bit_(weight, torch.full_like(weight, float("inf")), state, FORM, found_inf=torch.ones(()), backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(before, [weight, *state.values()], strict=True))
