@@ -89,7 +89,8 @@ def adamw_8bit_(
 
         grad = grad.contiguous()
         after = state["step"] + 1
-        step(weight, grad, state, form, _corrections(after, form), grad_scale=grad_scale, found_inf=found_inf)
+        with torch.cuda.device_of(weight):
+            step(weight, grad, state, form, _corrections(after, form), grad_scale=grad_scale, found_inf=found_inf)
         state["step"].copy_(after if found_inf is None else torch.where(found_inf.bool(), state["step"], after))
     elif name == "native" and weight.device.type == "cpu":
         if found_inf is None or not found_inf:

@@ -153,7 +153,8 @@ class NativeBackend:
             return torch.empty(shape, dtype=dtype)
         room: torch.Tensor | None = getattr(self._kept, "room", None)
         if room is None or room.numel() < size * dtype.itemsize:
-            self._kept.room = room = torch.empty(max(size * dtype.itemsize, self.chunk_bytes), dtype=torch.uint8)
+            room = torch.empty(max(size * dtype.itemsize, self.chunk_bytes), dtype=torch.uint8)
+            self._kept.room = room
             self.ops.use_large_pages(room)
         return room[: size * dtype.itemsize].view(dtype).view(shape)
 

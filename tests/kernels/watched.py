@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-PIECE = 2  # bytes; no number is smaller
+PIECE = 2  # bytes of a number that are looked at together; one of a single byte by itself
 
 
 class Launch:
