@@ -361,10 +361,10 @@ def _settings(flags: dict[str, Any], path: Path | None, assignments: list[str], 
 
     if path is not None:
         raise ValueError(f"--config {path}: --resume takes its settings from the run")
-    out = given.get("run.output_dir")
+    saved, out = saved_config(resume), given.get("run.output_dir")
     if out is not None and Path(out).resolve() != resume.resolve():
         raise ValueError(f"run.output_dir = {out}: --resume {resume} goes on in the folder of the run")
-    return configs.replace(saved_config(resume), given)
+    return configs.replace(saved, given)
 
 
 def _quiet_libraries() -> None:

@@ -34,6 +34,10 @@ def pick_device(what: str, name: str, *, main: bool = True) -> torch.device:
     return device
 
 
+# what is said of a path to nothing that could not be a name on the Hub either
+NO_NAMES = ("Repo id must", "Incorrect path_or_model_id")
+
+
 @contextmanager
 def named_load_errors(what: str, kind: str = "model") -> Iterator[None]:
     """Turns the many ways in which transformers refuses a folder into one ValueError that names it."""
@@ -42,10 +46,10 @@ def named_load_errors(what: str, kind: str = "model") -> Iterator[None]:
         with quiet_transformers():
             yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise ValueError(
-            f"{what}: cannot be loaded as a {kind}: {lines[0] if lines else type(error).__name__}"
-        ) from error
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        if any(words in lines[0] for words in NO_NAMES):
+            raise ValueError(f"{what}: no such folder") from error
+        raise ValueError(f"{what}: cannot be loaded as a {kind}: {lines[0]}") from error
 
 
 @contextmanager

@@ -101,7 +101,7 @@ class Loop:
             if not self._run.pairs_path(p.index).exists():
                 new = self._collect_new(p)
                 nothing_scored = new.counts.unscored == p.last_prompt - p.first_prompt
-                if not new.pairs and (p.num_steps > 1 or nothing_scored):
+                if not new.pairs and (p.num_steps > 1 or nothing_scored or self._is_last_chance(p)):
                     self._stop_without_pairs(new)
                 self._write_pairs(self._run.pairs_path(p.index), new)
             self._ranks.wait()  # for rank 0 to have written them, before anyone reads them
@@ -363,6 +363,13 @@ class Loop:
             return None
         self._kl = divergence(pairs, self._policy, self._budget, ref="none")["kl"]
         return self._kl
+
+    def _is_last_chance(self, phase: Phase) -> bool:
+        """Whether the run trains on the pairs of this phase or on none at all."""
+        earlier = range(phase.index)
+        return phase is self._parts.plan.phases[-1] and not any(
+            read_pairs(self._run.pairs_path(f)).pairs for f in earlier
+        )
 
     def _stop_without_pairs(self, found: PhasePairs) -> None:
         path = self._run.path / "no-pairs.jsonl"

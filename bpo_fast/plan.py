@@ -57,7 +57,8 @@ def make_plan(method: MethodConfig, num_prompts: int) -> Plan:
     num_phases = num_steps if method.phases == ON_POLICY else int(method.phases)
     if num_phases > num_steps:
         raise ValueError(
-            f"method.phases = {num_phases}: {num_prompts} pairs in batches of {size} make only {num_steps} steps"
+            f"method.phases = {num_phases}: {num_prompts} pairs in batches of {size} make only"
+            f" {num_steps} optimizer step{'s' * (num_steps > 1)}, and a phase needs one"
         )
     bounds = [-(-f * num_steps // num_phases) for f in range(num_phases + 1)]
     phases = tuple(

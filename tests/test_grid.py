@@ -104,7 +104,7 @@ def test_settings_of_file_block_and_command_line(tmp_path):
         ("[grid]\nmethod = [['bpo']]", "grid.method = ['bpo']: no such method"),
         (
             "[set]\nmethod.pairs = 64\n[grid]\nF = [999]",
-            "method.phases = 999: 64 pairs in batches of 16 make only 4 steps",
+            "method.phases = 999: 64 pairs in batches of 16 make only 4 optimizer steps",
         ),
         (
             "[[grid]]\n[[grid]]\nset.method.beta = 0.5",

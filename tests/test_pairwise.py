@@ -135,6 +135,14 @@ def test_a_refusal_ends_at_once_and_keeps_the_key_to_itself(monkeypatch, status,
     assert server.seen[0][1]["Authorization"] == "Bearer sk-very-secret"
 
 
+@pytest.mark.parametrize(("status", "named"), [(401, True), (403, True), (404, False)])
+def test_a_missing_key_is_named_where_one_would_help(monkeypatch, status, named):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    with endpoint(lambda q, n: (status, "no")) as server, pytest.raises(ValueError, match=f"status {status}") as error:
+        judge(server.spec, requests=1).compare(PROMPTS, FIRST, SECOND)
+    assert (KEY_VARIABLE in str(error.value)) == named
+
+
 def test_a_redirect_is_not_followed():
     with endpoint(by_length) as other, endpoint(lambda q, n: (307, "", {"Location": other.spec})) as server:
         assert judge(server.spec).compare(PROMPTS, FIRST, SECOND) == [None] * 3

@@ -38,7 +38,10 @@ def test_one_phase_is_the_whole_run():
 
 
 def test_more_phases_than_steps_are_named():
-    with pytest.raises(ValueError, match=r"^method\.phases = 8: 100 pairs in batches of 16 make only 7 steps$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^method\.phases = 8: 100 pairs in batches of 16 make only 7 optimizer steps, and a phase needs one$",
+    ):
         plan(100, 16, 8)
 
 

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "BPO_FAST_JUDGE_KEY"
 FATAL_STATUS = (401, 403, 404, 405)
+KEY_STATUS = (401, 403)  # of them: what a key would change
 RETRIED_STATUS = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 MAX_WAIT_S = 60.0
 MAX_BODY_BYTES = 4 << 20
@@ -191,7 +192,8 @@ class HttpJudge:
         said = " ".join(text.split())[:200]
         message = f"status {status} {reason}" + (f": {said.replace(key, '***') if key else said}" if said else "")
         if status in FATAL_STATUS:
-            raise ValueError(f"judge {self.name}: {message}" + ("" if key else f" ({KEY_VARIABLE} is not set)"))
+            needs_key = not key and status in KEY_STATUS
+            raise ValueError(f"judge {self.name}: {message}" + (f" ({KEY_VARIABLE} is not set)" if needs_key else ""))
         raise _NoVerdictError(message, again=status in RETRIED_STATUS, wait_s=_seconds(wait))
 
     def _post(self, body: str, headers: dict[str, str]) -> tuple[int, str, str | None, str]:

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from typing import Any
 
 import torch
 
@@ -151,7 +152,7 @@ class NativeBackend:
         size = math.prod(shape)
         if lasting or size == 0:
             return torch.empty(shape, dtype=dtype)
-        room: torch.Tensor | None = getattr(self._kept, "room", None)
+        room: Any = getattr(self._kept, "room", None)
         if room is None or room.numel() < size * dtype.itemsize:
             room = torch.empty(max(size * dtype.itemsize, self.chunk_bytes), dtype=torch.uint8)
             self._kept.room = room

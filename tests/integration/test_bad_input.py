@@ -185,7 +185,7 @@ def test_zero_and_negative_sizes(flag, knob, value, tiny_args, tmp_path):
         (["--set", "method.bta=1"], "method.bta: no such knob; did you mean method.beta?"),
         (["--set", "method.beta"], "--set method.beta: expected NAME=VALUE"),
         (["--config", "none.toml"], "--config none.toml: No such file or directory"),
-        (["--phases", "7"], "method.phases = 7: 24 pairs in batches of 4 make only 6 steps"),
+        (["--phases", "7"], "method.phases = 7: 24 pairs in batches of 4 make only 6 optimizer steps"),
         (["--phases", "sometimes"], "method.phases = 'sometimes': a number of phases or on-policy"),
         (["--device", "tpu"], "run.device = tpu: not a device; auto, cpu, cuda or cuda:N"),
         (["--device", "meta"], "run.device = meta: not supported; auto, cpu, cuda or cuda:N"),
@@ -283,6 +283,16 @@ def test_an_annotator_that_scores_nothing_ends_an_on_policy_run(tiny_args):
     assert " 0 tied, 0 identical" in line
 
 
+def test_an_annotator_that_prefers_nothing_ends_an_on_policy_run(tiny_args, tmp_path):
+    """A phase without pairs may be bad luck where it has one step; a run that trains on none is an error."""
+    args = [*with_option(tiny_args, "--annotator", "toy_annotator:same"), "--phases", "on-policy"]
+    line = refused([*args, "--set", "eval.prompts=0", "--out", "new"], "no pair left to train on (0 kept")
+    assert " 0 unscored" in line
+    phases = sorted((tmp_path / "new" / "pairs").iterdir())
+    assert line.startswith(f"error: phase {len(phases) + 1}: ")
+    assert len(phases) > 1
+
+
 def test_a_run_goes_on_when_its_annotator_works_again(tiny_args, tmp_path, monkeypatch):
     module = tmp_path / "later_annotator.py"
     module.write_text("from toy_annotator import raising as score\n")
@@ -293,6 +303,13 @@ def test_a_run_goes_on_when_its_annotator_works_again(tiny_args, tmp_path, monke
     code, lines = call("train", "--resume", "new")
     assert code == 0, lines
     assert json.loads((tmp_path / "new" / "summary.json").read_text())["pairs"]["kept"] == 24
+
+
+@pytest.mark.parametrize("option", ["--model", "--annotator", "--judge"])
+@pytest.mark.parametrize("path", ["../none/such", "./none", "/none/such"])
+def test_a_path_to_nothing(option, path, tiny_args):
+    args = with_option(tiny_args, option, path) if option in tiny_args else [*tiny_args, option, path]
+    assert "no such folder" in refused([*args, "--out", "new"], f"{path}: ")
 
 
 def test_missing_annotators(tiny_args, tmp_path):
