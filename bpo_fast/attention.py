@@ -314,6 +314,8 @@ def exchange_attention_(
     Returns:
         Why not, in words; empty if it has the new attention now.
     """
+    if model.config._attn_implementation == "sdpa" and _has_softcap(model):
+        model.set_attn_implementation("eager")  # some releases let SDPA drop the softcap in silence
     before = model.config._attn_implementation
     wide = apart()
     try:
@@ -336,6 +338,10 @@ def exchange_attention_(
     if reason:
         model.set_attn_implementation(before)
     return reason
+
+
+def _has_softcap(model: Any) -> bool:
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 @contextmanager

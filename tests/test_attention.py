@@ -10,7 +10,7 @@ from relative import relative_error, worst_error
 from transformers import AutoModelForCausalLM
 
 from bpo_fast import attention
-from bpo_fast.attention import lay_out, shared_prompt_attention
+from bpo_fast.attention import exchange_attention_, lay_out, shared_prompt_attention
 from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.packing import pack_apart, pack_shared
 from bpo_fast.policy import Policy
@@ -81,7 +81,9 @@ def make_model(name, dtype=torch.float32, **changes):
     torch.manual_seed(0)
     config_class, extra = CONFIGS[name]
     config = getattr(transformers, config_class)(**SMALL | extra | changes)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # some releases of transformers let SDPA drop a softcap
+    options = {"attn_implementation": "eager"} if hasattr(config, "attn_logit_softcapping") else {}
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
 
 
 def make_pairs(lengths=LENGTHS):
@@ -164,6 +166,20 @@ def test_a_window_that_is_not_handed_over_is_noticed_in_16_bits(monkeypatch, cap
     model = make_model(form["path"], torch.bfloat16, initializer_range=0.02)
     assert not Policy(model, Tokens(), ModelConfig(**form), seed=0).shares_prompts
     assert "results differ by 0." in caplog.text
+
+
+def test_a_softcap_is_not_left_to_sdpa():
+    """Where the attention cannot be exchanged, either."""
+    model = make_model("gemma2")
+    model.config._attn_implementation = "sdpa"  # as a release takes it that does not know better
+    ids = torch.arange(2, 20)[None]
+
+    def shared():
+        raise ValueError("not this one")
+
+    with torch.no_grad():
+        assert exchange_attention_(model, lambda: model(ids).logits, shared, tolerance=1e-3) == "not this one"
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
