@@ -25,7 +25,9 @@ def test_a_toy_run_writes_a_row(bench, tmp_path, monkeypatch):
     else:
         loop.run(loop.LoopOptions(**options, steps=1), said.append)
     old, new, *others = json.loads(out.read_text())["rows"]
-    assert [r["form"] for r in others] == ([] if bench == "step" else ["full, ref_logps = sampler"])
+    assert [r["form"] for r in others] == (
+        [] if bench == "step" else ["full, ref_logps = sampler", "full, states = 8bit"]
+    )
     assert old == {"lengths": "tldr", "form": "full"}
     assert new["ours"]["pairs_per_s"] > 0
     assert new["ours"]["peak_extra_mib"] > 0

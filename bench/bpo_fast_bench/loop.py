@@ -2,7 +2,8 @@
 
 Same model, prompts, reward function, lengths and optimizer; both sample from the transformers model and its KV cache. A
 block is one phase: ours samples its prompts in one call and takes its steps on them; TRL samples anew at every step.
-Ours is measured as it is by default and with `method.ref_logps = sampler`, which needs no reference pass.
+Ours is measured as it is by default, with `method.ref_logps = sampler`, which needs no reference pass, and where all
+weights are trained with `optim.states = 8bit`.
 """
 
 import json
@@ -36,7 +37,8 @@ from bpo_fast_bench.contenders import (
 from bpo_fast_bench.shapes import make_model, words
 
 PEERS = ("trl",)
-OURS = {"ours": "trainer", "ours by sampler": "sampler"}  # and whose log-probs the loss is against
+OURS = {"ours": {}, "ours by sampler": {"method.ref_logps": "sampler"}, "ours in 8 bits": {"optim.states": "8bit"}}
+OF_FULL = {"ours in 8 bits"}  # LoRA's moments are small
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,14 @@ def run(options: LoopOptions, say: Callable[[str], None] = print) -> list[dict[s
 
 
 def _measure(options: LoopOptions, lengths: str, form: str, folder: str) -> list[dict[str, Any]]:
-    contenders = {}
-    for who in (*OURS, *options.peers):
+    contenders, ours = {}, [who for who in OURS if form == "full" or who not in OF_FULL]
+    for who in (*ours, *options.peers):
         members = FORMS[form] if who in OURS else min(1, FORMS[form])
         contenders[who] = options.contender("loop", who, lengths, members, folder)
     found = measure(contenders, options.rounds)
     rows = []
-    for who, ref_logps in OURS.items():
-        name = form if who == "ours" else f"{form}, ref_logps = {ref_logps}"
+    for who in ours:
+        name = ", ".join([form, *(f"{knob.partition('.')[2]} = {value}" for knob, value in OURS[who].items())])
         rows.append(compare(found, who, options.peers, runs=max(1, FORMS[form]), lengths=lengths, form=name))
     return rows
 
@@ -116,7 +118,6 @@ def _ours(case: Case) -> Iterator[Any]:
             "method.pairs": num_steps * case.pairs,
             "method.batch_pairs": case.pairs,
             "method.phases": case.num_blocks,
-            "method.ref_logps": OURS[case.who],
             "optim.learning_rate": 1e-5,
             "eval.prompts": 0,
             "eval.kl_prompts": 0,
@@ -124,7 +125,7 @@ def _ours(case: Case) -> Iterator[Any]:
             "model.dtype": case.dtype,
             "run.output_dir": f"{out}/run",
             "run.save_steps": 10 * num_steps,
-        }
+        } | OURS[case.who]
         parts = build(resolve(configs.replace(configs.Config(), settings)), progress)
         _, run = open_run(parts.config, resume=None, command=[])
         loop = Loop(parts, run, progress)
