@@ -372,7 +372,7 @@ def test_a_folder_that_is_no_reward_model_is_named(tmp_path):
         ("small", "small: 99 embeddings for a tokenizer of 258 tokens"),
         ("empty", "empty: cannot be loaded as a model"),
         ("torn", "torn: cannot be loaded as a model"),
-        ("nowhere", "nowhere: cannot be loaded as a model"),
+        ("nowhere", "nowhere: no such folder"),
     ]:
         with pytest.raises(ValueError, match=message):
             RewardModel(str(tmp_path / name), device="cpu")
