@@ -45,7 +45,7 @@ for part in "$@"; do
       run kernels-step "${bpo[@]}" bench kernels --op step --json "$out/kernels-step.json" --plot "$out/kernels-step"
       run kernels-draw "${bpo[@]}" bench kernels --op draw --json "$out/kernels-draw.json"
       run kernels-attention "${bpo[@]}" bench kernels --op attention --json "$out/kernels-attention.json" --plot "$out/kernels-attention"
-      run kernels-trunk "${bpo[@]}" bench kernels --op norm --op gate --json "$out/kernels-trunk.json" --plot "$out/kernels-trunk"
+      run kernels-trunk "${bpo[@]}" bench kernels --op norm --op gate --op adamw --json "$out/kernels-trunk.json" --plot "$out/kernels-trunk"
       run kernels-pair-loss "${bpo[@]}" bench kernels --op pair_loss --json "$out/kernels-pair-loss.json"
       run kernels-gauss "${bpo[@]}" bench kernels --op step --data gauss --shapes 4096x2048x128256 --json "$out/kernels-gauss.json"
       ;;

@@ -21,6 +21,13 @@ from bpo_fast_kernels.triton_config import INTERPRETED, with_tile
 from bpo_fast.doctor import command_output, environment
 from bpo_fast.files import write_atomic
 from bpo_fast_bench.contenders import LENGTHS
+from bpo_fast_bench.kernels_adamw import (
+    AdamwInputs,
+    AdamwProblem,
+    adamw_answer,
+    adamw_implementations,
+    adamw_inputs,
+)
 from bpo_fast_bench.kernels_attention import (
     AttentionInputs,
     AttentionProblem,
@@ -48,8 +55,8 @@ from bpo_fast_bench.kernels_trunk import (
 )
 
 AnyProblem = Problem | AttentionProblem | TrunkProblem
-AnyInputs = Inputs | AttentionInputs | TrunkInputs
-TRUNK_OPS = ("norm", "gate")
+AnyInputs = Inputs | AttentionInputs | TrunkInputs | AdamwInputs
+TRUNK_OPS = ("norm", "gate", "adamw")  # whose shapes are rows and width
 OPS = ("forward", "step", "behavior", "draw", "pair_loss", "attention", *TRUNK_OPS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CEILINGS = ("mm", "mm-f32")
@@ -70,6 +77,7 @@ TRUNK_SHAPES = {
     "cpu": ((1024, 256), (1024, 672), (4096, 1024)),
     "cuda": ((8192, 896), (8192, 4864), (8192, 4096)),
 }
+ADAMW_SHAPES = {"cpu": ((32000, 256), (4096, 1024)), "cuda": ((128256, 2048), (8192, 4096))}
 QUICK_TRUNK_SHAPES = ((33, 48),)
 
 
@@ -78,15 +86,15 @@ class KernelBench:
     """What to measure.
 
     Attributes:
-        ops: of "forward", "step", "behavior", "draw", "pair_loss", "attention", "norm", "gate".
+        ops: of "forward", "step", "behavior", "draw", "pair_loss", "attention", "norm", "gate", "adamw".
         heads: of "frozen", "trained"; for "step" and "behavior".
         shapes: (rows, hidden, vocabulary) each, or (prompt, completion, heads) where "attention" is the one operation,
-            (rows, width) where there are none but "norm" and "gate"; the device's own list if empty.
+            (rows, width) where there are none but "norm", "gate" and "adamw"; the device's own list if empty.
         peers: of "compile", "liger", "liger-dpo", "cce", "verl", "verl-triton"; only where importable, and on a CPU
             none that is written in Triton.
         tiles: of Plan A, such as "128x256x64x4" (rows, vocabulary, depth, stages), beside its own; on a GPU.
         dtypes: of "float32", "bfloat16", "float16"; bfloat16 on a GPU and float32 and bfloat16 on a CPU if empty.
-            "attention", "norm" and "gate" take the first one.
+            "attention", "norm" and "gate" take the first one, "adamw" float32.
         data: "peaked" or "gauss".
         pairs: pairs of "forward", "step" and "attention".
         json_path: where the measurements go.
@@ -123,7 +131,8 @@ def run(options: KernelBench) -> dict[str, Any]:
         write_json(record, options.json_path)
     dtypes = options.dtypes or (("bfloat16",) if device.type == "cuda" else ("float32", "bfloat16"))
     for problem in problems(options, device):
-        for dtype in dtypes[:1] if problem.op in ONE_DTYPE else dtypes:
+        own = ("float32",) if problem.op == "adamw" else dtypes[:1] if problem.op in ONE_DTYPE else dtypes
+        for dtype in own:
             record["problems"].append(measure(problem, dtype, device, options))
             write_json(record, options.json_path)
     if options.plot_path:
@@ -175,8 +184,9 @@ def problems(options: KernelBench, device: torch.device) -> list[AnyProblem]:
             continue
         if op in TRUNK_OPS:
             given = options.shapes if set(options.ops) <= set(TRUNK_OPS) else ()
-            wanted = given or (QUICK_TRUNK_SHAPES if options.quick else TRUNK_SHAPES[device.type])
-            out += [TrunkProblem(op, *shape) for shape in wanted]
+            own = (ADAMW_SHAPES if op == "adamw" else TRUNK_SHAPES)[device.type]
+            wanted = given or (QUICK_TRUNK_SHAPES if options.quick else own)
+            out += [(AdamwProblem if op == "adamw" else TrunkProblem)(op, *shape) for shape in wanted]
             continue
         for shape in shapes:
             heads = options.heads if op in ("step", "behavior") else ("frozen",)
@@ -190,6 +200,9 @@ def measure(problem: AnyProblem, dtype: str, device: torch.device, options: Kern
     if isinstance(problem, AttentionProblem):
         sets = attention_inputs(problem, device, DTYPES[dtype], 3)
         calls, want = attention_implementations(sets[0]), attention_answer(sets[0])
+    elif isinstance(problem, AdamwProblem):
+        sets = adamw_inputs(problem, device, 3)
+        calls, want = adamw_implementations(device, peers=bool(options.peers)), adamw_answer(sets[0])
     elif isinstance(problem, TrunkProblem):
         sets = trunk_inputs(problem, device, DTYPES[dtype], 3)
         calls, want = trunk_implementations(problem, sets[0], options.peers), trunk_answer(problem, sets[0])

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bpo_fast_bench import kernels
+from bpo_fast_bench import kernels, kernels_adamw
 from bpo_fast_bench.kernels import KernelBench, gate, parse_shape, run, table
+from bpo_fast_bench.kernels_adamw import FORM, AdamwProblem
 from bpo_fast_bench.kernels_attention import (
     AttentionProblem,
     attention_answer,
@@ -61,20 +62,21 @@ def test_quick_run_writes_json_and_plots(tmp_path):
     labels = [problem["label"] for problem in record["problems"]]
     kinds = ["forward", "step frozen", "step trained", "behavior frozen", "behavior trained", "draw"]
     shapes = [f"{kind} T=64 H=16 V=500 {dtype}" for kind in kinds for dtype in ("float32", "bfloat16")]
-    trunk = [f"{op} R=33 H=48 float32" for op in ("norm", "gate")]
+    trunk = [f"{op} R=33 H=48 float32" for op in ("norm", "gate", "adamw")]
     assert labels == [*shapes, "pair_loss P=256", "attention 24/9 heads=2 P=2 float32", *trunk]
     for problem in record["problems"]:
         rows, op = problem["implementations"], problem["problem"]["op"]
         if op == "pair_loss":
             continue
-        others = {"attention": {"torch", "masked"}, "norm": set(), "gate": set()}.get(op, {"torch", "mm"})
+        others = {"attention": {"torch", "masked"}, "norm": set(), "gate": set(), "adamw": {"torch"}}
+        others = others.get(op, {"torch", "mm"})
         assert {"eager", "native"} | others <= set(rows)
         assert all(row["seconds"] > 0 and row["p20"] <= row["seconds"] <= row["p80"] for row in rows.values())
         value = "logp" if op == "draw" else "value"
         assert all(rows[name]["errors"][value] < 1e-4 for name in {"native", "torch"} & set(rows))
     text = table(record)
     assert all(label in text for label in labels)
-    assert (text.count("GB/s"), text.count("TFLOP/s")) == (2, len(labels) - 2)
+    assert (text.count("GB/s"), text.count("TFLOP/s")) == (3, len(labels) - 3)
     assert record["environment"]["threads"] == torch.get_num_threads()
 
 
@@ -348,6 +350,23 @@ def test_a_wrong_norm_or_gate_fails_its_gate(trunk, wrong):
     for contender in ("native", "eager"):
         assert gate(contender, lambda _: right, inputs, want, None)["passed"]
         assert not gate(contender, lambda _: replace(right, **{name: spoiled}), inputs, want, None)["passed"]
+
+
+@pytest.mark.parametrize("wrong", [lambda form: {"lr": 2 * form.lr}, lambda form: {"weight_decay": 1.0}])
+def test_a_wrong_step_of_adamw_fails_its_gate(wrong, monkeypatch):
+    problem, options = AdamwProblem("adamw", 9, 40), KernelBench(quick=True, dtypes=("bfloat16",), peers=())
+    rows = kernels.measure(problem, "float32", torch.device("cpu"), options)["implementations"]
+    assert all(row["passed"] for row in rows.values())
+    assert rows["native"]["effective_gbps"] == 9 * 40 * 16 / rows["native"]["seconds"] / 1e9
+    monkeypatch.setattr(kernels_adamw, "FORM", replace(FORM, **wrong(FORM)))
+    rows = kernels.measure(problem, "float32", torch.device("cpu"), options)["implementations"]
+    assert not rows["eager"]["passed"], "which takes its numbers from elsewhere"
+
+
+def test_steps_of_adamw_are_in_float32_whatever_the_others_are(monkeypatch):
+    monkeypatch.setattr(kernels, "measure", lambda problem, dtype, device, options: (problem.op, dtype))
+    record = run(KernelBench(ops=("norm", "adamw"), quick=True, dtypes=("bfloat16", "float32")))
+    assert record["problems"] == [("norm", "bfloat16"), ("adamw", "float32")]
 
 
 def test_who_writes_into_inputs_gets_copies(trunk):
