@@ -18,7 +18,8 @@ from torch import nn
 from bpo_fast_bench.kernels_impls import Implementation, Outcome
 from bpo_fast_bench.kernels_trunk import TrunkProblem
 
-FORM = AdamW(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+# a step as large as the weights: a wrong one is seen
+FORM = AdamW(lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
 OPTIONS = {"lr": FORM.lr, "betas": FORM.betas, "eps": FORM.eps, "weight_decay": FORM.weight_decay}
 BYTES = 16  # a weight, at least: gradient in, weight and two codes in and out
 PEERS = {"torchao": "torchao.optim", "bitsandbytes": "bitsandbytes.optim"}
