@@ -194,9 +194,10 @@ class Policy:
         Returns:
             (scalar, differentiable; the parts of each pair, detached)
         """
-        options = {"loss": method.loss, "beta": method.beta, "label_smoothing": method.label_smoothing}
-        lengths = torch.ones_like(batch.lengths) if method.ipo_sum else batch.lengths
-        options["lengths"] = lengths.to(batch.rows.device, non_blocking=True)
+        options: dict[str, Any] = {"loss": method.loss, "beta": method.beta, "label_smoothing": method.label_smoothing}
+        if method.loss == "ipo":
+            lengths = torch.ones_like(batch.lengths) if method.ipo_sum else batch.lengths
+            options["lengths"] = lengths.to(batch.rows.device, non_blocking=True)
         if not self.head.fused:
             logps = self._plain_logps(batch)
             reference = logps.detach() if ref_logps is None else ref_logps
