@@ -7,6 +7,7 @@ import json
 import sys
 import typing
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,6 @@ from bpo_fast.threads import leaves_threads, share_cores
 SOURCE_HELP = "run folder, checkpoint, model or adapter folder, Hub id"
 
 app = typer.Typer(
-    help="Train language models online from preferences, against the behavior policy that sampled the pairs (BPO).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,12 +42,30 @@ def main() -> None:
 
 
 def _flag(name: str, knob: str, **extra: Any) -> Any:
-    return typer.Option(name, help=escape(_help(KNOBS[knob][0])), show_default=False, **extra)
+    field = KNOBS[knob][0]
+    told = field.default not in (None, False, (), dataclasses.MISSING)  # None: the task's own, or nothing
+    default = f" (default: {field.default})" if told else ""
+    return typer.Option(name, help=escape(_help(field) + default), show_default=False, **extra)
 
 
 def _help(field: dataclasses.Field) -> str:
     choices = field.metadata["choices"]
     return field.metadata["doc"] + (f" [{'|'.join(choices)}]" if choices else "")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"bpo-fast {metadata.version('bpo-fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def every(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train language models online from preferences, against the behavior policy that sampled the pairs (BPO)."""
 
 
 @app.command()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import peft
@@ -74,8 +75,9 @@ def test_help_names_every_daily_flag():
     assert [f for f in flags.split() if not re.search(rf"(?<![\w-]){f}\b", text)] == []
 
 
-def test_help_names_the_choices():
+def test_help_names_choices_and_defaults():
     text = re.sub(r"[\s│]+", "", call("train", "--help")[1])
+    assert "losstemperature(default:0.1)" in text
     assert "[dpo|ipo|slic]" in text
     assert "[behavior|initial|ema|golden]" in text
 
@@ -88,6 +90,10 @@ def test_answers_are_shown_on_a_terminal_of_another_encoding():
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.splitlines() == ["caf\\xe9 \\u2019", "ascii"]
+
+
+def test_the_version_is_that_of_the_package():
+    assert call("--version") == (0, f"bpo-fast {metadata.version('bpo-fast')}\n", "")
 
 
 def test_no_arguments_show_the_help():
