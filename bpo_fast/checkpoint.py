@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bpo_fast.files import new_folder
+from bpo_fast.files import errors_name, new_folder
 from bpo_fast.optim import Optimizer
 from bpo_fast.policy import Policy
 from bpo_fast.ranks import Ranks
@@ -92,7 +92,9 @@ def save_checkpoint(
 def save_moments(folder: Path, optimizer: Optimizer, ranks: Ranks) -> None:
     """Writes the moments that this rank keeps."""
     name = f"optimizer-{ranks.rank}-of-{ranks.size}" if ranks.size > 1 else "optimizer"
-    save_file(optimizer.state_dict(), folder / f"{name}.safetensors")
+    path = folder / f"{name}.safetensors"
+    with errors_name(path):  # beside rank 0 there is no `new_folder` around it
+        save_file(optimizer.state_dict(), path)
 
 
 def save_weights(folder: Path, policy: Policy) -> None:
@@ -122,10 +124,21 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[st
             policy.lora.load_member(m, path / f"member-{m}" if policy.num_members > 1 else path)
     else:
         load_full(path, policy)
-    files = sorted(path.glob("optimizer*.safetensors"), key=_rank)
-    optimizer.load_state_dict([load_file(file) for file in files])
+    optimizer.load_state_dict([load_file(file) for file in moment_files(path)])
     ema = path / "ema.safetensors"
     return load_file(ema) if ema.exists() else None
+
+
+def moment_files(path: Path) -> list[Path]:
+    """The files of a checkpoint's moments, in the order of the ranks; ValueError if one is missing."""
+    part = next(path.glob("optimizer-*-of-*.safetensors"), None)
+    size = int(part.stem.rpartition("-")[2]) if part else 1
+    files = [path / f"optimizer-{rank}-of-{size}.safetensors" for rank in range(size)]
+    files = files if part else [path / "optimizer.safetensors"]
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{file}: missing; a run does not go on without its moments")
+    return files
 
 
 def load_full(path: Path, policy: Policy) -> None:
@@ -135,11 +148,6 @@ def load_full(path: Path, policy: Policy) -> None:
         tensors |= load_file(file)
     for name, parameter in policy.model.named_parameters():
         parameter.data.copy_(tensors[name])
-
-
-def _rank(path: Path) -> int:
-    """Whose moments a file holds."""
-    return int(path.name.split("-")[1]) if "-of-" in path.name else 0
 
 
 def _step(path: Path) -> int:

@@ -37,20 +37,28 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
-            _sync(file)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        with errors_name(path):
+            yield temporary
+            for file in [*temporary.rglob("*"), temporary]:
+                _sync(file)
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(path.parent)
+
+
+@contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """An error of the system inside is an OSError that names `path`, whatever class a library gave it."""
+    try:
+        yield
     except Exception as error:
         number = _os_error(error)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _sync(path.parent)
 
 
 def remove_temporaries(folder: Path) -> None:

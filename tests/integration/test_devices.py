@@ -1,5 +1,6 @@
 """Runs on several devices, processes on a CPU: they end as on one, and are interrupted, killed and resumed like it."""
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,10 @@ from test_resume import HERE, contents, environment, settings
 
 from bpo_fast import config as configs
 from bpo_fast.checkpoint import complete_checkpoints
+from bpo_fast.dryrun import dry_run
+from bpo_fast.memory import GIB
 from bpo_fast.metrics import read_metrics
+from bpo_fast.optim import cut
 from bpo_fast.train import train
 
 SHORT = {"method__pairs": 24, "method__phases": 2, "run__save_steps": 0, "eval__eval_steps": 0}
@@ -59,6 +63,17 @@ def test_two_devices_end_as_one(tiny_model_dir, tiny_data, tmp_path, knobs):
     for key in ("pairs", "steps", "win_rate_after", "num_tokens"):
         assert summaries[0][key] == summaries[1][key]
     assert summaries[1]["after"]["kl"] == pytest.approx(summaries[0]["after"]["kl"], rel=0.01, abs=1e-4)
+
+
+def test_a_dry_run_holds_the_moments_of_one_rank(tiny_model_dir, tiny_data, tmp_path):
+    predicted = []
+    for num in (1, 2):  # with as many pairs a rank
+        knobs = SHORT | {"model__full": True, "method__batch_pairs": 2 * num, "run__devices": num}
+        predicted.append(dry_run(settings(tiny_model_dir, tiny_data, tmp_path / "none", **knobs), quiet=True))
+    sizes = [tensor.numel() for tensor in load_file(tiny_model_dir / "model.safetensors").values()]
+    left_to_others = sum(num - cut(num, 2)[1] for num in sizes)
+    one, two = (found["predicted_gib"] * GIB for found in predicted)
+    assert one - two == pytest.approx(8 * left_to_others)
 
 
 def start(*options: str, cwd: Path = HERE) -> subprocess.Popen:
@@ -160,6 +175,19 @@ def test_what_ends_another_rank_ends_the_run(tiny_model_dir, tiny_data, tmp_path
     assert stderr.splitlines()[-1].startswith(message)
     assert "Traceback" not in stderr
     assert not list((tmp_path / "run").rglob("phase-*"))
+
+
+def test_moments_that_another_rank_cannot_write_are_one_line(tiny_model_dir, tiny_data, tmp_path):
+    knobs = SHORT | {"run__devices": 2, "model__full": True, "annotator__path": "scorers:writes_little_beside_rank_0"}
+    toml, run = tmp_path / "run.toml", tmp_path / "run"
+    toml.write_text(configs.to_toml(settings(tiny_model_dir, tiny_data, run, **knobs)))
+    process = start("--config", str(toml))
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 2, stderr
+    assert stderr.splitlines()[-1].endswith(f"optimizer-1-of-2.safetensors: {os.strerror(errno.EFBIG)}")
+    assert "Traceback" not in stderr
+    assert not list(run.glob("*checkpoint*")), "nothing is half-written"
+    assert not list(run.glob(".*"))
 
 
 def test_files_of_the_working_folder_are_not_those_of_a_rank(tiny_model_dir, tiny_data, tmp_path):
