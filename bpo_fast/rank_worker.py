@@ -7,7 +7,6 @@ error is one line in the log, which rank 0 reads when the process has ended.
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -48,8 +47,11 @@ def work() -> None:
 
 def _orders() -> Iterator[dict[str, Any]]:
     """Of rank 0; no buffer of sys.stdin is held by a thread that waits for the next when the process ends."""
+    pipe = os.dup(0)  # an annotator, or a program that it starts, reads an empty standard input instead
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
     rest = b""
-    while found := os.read(sys.stdin.fileno(), 2**16):
+    while found := os.read(pipe, 2**16):
         *lines, rest = (rest + found).split(b"\n")
         yield from map(json.loads, lines)
 

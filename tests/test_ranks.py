@@ -165,6 +165,26 @@ def test_a_save_that_fails_ends_its_rank(tmp_path):
     assert "ZeroDivisionError" in said
 
 
+def test_orders_are_not_what_a_program_reads_that_a_rank_starts():
+    code = """
+import os, subprocess, sys
+from bpo_fast.rank_worker import _orders
+orders = _orders()
+print(next(orders), subprocess.check_output(["cat"]), sys.stdin.read(), next(orders))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write('{"step": 1}\n{"step": 2}\n')
+        process.stdin.flush()  # and it stays open, as rank 0 keeps it
+        assert process.wait(60) == 0
+        assert process.stdout.read() == "{'step': 1} b''  {'step': 2}\n"
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_nobody_waits_for_a_rank_that_is_gone(tmp_path):
     assert together(GONE, 2, tmp_path)[0] == "rank 1 is gone"
 
