@@ -100,6 +100,9 @@ def test_the_kv_budget_is_checked_before_vllm_opens(llama_dir, monkeypatch):
     config = settings(llama_dir, model__full=True)
     held = (4 + 8) * model.num_parameters()
     assert budget(None) == int(0.4 * 10 * needed)
+    config = settings(llama_dir, model__full=True, run__devices=2)  # which have half of the moments each
+    held = 2 * (4 + 8 // 2) * model.num_parameters() + 10 * needed
+    assert budget(None) == int(0.4 * 10 * needed)
 
 
 @pytest.mark.parametrize(("num_heads", "num_workers", "times"), [(1, 2, 2), (2, 2, 1), (2, 4, 2)])
