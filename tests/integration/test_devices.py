@@ -134,7 +134,8 @@ def test_interrupted_and_killed_and_resumed_it_ends_bit_for_bit(tiny_model_dir, 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("devices", [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_devices(tiny_model_dir, tiny_data, tmp_path, devices):
-    knobs = {"model__full": True, "run__save_steps": 0, "optim__states": "8bit"}
+    # moments of 32 bits: between one and two devices, those of 8 make a code of a difference in rounding
+    knobs = {"model__full": True, "run__save_steps": 0}
     toml = tmp_path / "run.toml"
     toml.write_text(configs.to_toml(settings(tiny_model_dir, tiny_data, "none", **knobs)))
     straight = start("--config", str(toml), "--out", str(tmp_path / "straight"))
@@ -155,7 +156,7 @@ def test_a_run_goes_on_with_another_number_of_devices(tiny_model_dir, tiny_data,
     assert sampled(run) == sampled(tmp_path / "straight")
     one, other = (load_file(complete_checkpoints(r)[-1] / "model.safetensors") for r in (tmp_path / "straight", run))
     for name, weight in one.items():
-        assert (other[name] - weight).norm() <= 1e-3 * weight.norm(), name
+        assert (other[name] - weight).norm() <= 1e-4 * weight.norm(), name
 
 
 @pytest.mark.parametrize(
