@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bpo_fast import config as configs
+from bpo_fast.loop import Loop
 from bpo_fast.ranks import Ranks, started
 
 RANK = """
@@ -236,3 +239,17 @@ def test_what_does_not_go_is_said_before_a_process_starts(knobs, message):
     config = configs.load(None, {"run.device": "cpu"} | knobs)
     with pytest.raises(ValueError, match=message), started(config, resume=None, from_pairs=None):
         pass
+
+
+def test_moments_are_saved_once_their_step_is_taken(monkeypatch, tmp_path):
+    """Rank 0 can be a step ahead of what another has written down."""
+    loop, saved = object.__new__(Loop), []
+    loop.num_steps, loop._ranks, loop._parts = 2, Ranks(), SimpleNamespace(optimizer=None)
+    monkeypatch.setattr("bpo_fast.loop.save_moments", lambda *given: saved.append(loop.num_steps))
+    thread = threading.Thread(target=loop._save_moments, args=(tmp_path, 3))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    loop.num_steps = 3
+    thread.join(10)
+    assert saved == [3]
