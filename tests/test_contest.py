@@ -198,7 +198,7 @@ def short(tmp_path):
         (["--judge", "toy_annotator:nothing"], "annotator toy_annotator:nothing: module toy_annotator has no function"),
         (["--judge", "nosuch.jsonl"], "annotator nosuch.jsonl: no such file"),
         (["--judge", "http://[::1/v1#m"], "not an address"),
-        (["--judge", "rm=no/such/folder"], "reward model no/such/folder: cannot be loaded as a model"),
+        (["--judge", "rm=no/such/folder"], "reward model no/such/folder: no such folder"),
         (["--judge", "MODEL"], "is not a sequence-classification model"),
         (["--data", "nosuch.jsonl"], "nosuch.jsonl"),
         (["--prompts", "0"], "eval.prompts = 0: nothing to evaluate"),
