@@ -3,10 +3,8 @@
 from collections.abc import Iterable
 
 import torch
-from bpo_fast_kernels.adamw_8bit import BLOCK, AdamW, adamw_8bit_, new_state
+from bpo_fast_kernels.adamw_8bit import AdamW, adamw_8bit_, new_state
 from torch import Tensor, nn
-
-__all__ = ["BLOCK", "AdamW8bit"]
 
 
 class AdamW8bit(torch.optim.Optimizer):

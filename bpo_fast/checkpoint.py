@@ -91,8 +91,7 @@ def save_checkpoint(
 
 def save_moments(folder: Path, optimizer: Optimizer, ranks: Ranks) -> None:
     """Writes the moments that this rank keeps."""
-    name = f"optimizer-{ranks.rank}-of-{ranks.size}" if ranks.size > 1 else "optimizer"
-    path = folder / f"{name}.safetensors"
+    path = folder / _moments_name(ranks.rank, ranks.size)
     with errors_name(path):  # beside rank 0 there is no `new_folder` around it
         save_file(optimizer.state_dict(), path)
 
@@ -133,12 +132,15 @@ def moment_files(path: Path) -> list[Path]:
     """The files of a checkpoint's moments, in the order of the ranks; ValueError if one is missing."""
     part = next(path.glob("optimizer-*-of-*.safetensors"), None)
     size = int(part.stem.rpartition("-")[2]) if part else 1
-    files = [path / f"optimizer-{rank}-of-{size}.safetensors" for rank in range(size)]
-    files = files if part else [path / "optimizer.safetensors"]
+    files = [path / _moments_name(rank, size) for rank in range(size)]
     for file in files:
         if not file.exists():
             raise ValueError(f"{file}: missing; a run does not go on without its moments")
     return files
+
+
+def _moments_name(rank: int, size: int) -> str:
+    return f"optimizer-{rank}-of-{size}.safetensors" if size > 1 else "optimizer.safetensors"
 
 
 def load_full(path: Path, policy: Policy) -> None:

@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from bpo_fast_kernels.adamw_8bit import BLOCK
 from torch import Tensor, nn
 
-from bpo_fast.adamw8bit import BLOCK, AdamW8bit
+from bpo_fast.adamw8bit import AdamW8bit
 from bpo_fast.config import OptimConfig
 from bpo_fast.ranks import Ranks
 

@@ -230,12 +230,14 @@ class Group(Ranks):
     def exchange_(self, tensors: Sequence[Tensor], bounds: Sequence[Sequence[int]]) -> None:
         """See `Ranks.exchange_`."""
         bucket: list[tuple[Tensor, Sequence[int]]] = []
+        num_bytes = 0
         for tensor, ends in zip(tensors, bounds, strict=True):
             width = tensor.element_size()
             bucket.append((tensor.view(-1).view(torch.uint8), [end * width for end in ends]))
-            if sum(len(row) for row, _ in bucket) >= EXCHANGED_BYTES:
+            num_bytes += tensor.nbytes
+            if num_bytes >= EXCHANGED_BYTES:
                 self._exchange(bucket)
-                bucket = []
+                bucket, num_bytes = [], 0
         if bucket:
             self._exchange(bucket)
 

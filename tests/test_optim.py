@@ -6,9 +6,9 @@ import weakref
 
 import pytest
 import torch
+from bpo_fast_kernels.adamw_8bit import BLOCK
 from torch import nn
 
-from bpo_fast.adamw8bit import BLOCK
 from bpo_fast.config import OptimConfig
 from bpo_fast.optim import Optimizer, cut, learning_rate, state_bytes
 from bpo_fast.ranks import Ranks

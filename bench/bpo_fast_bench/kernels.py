@@ -56,8 +56,8 @@ from bpo_fast_bench.kernels_trunk import (
 
 AnyProblem = Problem | AttentionProblem | TrunkProblem
 AnyInputs = Inputs | AttentionInputs | TrunkInputs | AdamwInputs
-TRUNK_OPS = ("norm", "gate", "adamw")  # whose shapes are rows and width
-OPS = ("forward", "step", "behavior", "draw", "pair_loss", "attention", *TRUNK_OPS)
+ROW_OPS = ("norm", "gate", "adamw")  # whose shapes are rows and width
+OPS = ("forward", "step", "behavior", "draw", "pair_loss", "attention", *ROW_OPS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CEILINGS = ("mm", "mm-f32")
 OUR_BACKENDS = ("native", "torch", "triton", "triton-gemm")
@@ -67,7 +67,7 @@ OURS = (*OUR_BACKENDS, "masked", "varlen")  # the last two through kernels of ot
 # 0.06 from 16 to 32, which averages out over a sequence only.
 OUR_GATE = {"value": 1e-4, "logp": 1e-4, "token": 5e-5, **dict.fromkeys(GRADS, 4e-3)}
 PEER_GATE = {"value": 3e-2, "logp": 1.2e-1, "token": 6e-2, **dict.fromkeys(GRADS, 5e-2)}
-ONE_DTYPE = ("pair_loss", "attention", *TRUNK_OPS)
+ONE_DTYPE = ("pair_loss", "attention", *ROW_OPS)
 CPU_SHAPES = ((1024, 256, 32000), (1024, 1024, 32000))
 GPU_SHAPES = ((4096, 2048, 128256), (4096, 4096, 128256))
 QUICK_SHAPES = ((128, 64, 4000),)
@@ -78,7 +78,7 @@ TRUNK_SHAPES = {
     "cuda": ((8192, 896), (8192, 4864), (8192, 4096)),
 }
 ADAMW_SHAPES = {"cpu": ((32000, 256), (4096, 1024)), "cuda": ((128256, 2048), (8192, 4096))}
-QUICK_TRUNK_SHAPES = ((33, 48),)
+QUICK_ROW_SHAPES = ((33, 48),)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def check(options: KernelBench) -> None:
                 raise ValueError(f"bench.kernels.{name} = {value!r}: expected some of {', '.join(allowed)}")
     if options.data not in ("peaked", "gauss"):
         raise ValueError(f"bench.kernels.data = {options.data!r}: expected peaked or gauss")
-    numbers = 2 if set(options.ops) <= set(TRUNK_OPS) else 3
+    numbers = 2 if set(options.ops) <= set(ROW_OPS) else 3
     for shape in options.shapes:
         if len(shape) != numbers or min(shape) < 1:
             raise ValueError(f"bench.kernels.shapes = {shape}: expected {numbers} numbers, each at least 1")
@@ -182,10 +182,10 @@ def problems(options: KernelBench, device: torch.device) -> list[AnyProblem]:
             wanted = given or (QUICK_ATTENTION_SHAPES if options.quick else own)
             out += [AttentionProblem(*shape, options.pairs) for shape in wanted]
             continue
-        if op in TRUNK_OPS:
-            given = options.shapes if set(options.ops) <= set(TRUNK_OPS) else ()
+        if op in ROW_OPS:
+            given = options.shapes if set(options.ops) <= set(ROW_OPS) else ()
             own = (ADAMW_SHAPES if op == "adamw" else TRUNK_SHAPES)[device.type]
-            wanted = given or (QUICK_TRUNK_SHAPES if options.quick else own)
+            wanted = given or (QUICK_ROW_SHAPES if options.quick else own)
             out += [(AdamwProblem if op == "adamw" else TrunkProblem)(op, *shape) for shape in wanted]
             continue
         for shape in shapes:
@@ -220,7 +220,7 @@ def measure(problem: AnyProblem, dtype: str, device: torch.device, options: Kern
         if rows[name]["passed"]:
             passed[name] = call
     del want
-    brief = device.type == "cuda" or problem.op in TRUNK_OPS  # calls of milliseconds
+    brief = device.type == "cuda" or problem.op in ROW_OPS  # calls of milliseconds
     warmups, rounds = (1, 2) if options.quick else (25, 15) if brief else (2, 5)
     for name, samples in interleave(passed, sets, device, warmups, rounds).items():
         low, *_, high = quantiles(samples, n=5)
@@ -376,7 +376,7 @@ def table(record: dict[str, Any]) -> str:
     lines = []
     for problem in record["problems"]:
         lines.append(problem["label"])
-        rate = "GB/s" if problem["problem"]["op"] in TRUNK_OPS else "TFLOP/s"
+        rate = "GB/s" if problem["problem"]["op"] in ROW_OPS else "TFLOP/s"
         head = ("", "ms", "p20", "p80", rate, "x eager", "extra MiB", "x leaner", "error")
         wide = max(12, *(len(name) + 1 for name in problem["implementations"]))
         lines.append("  {:<{wide}}{:>10}{:>10}{:>10}{:>9}{:>9}{:>11}{:>10}{:>10}".format(*head, wide=wide))

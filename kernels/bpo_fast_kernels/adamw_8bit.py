@@ -38,12 +38,22 @@ def new_state(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         "step" [] float32, and of "exp_avg" and "exp_avg_sq" the codes [blocks, 256] int8 and, by their names with
         "_scale", the largest magnitude of each block [blocks, 1] float32.
     """
-    num = -(-weight.numel() // BLOCK)
+    num = num_blocks(weight)
     state = {"step": torch.zeros((), dtype=torch.float32, device=weight.device)}
     for name in POWERS:
         state[name] = torch.zeros(num, BLOCK, dtype=torch.int8, device=weight.device)
         state[f"{name}_scale"] = torch.zeros(num, 1, dtype=torch.float32, device=weight.device)
     return state
+
+
+def num_blocks(weight: torch.Tensor) -> int:
+    """Blocks that a tensor's codes take; the last one may be part empty."""
+    return -(-weight.numel() // BLOCK)
+
+
+def moments_of(state: State) -> list[torch.Tensor]:
+    """Codes and scales of the first moment, and of the second."""
+    return [state[name] for kind in POWERS for name in (kind, f"{kind}_scale")]
 
 
 def adamw_8bit_(
@@ -79,7 +89,7 @@ def adamw_8bit_(
     for name, tensor in given.items():
         if tensor is not None:
             require(tensor.device == weight.device, f"{name}.device", tensor.device, f"expected {weight.device}")
-    num = -(-weight.numel() // BLOCK)
+    num = num_blocks(weight)
     for name in POWERS:
         shape = list(state[name].shape)
         require(shape == [num, BLOCK], f"state[{name!r}].shape", shape, f"expected {[num, BLOCK]}")
@@ -150,5 +160,4 @@ def _corrections(step: torch.Tensor, form: AdamW) -> list[torch.Tensor]:
 def _step_native(weight: torch.Tensor, grad: torch.Tensor, state: State, form: AdamW, grad_scale: float) -> None:
     corrections = map(float, _corrections(state["step"], form))
     numbers = (grad_scale, form.lr, *form.betas, form.eps, form.weight_decay, *corrections)
-    moments = (state[name] for kind in POWERS for name in (kind, f"{kind}_scale"))
-    pick_backend("native", weight.device).ops.adamw_8bit(weight, grad, *moments, *numbers)
+    pick_backend("native", weight.device).ops.adamw_8bit(weight, grad, *moments_of(state), *numbers)

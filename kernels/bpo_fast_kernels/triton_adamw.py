@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bpo_fast_kernels.adamw_8bit import BLOCK, AdamW, State
+from bpo_fast_kernels.adamw_8bit import BLOCK, AdamW, State, moments_of
 
 CONFIG = {"BLOCKS": 4, "SIZE": BLOCK, "num_warps": 4}
 
@@ -81,10 +81,9 @@ def step(
     """Weight and moments, in place."""
     if not weight.numel():
         return
-    moments = [state[name] for kind in ("exp_avg", "exp_avg_sq") for name in (kind, f"{kind}_scale")]
     scalars = [grad if s is None else s for s in (grad_scale, found_inf)]  # an address that is not read
     rests = [1 - beta for beta in form.betas]
     numbers = (weight.numel(), form.lr, form.betas[1], *rests, form.eps, 1 - form.lr * form.weight_decay)
     options = {"HAS_SCALE": grad_scale is not None, "HAS_INF": found_inf is not None}
     grid = (triton.cdiv(weight.numel(), BLOCK * CONFIG["BLOCKS"]),)
-    adamw_8bit_kernel[grid](weight, grad, *moments, *corrections, *scalars, *numbers, **options, **CONFIG)
+    adamw_8bit_kernel[grid](weight, grad, *moments_of(state), *corrections, *scalars, *numbers, **options, **CONFIG)
