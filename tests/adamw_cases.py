@@ -20,6 +20,17 @@ def trained(step, shape, *, steps=4, device="cpu", form=FORM, **options):
     return weight, state
 
 
+def trained_with_a_nan(step, **options):
+    """(weight, state) after steps, one with a NaN among its gradients, whose weight alone is then NaN: here 0."""
+    weight, state = trained(step, (3, 257), **options)
+    for odd in (float("nan"), 1.0):
+        grad = torch.linspace(-1, 2, 771).view(3, 257)
+        grad[0, 9] = odd
+        step(weight, grad.to(weight.device), state, FORM, **options)
+    assert weight.isnan().nonzero().tolist() == [[0, 9]]
+    return weight.nan_to_num(0.0), state
+
+
 def assert_alike(found, expected):
     """Weights to rounding; codes to the tie of a rounding, which moves one by one."""
     (weight, state), (wanted, wanted_state) = found, expected

@@ -70,7 +70,7 @@ def adamw_8bit_(
 
     Args:
         weight: float32, contiguous.
-        grad: of its shape, float32.
+        grad: of its shape, float32. a NaN makes its own weight NaN and no other.
         state: as `new_state` makes it.
         form: learning rate and so on.
         grad_scale: [] float32. what divides the gradient.
@@ -141,6 +141,7 @@ def adamw_8bit_reference_(
 def encode(values: torch.Tensor, power: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes int8 [blocks, BLOCK], largest magnitude of each block [blocks, 1] float32)."""
     flat = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
+    flat = flat.where(~flat.isnan(), 0.0)  # or it would be the scale of the block
     scale = flat.abs().amax(1, keepdim=True)
     part = (flat.abs() / scale.clamp_min(torch.finfo(torch.float32).tiny)).pow_(1 / power)
     return (part * 127).round_().mul_(flat.sign()).to(torch.int8), scale

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from adamw_cases import FORM, assert_alike, trained
+from adamw_cases import FORM, assert_alike, trained, trained_with_a_nan
 from bpo_fast_kernels import (
     adamw_8bit_,
     gated,
@@ -370,6 +370,11 @@ def test_norms_and_gates_repeat_bit_for_bit_and_wait_for_nothing():
 def test_adamw_in_8_bits_is_that_of_the_twin(shape):
     found = trained(adamw_8bit_, shape, device="cuda", backend="triton")
     assert_alike(found, trained(adamw_8bit_reference_, shape))
+
+
+def test_adamw_in_8_bits_leaves_a_nan_with_its_element():
+    found = trained_with_a_nan(adamw_8bit_, device="cuda", backend="triton")
+    assert_alike(found, trained_with_a_nan(adamw_8bit_reference_))
 
 
 def test_adamw_in_8_bits_waits_for_nothing_and_holds_no_copies():

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 import trunk_cases
 import watched
-from adamw_cases import FORM, assert_alike, trained
+from adamw_cases import FORM, assert_alike, trained, trained_with_a_nan
 from adamw_cases import SHAPES as ADAMW_SHAPES
 from bpo_fast_kernels import adamw_8bit_, gated, linear_logps, linear_pair_loss, linear_token_logps, pair_loss, rms_norm
 from bpo_fast_kernels.adamw_8bit import adamw_8bit_reference_
@@ -464,3 +464,8 @@ def test_adamw_in_8_bits_changes_nothing_where_a_gradient_is_not_finite():
     before = [weight.clone(), *(tensor.clone() for tensor in state.values())]
     adamw_8bit_(weight, torch.full_like(weight, float("inf")), state, FORM, found_inf=torch.ones(()), backend="triton")
     assert all(torch.equal(a, b) for a, b in zip(before, [weight, *state.values()], strict=True))
+
+
+def test_adamw_in_8_bits_leaves_a_nan_with_its_element():
+    found = trained_with_a_nan(adamw_8bit_, backend="triton")
+    assert_alike(found, trained_with_a_nan(adamw_8bit_reference_))

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from adamw_cases import FORM, SHAPES, assert_alike, trained
+from adamw_cases import FORM, SHAPES, assert_alike, trained, trained_with_a_nan
 from bpo_fast_kernels import adamw_8bit_
 from bpo_fast_kernels.adamw_8bit import BLOCK, adamw_8bit_reference_, decode, encode, new_state
 
@@ -47,6 +47,11 @@ def test_nothing_changes_where_a_gradient_is_not_finite(backend):
     bad = torch.full((3, 100), float("nan"))
     adamw_8bit_(weight, bad, state, FORM, found_inf=torch.ones(()), backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(before, [weight, *state.values()], strict=True))
+
+
+def test_a_nan_stays_with_its_element():
+    found = trained_with_a_nan(adamw_8bit_, backend="native")
+    assert_alike(found, trained_with_a_nan(adamw_8bit_reference_))
 
 
 @pytest.mark.parametrize("power", [3, 4])
