@@ -11,7 +11,7 @@ from typing import Any
 
 from bpo_fast.annotate import Checked
 from bpo_fast.engine import Engine, SamplingParams
-from bpo_fast.ranks import Ranks
+from bpo_fast.ranks import Share
 from bpo_fast.types import Completion, Prompt
 
 EvalRow = dict[str, Any]
@@ -19,7 +19,7 @@ EvalRow = dict[str, Any]
 
 def judge_greedy(
     engine: Engine,
-    prompts: Sequence[Prompt],
+    share: Share[Prompt],
     judges: Sequence[Checked],
     *,
     max_new_tokens: int,
@@ -27,25 +27,22 @@ def judge_greedy(
     policy_version: int,
     when: str,
     task,
-    ranks: Ranks | None = None,
 ) -> list[EvalRow]:
     """Decodes greedily and scores outputs and reference texts.
 
     Args:
         engine: samples from the averaged policy.
-        prompts: held-out prompts; those without a label are judged by score alone.
+        share: held-out prompts and who answers which; those without a label are judged by score alone.
         judges: scorers, each with a name.
         max_new_tokens: completion limit.
         stop: strings that end a completion.
         policy_version: optimizer steps taken.
         when: "before", "after" or "step".
-        task: progress task; it advances by one a prompt.
-        ranks: that share the prompts.
+        task: progress task; it advances by one a prompt of this rank's.
 
     Returns:
         One row a prompt, as RUN/eval.jsonl holds them; none where the engine gave the output up.
     """
-    share = (ranks or Ranks()).share(prompts, prompt_tokens)
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0, stop=stop)
     sampled = engine.generate(
         share.mine, params, run_seed=0, policy_version=policy_version, on_done=lambda done: task.advance(len(done))

@@ -180,20 +180,19 @@ class Loop:
         mine = [r for r in rows if r["when"] == when and r["step"] == self.num_steps]
         self._parts.engine.refresh(self.num_steps)
         seconds_before = self._run.seconds.get("eval", 0.0)
-        num_mine = len(self._ranks.share(parts.held_out, prompt_tokens).mine)
-        with self._run.timed("eval"), self._progress.task(f"evaluation {when}", num_mine) as task:
+        share = self._ranks.share(parts.held_out, prompt_tokens)
+        with self._run.timed("eval"), self._progress.task(f"evaluation {when}", len(share.mine)) as task:
             assert config.sampling.max_new_tokens, "resolve() has set it"
             if not mine:  # and so for all ranks: rank 0 writes them once it has those of all
                 mine = judge_greedy(
                     parts.engine,
-                    parts.held_out,
+                    share,
                     parts.judges,
                     max_new_tokens=config.sampling.max_new_tokens,
                     stop=config.sampling.stop or (),
                     policy_version=self.num_steps,
                     when=when,
                     task=task,
-                    ranks=self._ranks,
                 )
                 if self._ranks.is_main:
                     self._run.write_eval(rows + mine)

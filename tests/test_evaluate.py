@@ -1,8 +1,9 @@
 import pytest
 
 from bpo_fast.annotate import Checked
-from bpo_fast.evaluate import as_metrics, judge_greedy, reference_completion, shape, summarise
+from bpo_fast.evaluate import as_metrics, judge_greedy, prompt_tokens, reference_completion, shape, summarise
 from bpo_fast.progress import Progress
+from bpo_fast.ranks import Ranks
 from bpo_fast.types import Completion, Prompt
 
 
@@ -79,8 +80,9 @@ class Length:
 
 
 def judged(prompts, *judges):
+    share = Ranks().share(prompts, prompt_tokens)
     with Progress(quiet=True) as progress, progress.task("evaluation", len(prompts)) as task:
-        return judge_greedy(Echo(), prompts, judges, max_new_tokens=9, policy_version=5, when="after", task=task)
+        return judge_greedy(Echo(), share, judges, max_new_tokens=9, policy_version=5, when="after", task=task)
 
 
 def test_outputs_that_the_engine_gave_up_are_left_out():
