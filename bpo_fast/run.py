@@ -7,7 +7,7 @@ RUN/config.toml  env.json  metrics.jsonl  pairs/phase-00.jsonl  checkpoint-<step
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def open_run(
 
 def _open_as_main(config: Config, resume: Path | None, command: list[str]) -> tuple[Config, Run]:
     if resume is not None:
-        _check_same(config, resume)
+        check_same(config, resume)
         remove_temporaries(resume)
         run = Run(resume, resume=True)
         if not (resume / "env.json").exists():
@@ -175,10 +175,11 @@ def saved_config(path: Path) -> Config:
     return configs.load(path / "config.toml")
 
 
-def _check_same(config: Config, path: Path) -> None:
+def check_same(config: Config, path: Path, *, but: Collection[str] = ()) -> None:
+    """Raises ValueError if a setting is not that of the run in a folder, `but` for some, or if there is no run."""
     old, new = configs.to_flat(saved_config(path)), configs.to_flat(config)
     for name, value in new.items():
-        if value != old[name] and name not in MAY_CHANGE:
+        if value != old[name] and name not in MAY_CHANGE and name not in but:
             raise ValueError(f"{name} = {value}: the run to resume has {old[name]}")
 
 

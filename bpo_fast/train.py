@@ -19,7 +19,7 @@ from bpo_fast.loop import Loop
 from bpo_fast.metrics import check_trackers
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import Ranks, started
-from bpo_fast.run import Run, check_free, open_run
+from bpo_fast.run import Run, check_free, check_same, open_run
 from bpo_fast.setup import build
 from bpo_fast.tasks import resolve
 
@@ -47,6 +47,9 @@ def train(
     check_trackers(config.run.report_to)
     if resume is None and config.run.output_dir:
         check_free(Path(config.run.output_dir))
+    if resume is not None:
+        left_open = {"method.pairs", "sampling.engine"} if config.sampling.engine == "auto" else {"method.pairs"}
+        check_same(config, resume, but=left_open)  # these are settled, and checked, with the data and the model
     with Progress(quiet=quiet) as progress, started(config, resume=resume, from_pairs=from_pairs) as ranks:
         run, summary = run_rank(config, ranks, progress, resume=resume, from_pairs=from_pairs)
     if not quiet and not run.was_finished:

@@ -320,10 +320,20 @@ def test_a_finished_run_is_not_run_again(trained):
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
 
 
-def test_settings_of_a_resumed_run_must_be_its_own(trained):
-    code, _, err = call("train", "--resume", trained[1], "--beta", "0.3")
+@pytest.mark.parametrize(
+    ("flag", "value", "message", "loads"),
+    [
+        ("--beta", "0.3", "method.beta = 0.3: the run to resume has 0.1", False),
+        ("--engine", "vllm", "sampling.engine = vllm: the run to resume has hf", False),
+        ("--pairs", "12", "method.pairs = 12: the run to resume has 24", True),  # as many as there are data
+    ],
+)
+def test_settings_of_a_resumed_run_must_be_its_own(flag, value, message, loads, trained, monkeypatch):
+    if not loads:
+        monkeypatch.setattr("bpo_fast.setup.load_learner", None)
+    code, _, err = call("train", "--resume", trained[1], flag, value)
     assert code == 2
-    assert "error: method.beta = 0.3: the run to resume has 0.1" in err
+    assert err.splitlines()[-1] == f"error: {message}"
 
 
 def test_a_resumed_run_stays_in_its_folder(trained):
