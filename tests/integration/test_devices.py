@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_resume import HERE, contents, environment, settings
 
 from bpo_fast import config as configs
-from bpo_fast.checkpoint import complete_checkpoints
+from bpo_fast.checkpoint import complete_checkpoints, save_weights
 from bpo_fast.dryrun import dry_run
 from bpo_fast.memory import GIB
 from bpo_fast.metrics import read_metrics
@@ -74,6 +74,19 @@ def test_a_dry_run_holds_the_moments_of_one_rank(tiny_model_dir, tiny_data, tmp_
     left_to_others = sum(num - cut(num, 2)[1] for num in sizes)
     one, two = (found["predicted_gib"] * GIB for found in predicted)
     assert one - two == pytest.approx(8 * left_to_others)
+
+
+def test_others_stay_for_the_last_checkpoint(tiny_model_dir, tiny_data, tmp_path, monkeypatch):
+    """No evaluation holds them while rank 0 has yet to ask for their moments."""
+    knobs = {"method__pairs": 4, "method__phases": 1, "eval__prompts": 0, "run__devices": 2}
+
+    def save_weights_slowly(*given):
+        time.sleep(2)
+        save_weights(*given)
+
+    monkeypatch.setattr("bpo_fast.checkpoint.save_weights", save_weights_slowly)
+    train(settings(tiny_model_dir, tiny_data, tmp_path / "run", **SHORT | knobs), quiet=True)
+    assert len(list(complete_checkpoints(tmp_path / "run")[-1].glob("optimizer-*-of-2.safetensors"))) == 2
 
 
 def start(*options: str, cwd: Path = HERE) -> subprocess.Popen:
