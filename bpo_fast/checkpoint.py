@@ -12,7 +12,7 @@ The moments of N devices are in N files, optimizer-<rank>-of-<N>.safetensors; ho
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bpo_fast.files import errors_name, new_folder
 from bpo_fast.optim import Optimizer
-from bpo_fast.policy import Policy
+from bpo_fast.policy import Policy, load_model
 from bpo_fast.ranks import Ranks
 
 COMPLETE = "COMPLETE"
@@ -144,12 +144,14 @@ def _moments_name(rank: int, size: int) -> str:
 
 
 def load_full(path: Path, policy: Policy) -> None:
-    """Copies the weights of a saved model into the policy's parameters, in place."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(path.glob("model*.safetensors")):
-        tensors |= load_file(file)
+    """Copies the weights of a saved model into the policy's parameters, in place.
+
+    It is loaded as a model: in its files weights can have other names and forms, such as an expert each.
+    """
+    saved, _ = load_model(replace(policy.config, path=str(path)), policy.device)
+    weights = dict(saved.named_parameters())
     for name, parameter in policy.model.named_parameters():
-        parameter.data.copy_(tensors[name])
+        parameter.data.copy_(weights[name])
 
 
 def _step(path: Path) -> int:
