@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from bpo_fast.fused_layers import fuse_layers_
 from bpo_fast.loading import named_load_errors
 from bpo_fast.progress import Progress
 from bpo_fast.stage_config import StageConfig
@@ -125,7 +126,7 @@ def fit(
     """Trains in place and leaves the weights of the epoch with the lowest held-out loss (the last one without it).
 
     Args:
-        model: switched between training and evaluation mode.
+        model: switched between training and evaluation mode; its norms and MLPs get kernels where these fit.
         trained: holds the parameters that are trained: the model, or the adapters on it.
         lengths: padded-length key of each training row, in tokens.
         loss_of: rows -> (mean loss, number of terms it is a mean of).
@@ -139,6 +140,7 @@ def fit(
     Raises:
         ValueError: the loss is no longer finite.
     """
+    fuse_layers_(model.train())  # a layer with dropout is tried with it, and stays
     generator = torch.Generator().manual_seed(seed)
     epochs = [length_batches(lengths, config.batch_tokens, generator) for _ in range(math.ceil(config.epochs))]
     epochs[-1] = epochs[-1][: math.ceil(len(epochs[-1]) * (config.epochs - len(epochs) + 1))]

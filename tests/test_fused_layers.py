@@ -96,6 +96,10 @@ def test_layers_that_compute_something_else_stay():
         def forward(self, x):
             return self.down_proj(self.act(self.gate_proj(x)).clamp(max=10) * self.up_proj(x))
 
+    class DroppingMlp(Mlp):
+        def forward(self, x):
+            return super().forward(nn.functional.dropout(x, 0.1, self.training))
+
     class MlpOfLayers(Mlp):
         def forward(self, x, layer_idx=None):
             return super().forward(x) * {0: 1.0}[layer_idx]
@@ -105,7 +109,7 @@ def test_layers_that_compute_something_else_stay():
     nn.init.zeros_(shut.down_proj.bias)
     patched.forward = lambda x: x * 5
     others = [ShiftedRMSNorm(8), NarrowRMSNorm(8), Mlp(nn.ReLU()), Mlp(nn.GELU()), nn.RMSNorm(8)]
-    others += [ClampedMlp(nn.SiLU()), MlpOfLayers(nn.SiLU()), shut, patched]
+    others += [ClampedMlp(nn.SiLU()), DroppingMlp(nn.SiLU()), MlpOfLayers(nn.SiLU()), shut, patched]
     assert fuse_layers_(nn.ModuleList(others)) == 0
     assert torch.equal(patched(torch.ones(8)), torch.full((8,), 5.0))
     assert fuse_layers_(nn.ModuleList([LlamaRMSNorm(8), Mlp(nn.SiLU()), Mlp(nn.GELU(approximate="tanh"))])) == 3

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from bpo_fast.annotate.reward_model import RewardModel, RewardScorer
+from bpo_fast.fused_layers import fuse_layers_
 from bpo_fast.progress import Progress
 from bpo_fast.reward import RewardConfig, TextPair, calibration, measure, proportion, swap_answers, train_reward
 from bpo_fast.tokenizer import train_bpe
@@ -202,6 +203,21 @@ def test_checkpointed_layers_train_the_same_weights(tmp_path, data):
         train_reward(config, progress=QUIET)
     plain, recomputed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "recomputed"))
     assert plain == recomputed
+
+
+def test_norms_and_gates_with_kernels_leave_the_losses_as_they_were(tmp_path, data, monkeypatch):
+    losses, nums = [], []
+    for fuse in (fuse_layers_, lambda model: 0):
+
+        def counted(model, fuse=fuse):
+            assert model.training, "or a dropout would be lost"
+            nums.append(fuse(model))
+
+        monkeypatch.setattr("bpo_fast.stages.fuse_layers_", counted)
+        result = train_reward(settings(data, tmp_path / str(len(nums)), epochs=1), progress=QUIET)
+        losses.append([epoch["train_loss"] for epoch in result["history"]])
+    assert nums == [7, 0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_policy_lends_its_backbone(tmp_path, data):
