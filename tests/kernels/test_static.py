@@ -26,6 +26,9 @@ def test_compiled_kernels_keep_their_budget(arch, tmp_path):
     assert report["faults"] == []
     assert done.returncode == 0
     assert set(report["kernels"]) == set(json.loads(BUDGETS.read_text())[str(arch)])
+    float32 = [row["instructions"] for name, row in report["kernels"].items() if name.endswith("_f32")]
+    assert float32
+    assert not any("mma" in one.lower() for row in float32 for one in row), "tensor cores would round to TF32"
 
 
 def test_no_kernel_escapes_the_budgets():
