@@ -9,6 +9,7 @@ are spared by an arena, csrc/arena_cpu.cpp.
 import ctypes
 import functools
 import logging
+import os
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,14 @@ def keep_freed_memory() -> None:
     """Makes this process one that opens the arena, once the CPU is what it computes on."""
     global _wanted
     _wanted = True
+
+
+def keep_less_code() -> None:
+    """Has oneDNN keep what it built for 128 sizes of products of 16 bits, not 1,024; before torch is imported.
+
+    One size takes 0.4 MB, and completions of all lengths make for hundreds. Whoever has set another number keeps it.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def open_arena() -> None:

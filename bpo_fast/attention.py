@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from bpo_fast_kernels import decoded_attention, packed_attention
 from bpo_fast_kernels.backends import pick_backend
+from bpo_fast_kernels.checks import NATIVE_FLOATS
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -149,8 +150,8 @@ def shared_prompt_attention(
 ) -> Tensor:
     """Attention of packed rows, each completion over its own prompt and itself.
 
-    On a GPU one variable-length call, where a kernel for it is there (varlen.py); float32 on a CPU goes to the native
-    kernel if values are as wide as keys. Else two calls of SDPA: prompts among themselves, causal without a mask, and
+    On a GPU one variable-length call, where a kernel for it is there (varlen.py); a CPU has a native kernel, for values as
+    wide as keys. Else two calls of SDPA: prompts among themselves, causal without a mask, and
     completions over their group. The square of a whole group, most of which no token sees, is never formed.
 
     Args:
@@ -167,7 +168,7 @@ def shared_prompt_attention(
     varlen = pick_varlen(q, v, softcap)
     if varlen is not None:
         return _by_varlen(q, k, v, layout, varlen, scale=scale, window=window, softcap=softcap)
-    if q.device.type == "cpu" and q.dtype == torch.float32 and k.shape == v.shape and has_native():
+    if q.device.type == "cpu" and q.dtype in NATIVE_FLOATS and k.shape == v.shape and has_native():
         return _natively(q, k, v, layout, scale=scale, window=window, softcap=softcap)
     return attend_sdpa(q, k, v, layout, scale, window, softcap)
 

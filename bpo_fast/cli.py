@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from bpo_fast import config as configs
-from bpo_fast.allocator import keep_freed_memory
+from bpo_fast.allocator import keep_freed_memory, keep_less_code
 from bpo_fast.cli_bench import bench
 from bpo_fast.cli_errors import check_alone, reports_errors
 from bpo_fast.config import KNOBS, Config
@@ -37,6 +37,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     share_cores()
     keep_freed_memory()
+    keep_less_code()
     with leaves_threads():
         app(prog_name="bpo-fast")
 

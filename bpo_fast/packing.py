@@ -77,16 +77,19 @@ class PairBatch:
         )
 
 
-def pack_shared(pairs: Sequence[Pair], *, device: torch.device) -> PairBatch:
+def pack_shared(pairs: Sequence[Pair], *, device: torch.device, multiple: int = 1) -> PairBatch:
     """Lays out pairs with shared prompts: [prompt | chosen | rejected] of each, one after the other.
 
     Args:
         pairs: P pairs with completions of at least one token and prompts of at least one token.
         device: where the tensors go.
+        multiple: the row is filled up to a multiple of so many tokens, by a prompt that nobody goes on from.
     """
     ids = [i for p in pairs for i in (*p.prompt.ids, *p.chosen.ids, *p.rejected.ids)]
     lengths = [(len(p.prompt.ids), len(p.chosen.ids), len(p.rejected.ids)) for p in pairs]
-    layout, positions = lay_out(lengths, device)
+    filling = -len(ids) % multiple
+    ids += ids[:1] * filling
+    layout, positions = lay_out([*lengths, (filling,)] if filling else lengths, device)
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
     start = 0
     for prompt, *completions in lengths:

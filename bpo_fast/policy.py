@@ -50,6 +50,10 @@ _COSTLY_OPS = (
 )
 
 
+# a CPU builds code for each size of a product of 16 bits, 0.3 ms and 0.4 MB of it: a step's packed rows come in multiples
+CPU_TOKENS_16_BITS = 64
+
+
 class Policy:
     """The weights in training.
 
@@ -159,7 +163,9 @@ class Policy:
     def pack(self, pairs: Sequence[Pair]) -> PairBatch:
         """One micro-batch in the form that the model's attention allows."""
         if self.shares_prompts:
-            return pack_shared(pairs, device=self.device)
+            wide = self.device.type != "cpu" or self.model.dtype == torch.float32
+            multiple = 1 if wide else max(1, CPU_TOKENS_16_BITS // self.num_members)
+            return pack_shared(pairs, device=self.device, multiple=multiple)
         return pack_apart(pairs, pad_id=self.pad_id, device=self.device)
 
     @torch.no_grad()

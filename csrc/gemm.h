@@ -142,19 +142,31 @@ void pack_left(const W* src, int64_t stride, int rows, int64_t depth, W* dst) {
     for (int64_t k = 0; k < depth; ++k) dst[k * kRows + i] = i < rows ? src[i * stride + k] : W{};
 }
 
-// Rows of the head -> [rows / kRows][words of a row][kRows]: the left operand of the logits. `row_words` is scratch of
-// kRows rows.
+// Rows of numbers, `stride` apart, as words: where they stand or, if they do not stand as words, in `room` for so many rows.
+template <class W>
+struct WordRows {
+  const W* data;
+  int64_t stride;
+};
 template <class Op, class T>
-void pack_along(const T* src, int64_t rows, int64_t width, typename Op::Word* row_words, typename Op::Word* dst) {
+WordRows<typename Op::Word> word_rows(const T* src, int64_t stride, int64_t rows, int64_t width, typename Op::Word* room) {
+  using Word = typename Op::Word;
+  const bool whole = width % Op::kPack == 0 && stride % Op::kPack == 0 && reinterpret_cast<uintptr_t>(src) % sizeof(Word) == 0;
+  if (std::is_same_v<T, typename Op::Number> && whole) return {reinterpret_cast<const Word*>(src), stride / Op::kPack};
+  const int64_t depth = (width + Op::kPack - 1) / Op::kPack;
+  for (int64_t i = 0; i < rows; ++i) read_words<Op>(src + i * stride, width, room + i * depth);
+  return {room, depth};
+}
+
+// Rows, `stride` apart -> [rows / kRows][words of a row][kRows]: the left operand when k runs along a row. `room` is scratch
+// of kRows rows of words.
+template <class Op, class T>
+void pack_along(const T* src, int64_t stride, int64_t rows, int64_t width, typename Op::Word* room, typename Op::Word* dst) {
   const int64_t depth = (width + Op::kPack - 1) / Op::kPack;
   for (int64_t r = 0; r < rows; r += kRows, dst += depth * kRows) {
     const int count = static_cast<int>(std::min<int64_t>(kRows, rows - r));
-    if (std::is_same_v<T, typename Op::Number> && width % Op::kPack == 0) {  // the rows are words as they stand
-      pack_left(reinterpret_cast<const typename Op::Word*>(src + r * width), depth, count, depth, dst);
-      continue;
-    }
-    for (int i = 0; i < count; ++i) read_words<Op>(src + (r + i) * width, width, row_words + i * depth);
-    pack_left(row_words, depth, count, depth, dst);
+    const auto words = word_rows<Op>(src + r * stride, stride, count, width, room);
+    pack_left(words.data, words.stride, count, depth, dst);
   }
 }
 

@@ -220,7 +220,7 @@ struct Block {
         logits(make_buffer((h.block() + 1) * kPanel)) {}
 
   void pack_logits(const H& h, int64_t first, int64_t rows) {
-    pack_along<typename H::Logits>(h.weight + first * h.width, rows, h.width, row_words.get(), along.get());
+    pack_along<typename H::Logits>(h.weight + first * h.width, h.width, rows, h.width, row_words.get(), along.get());
   }
   void pack_dx(const H& h, int64_t first, int64_t rows) {
     pack_across<typename H::Grads>(h.weight + first * h.width, rows, h.width, lines.get(), across.get());

@@ -208,13 +208,31 @@ void recompute_dw(Tensor hidden, Tensor weight, Tensor targets, double scale, do
   });
 }
 
-bpo::Heads heads(const Tensor& t) { return {floats(t), t.stride(0), t.stride(1), t.stride(2)}; }
+// Calls f with a zero of the element type of a tensor between the products of a trunk.
+template <class F>
+void with_type(const Tensor& t, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(bpo::BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, "this element type has no native kernel");
+  }
+}
 
-bpo::PackedAttention make_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bounds,
-                                    const Tensor& firsts, double scale, double softcap, int64_t window) {
-  return {heads(q),
-          heads(k),
-          heads(v),
+template <class T>
+bpo::Heads<T> heads(const Tensor& t) {
+  return {data<T>(t), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+template <class A>
+A make_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bounds, const Tensor& firsts, double scale,
+                 double softcap, int64_t window) {
+  using T = typename A::Number;
+  return {heads<T>(q),
+          heads<T>(k),
+          heads<T>(v),
           q.size(0),
           q.size(1),
           k.size(1),
@@ -228,22 +246,44 @@ bpo::PackedAttention make_attention(const Tensor& q, const Tensor& k, const Tens
           window};
 }
 
+// Calls f with the type of attention for the inputs' element type: products are of bfloat16 where tensors are and the processor
+// has them.
+template <class F>
+void with_attention(const Tensor& t, const F& f) {
+  with_type(t, [&](auto zero) {
+    using T = decltype(zero);
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bpo::BFloat16>) return f(Type<bpo::PackedAttention<bpo::Pairs, T>>{});
+#endif
+    f(Type<bpo::PackedAttention<bpo::Floats, T>>{});
+  });
+}
+
 // Every tensor's last dimension is contiguous; `shifts` is [2, M, heads, S].
 void attend(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, double scale, double softcap, int64_t window,
             Tensor out, Tensor shifts) {
-  const auto a = make_attention(q, k, v, bounds, firsts, scale, softcap, window);
-  float* tops = floats(shifts);
-  torch::stable::parallel_for(0, a.num_tasks(), 1, [&](int64_t begin, int64_t end) {
-    bpo::attend(a, begin, end, heads(out), tops, tops + shifts.stride(0));
+  with_attention(q, [&](auto type) {
+    using A = typename decltype(type)::type;
+    const auto a = make_attention<A>(q, k, v, bounds, firsts, scale, softcap, window);
+    const auto to = heads<typename A::Number>(out);
+    float* tops = floats(shifts);
+    torch::stable::parallel_for(0, a.num_tasks(), 1, [&](int64_t begin, int64_t end) {
+      bpo::attend(a, begin, end, to, tops, tops + shifts.stride(0));
+    });
   });
 }
 
 void attend_backward(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, double scale, double softcap, int64_t window,
                      Tensor out, Tensor shifts, Tensor dout, Tensor dq, Tensor dk, Tensor dv) {
-  const auto a = make_attention(q, k, v, bounds, firsts, scale, softcap, window);
-  const float* tops = floats(shifts);
-  torch::stable::parallel_for(0, a.num_tasks(), 1, [&](int64_t begin, int64_t end) {
-    bpo::attend_backward(a, begin, end, heads(out), tops, tops + shifts.stride(0), heads(dout), heads(dq), heads(dk), heads(dv));
+  with_attention(q, [&](auto type) {
+    using A = typename decltype(type)::type;
+    using T = typename A::Number;
+    const auto a = make_attention<A>(q, k, v, bounds, firsts, scale, softcap, window);
+    const float* tops = floats(shifts);
+    torch::stable::parallel_for(0, a.num_tasks(), 1, [&](int64_t begin, int64_t end) {
+      bpo::attend_backward(a, begin, end, heads<T>(out), tops, tops + shifts.stride(0), heads<T>(dout), heads<T>(dq),
+                           heads<T>(dk), heads<T>(dv));
+    });
   });
 }
 
@@ -261,27 +301,33 @@ void attend_decoded(Tensor q, Tensor prompt_k, Tensor prompt_v, Tensor bounds, T
   }
   std::vector<int64_t> next(firsts);
   for (int64_t b = 0; b < num_rows; ++b) rows[next[ints(prompts)[b]]++] = b;
-  const bpo::DecodedRows a = {heads(q),
-                              heads(out),
-                              heads(prompt_k),
-                              heads(prompt_v),
-                              heads(k),
-                              heads(v),
-                              q.size(1),
-                              k.size(1),
-                              k.size(2),
-                              q.size(3),
-                              ends,
-                              rows.data(),
-                              firsts.data(),
-                              static_cast<float>(scale),
-                              static_cast<float>(softcap)};
-  torch::stable::parallel_for(0, num_prompts * a.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
-    bpo::attend_decoded(a, begin, end, longest);
+  with_type(q, [&](auto zero) {
+    using T = decltype(zero);
+    const bpo::DecodedRows<T> a = {heads<T>(q),
+                                   heads<T>(out),
+                                   heads<T>(prompt_k),
+                                   heads<T>(prompt_v),
+                                   heads<T>(k),
+                                   heads<T>(v),
+                                   q.size(1),
+                                   k.size(1),
+                                   k.size(2),
+                                   q.size(3),
+                                   ends,
+                                   rows.data(),
+                                   firsts.data(),
+                                   static_cast<float>(scale),
+                                   static_cast<float>(softcap)};
+    torch::stable::parallel_for(0, num_prompts * a.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
+      bpo::attend_decoded(a, begin, end, longest);
+    });
   });
 }
 
-bpo::Matrix matrix(const Tensor& t) { return {floats(t), t.stride(0)}; }
+template <class T>
+bpo::Matrix<T> matrix(const Tensor& t) {
+  return {data<T>(t), t.stride(0)};
+}
 
 // Calls f on ranges of rows of so many numbers, in threads where there is work for them.
 template <class F>
@@ -289,22 +335,29 @@ void over_rows(const Tensor& rows, const F& f) {
   torch::stable::parallel_for(0, rows.size(0), std::max<int64_t>(1, 32768 / std::max<int64_t>(1, rows.size(1))), f);
 }
 
-void rms_norm(Tensor x, Tensor weight, double eps, double offset, Tensor out, Tensor scales) {
-  over_rows(x, [&](int64_t begin, int64_t end) {
-    bpo::rms_norm(matrix(x), floats(weight), eps, offset, x.size(1), begin, end, matrix(out), floats(scales));
+void rms_norm(Tensor x, Tensor weight, double eps, double offset, bool twice, Tensor out, Tensor scales) {
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    over_rows(x, [&](int64_t begin, int64_t end) {
+      bpo::rms_norm(matrix<T>(x), data<T>(weight), eps, offset, twice, x.size(1), begin, end, matrix<T>(out), floats(scales));
+    });
   });
 }
 
-// The weight's gradient is summed in parts whose number does not depend on that of the threads.
+// The weight's gradient, float, is summed in parts whose number does not depend on that of the threads.
 void rms_norm_backward(Tensor dout, Tensor x, Tensor weight, Tensor scales, double offset, Tensor dx,
                        std::optional<Tensor> dweight) {
   const int64_t num_rows = x.size(0), width = x.size(1), parts = std::min<int64_t>(num_rows, 32);
   std::vector<float> sums(dweight ? parts * width : 0);
-  torch::stable::parallel_for(0, parts, num_rows * width < 32768 ? parts : 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part) {
-      bpo::rms_norm_backward(matrix(dout), matrix(x), floats(weight), floats(scales), offset, width, num_rows * part / parts,
-                             num_rows * (part + 1) / parts, matrix(dx), dweight ? sums.data() + part * width : nullptr);
-    }
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    torch::stable::parallel_for(0, parts, num_rows * width < 32768 ? parts : 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) {
+        bpo::rms_norm_backward(matrix<T>(dout), matrix<T>(x), data<T>(weight), floats(scales), offset, width,
+                               num_rows * part / parts, num_rows * (part + 1) / parts, matrix<T>(dx),
+                               dweight ? sums.data() + part * width : nullptr);
+      }
+    });
   });
   for (int64_t part = 0; dweight && part < parts; ++part) {
     for (int64_t i = 0; i < width; ++i) floats(*dweight)[i] += sums[part * width + i];
@@ -312,14 +365,22 @@ void rms_norm_backward(Tensor dout, Tensor x, Tensor weight, Tensor scales, doub
 }
 
 void gated(Tensor gate, Tensor up, bool silu, Tensor out) {
-  const auto run = silu ? bpo::gated<true> : bpo::gated<false>;
-  over_rows(gate, [&](int64_t begin, int64_t end) { run(matrix(gate), matrix(up), gate.size(1), begin, end, matrix(out)); });
+  with_type(gate, [&](auto zero) {
+    using T = decltype(zero);
+    const auto run = silu ? bpo::gated<true, T> : bpo::gated<false, T>;
+    over_rows(gate, [&](int64_t begin, int64_t end) {
+      run(matrix<T>(gate), matrix<T>(up), gate.size(1), begin, end, matrix<T>(out));
+    });
+  });
 }
 
 void gated_backward(Tensor dout, Tensor gate, Tensor up, bool silu, Tensor dgate, Tensor dup) {
-  const auto run = silu ? bpo::gated_backward<true> : bpo::gated_backward<false>;
-  over_rows(gate, [&](int64_t begin, int64_t end) {
-    run(matrix(dout), matrix(gate), matrix(up), gate.size(1), begin, end, matrix(dgate), matrix(dup));
+  with_type(gate, [&](auto zero) {
+    using T = decltype(zero);
+    const auto run = silu ? bpo::gated_backward<true, T> : bpo::gated_backward<false, T>;
+    over_rows(gate, [&](int64_t begin, int64_t end) {
+      run(matrix<T>(dout), matrix<T>(gate), matrix<T>(up), gate.size(1), begin, end, matrix<T>(dgate), matrix<T>(dup));
+    });
   });
 }
 
@@ -388,7 +449,7 @@ STABLE_TORCH_LIBRARY(bpo_fast_cpu, m) {
   m.def(
       "attend_decoded(Tensor q, Tensor prompt_k, Tensor prompt_v, Tensor bounds, Tensor prompts, Tensor k, Tensor v, "
       "float scale, float softcap, Tensor(a!) out) -> ()");
-  m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset, Tensor(a!) out, Tensor(b!) scales) -> ()");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset, bool twice, Tensor(a!) out, Tensor(b!) scales) -> ()");
   m.def(
       "rms_norm_backward(Tensor dout, Tensor x, Tensor weight, Tensor scales, float offset, Tensor(a!) dx, "
       "Tensor(b!)? dweight) -> ()");

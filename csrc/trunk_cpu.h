@@ -1,4 +1,4 @@
-// RMS norms and gated activations, a row at a time. Rows are `stride` numbers apart.
+// RMS norms and gated activations of float or bfloat16, a row at a time, in float. Rows are `stride` numbers apart.
 #pragma once
 
 #include <algorithm>
@@ -6,14 +6,15 @@
 #include <cstdint>
 #include <vector>
 
-#include "simd.h"
+#include "words.h"
 
 namespace bpo {
 
+template <class T>
 struct Matrix {
-  float* data;
+  T* data;
   int64_t stride;
-  float* row(int64_t r) const { return data + r * stride; }
+  T* row(int64_t r) const { return data + r * stride; }
 };
 
 // Calls f(offset, lanes) over a row: whole vectors, then what is left of it in a vector padded by zeros.
@@ -24,25 +25,18 @@ inline void over_row(int64_t width, const F& f) {
   if (i < width) f(i, static_cast<int>(width - i));
 }
 
-inline Vec load_some(const float* p, int lanes) {
-  if (lanes == kLanes) return load(p);
-  Vec v{};
-  std::memcpy(&v, p, lanes * sizeof(float));
-  return v;
-}
-
-inline void store_some(float* p, Vec v, int lanes) { std::memcpy(p, &v, lanes * sizeof(float)); }
-
 inline float sum(Vec v) {
   float total = 0.0f;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
 }
 
-inline void rms_norm(Matrix x, const float* weight, float eps, float offset, int64_t width, int64_t begin, int64_t end, Matrix out,
-                     float* scales) {
+// `twice`: x is rounded to T before it meets the weight.
+template <class T>
+void rms_norm(Matrix<T> x, const T* weight, float eps, float offset, bool twice, int64_t width, int64_t begin, int64_t end,
+              Matrix<T> out, float* scales) {
   for (int64_t r = begin; r < end; ++r) {
-    const float* in = x.row(r);
+    const T* in = x.row(r);
     Vec squares{};
     over_row(width, [&](int64_t i, int lanes) {
       const Vec v = load_some(in + i, lanes);
@@ -51,16 +45,19 @@ inline void rms_norm(Matrix x, const float* weight, float eps, float offset, int
     const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
     scales[r] = scale;
     over_row(width, [&](int64_t i, int lanes) {
-      store_some(out.row(r) + i, load_some(in + i, lanes) * scale * (load_some(weight + i, lanes) + offset), lanes);
+      const Vec unit = load_some(in + i, lanes) * scale;
+      store_some(out.row(r) + i, (twice ? rounded_to<T>(unit) : unit) * (load_some(weight + i, lanes) + offset), lanes);
     });
   }
 }
 
 // `dweight` gets the sum over these rows of dout * x * scale on top, unless it is null.
-inline void rms_norm_backward(Matrix dout, Matrix x, const float* weight, const float* scales, float offset, int64_t width,
-                              int64_t begin, int64_t end, Matrix dx, float* dweight) {
+template <class T>
+void rms_norm_backward(Matrix<T> dout, Matrix<T> x, const T* weight, const float* scales, float offset, int64_t width,
+                       int64_t begin, int64_t end, Matrix<T> dx, float* dweight) {
   for (int64_t r = begin; r < end; ++r) {
-    const float *in = x.row(r), *grad = dout.row(r), scale = scales[r];
+    const T *in = x.row(r), *grad = dout.row(r);
+    const float scale = scales[r];
     Vec products{};
     over_row(width, [&](int64_t i, int lanes) {
       const Vec toward = load_some(grad + i, lanes) * load_some(in + i, lanes) * scale;
@@ -90,24 +87,25 @@ struct Activation {
   }
 };
 
-template <bool kSilu>
-void gated(Matrix gate, Matrix up, int64_t width, int64_t begin, int64_t end, Matrix out) {
+template <bool kSilu, class T>
+void gated(Matrix<T> gate, Matrix<T> up, int64_t width, int64_t begin, int64_t end, Matrix<T> out) {
   for (int64_t r = begin; r < end; ++r) {
     over_row(width, [&](int64_t i, int lanes) {
       const Activation<kSilu> a(load_some(gate.row(r) + i, lanes));
-      store_some(out.row(r) + i, a.value * load_some(up.row(r) + i, lanes), lanes);
+      store_some(out.row(r) + i, rounded_to<T>(a.value) * load_some(up.row(r) + i, lanes), lanes);
     });
   }
 }
 
-template <bool kSilu>
-void gated_backward(Matrix dout, Matrix gate, Matrix up, int64_t width, int64_t begin, int64_t end, Matrix dgate, Matrix dup) {
+template <bool kSilu, class T>
+void gated_backward(Matrix<T> dout, Matrix<T> gate, Matrix<T> up, int64_t width, int64_t begin, int64_t end, Matrix<T> dgate,
+                    Matrix<T> dup) {
   for (int64_t r = begin; r < end; ++r) {
     over_row(width, [&](int64_t i, int lanes) {
       const Activation<kSilu> a(load_some(gate.row(r) + i, lanes));
       const Vec grad = load_some(dout.row(r) + i, lanes);
       store_some(dgate.row(r) + i, grad * load_some(up.row(r) + i, lanes) * a.slope, lanes);
-      store_some(dup.row(r) + i, grad * a.value, lanes);
+      store_some(dup.row(r) + i, grad * rounded_to<T>(a.value), lanes);
     });
   }
 }

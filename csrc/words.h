@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #endif
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace bpo {
@@ -36,6 +38,64 @@ inline BFloat16 to_bfloat16(BFloat16 x) { return x; }
 inline void assign(float& out, float x) { out = x; }
 inline void assign(BFloat16& out, float x) { out = to_bfloat16(x); }
 
+typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+inline Vec load(const BFloat16* p) {
+  Halves halves;
+  std::memcpy(&halves, p, sizeof(halves));
+  const UVec bits = __builtin_convertvector(halves, UVec) << 16;
+  Vec out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+// As to_bfloat16.
+inline Halves to_halves(Vec v) {
+  Halves halves;
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh(static_cast<__m512>(v));
+  std::memcpy(&halves, &rounded, sizeof(halves));
+#else
+  UVec bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  const UVec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  halves = __builtin_convertvector(v != v ? bits >> 16 | 0x40 : rounded, Halves);
+#endif
+  return halves;
+}
+
+inline void store(BFloat16* p, Vec v) {
+  const Halves halves = to_halves(v);
+  std::memcpy(p, &halves, sizeof(halves));
+}
+
+// The first `count` lanes; the others are zero.
+template <class T>
+Vec load_some(const T* p, int64_t count) {
+  if (count == kLanes) return load(p);
+  T some[kLanes] = {};
+  std::memcpy(some, p, count * sizeof(T));
+  return load(some);
+}
+
+template <class T>
+void store_some(T* p, Vec v, int64_t count) {
+  if (count == kLanes) return store(p, v);
+  T some[kLanes];
+  store(some, v);
+  std::memcpy(p, some, count * sizeof(T));
+}
+
+// To the type of a tensor and back.
+template <class T>
+Vec rounded_to(Vec v) {
+  if constexpr (std::is_same_v<T, float>) return v;
+  T some[kLanes];
+  store(some, v);
+  return load(some);
+}
+
 // Exact products of floats, summed in float.
 struct Floats {
   using Word = float;
@@ -47,6 +107,13 @@ struct Floats {
   static Word word(T first, T) {
     return to_float(first);
   }
+  // Words of one row's kPanel numbers, neighbors along the row.
+  static void along(Word* out, Vec low, Vec high) {
+    store(out, low);
+    store(out + kLanes, high);
+  }
+  // Words of kPack rows, neighbors across them, lane by lane.
+  static void across(Word* out, const Vec (&rows)[1]) { store(out, rows[0]); }
 };
 
 #if defined(__AVX512BF16__)
@@ -64,6 +131,15 @@ struct Pairs {
   template <class T>
   static Word word(T first, T second) {
     return to_bfloat16(first).bits | static_cast<Word>(to_bfloat16(second).bits) << 16;
+  }
+  static void along(Word* out, Vec low, Vec high) {
+    const __m512bh words = _mm512_cvtne2ps_pbh(static_cast<__m512>(high), static_cast<__m512>(low));
+    std::memcpy(out, &words, sizeof(words));
+  }
+  static void across(Word* out, const Vec (&rows)[2]) {
+    const UVec low = __builtin_convertvector(to_halves(rows[0]), UVec);
+    const UVec words = low | __builtin_convertvector(to_halves(rows[1]), UVec) << 16;
+    std::memcpy(out, &words, sizeof(words));
   }
 };
 #endif

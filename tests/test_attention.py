@@ -132,6 +132,29 @@ def test_log_probs_and_gradients_are_those_of_sequences_alone(name):
     check_exact(policy, make_model(name), pairs)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "mistral-32"])
+@pytest.mark.parametrize("form", [{"full": True}, {"lora_r": 4, "lora_alpha": 8.0, "members": 3}])
+def test_in_bfloat16_rows_are_filled_up_and_are_off_as_transformers_own_are(name, form):
+    """A CPU builds code for each size of a product of 16 bits."""
+    policy = Policy(make_model(name, torch.bfloat16), Tokens(), ModelConfig(path=name, **form), seed=0)
+    pairs = make_pairs(((60, 20, 31), (5, 3, 4)) if name.endswith("-32") else LENGTHS)
+    assert policy.shares_prompts
+    batch = policy.pack(pairs)
+    assert batch.input_ids.numel() % (64 // policy.num_members) == 0
+    exact, rough = make_model(name, torch.bfloat16).double(), make_model(name, torch.bfloat16)
+    expected, by_rows = alone(exact, pairs), alone(rough, pairs)
+    error = relative_error(policy.logps(batch), expected)
+    assert error <= 2 * relative_error(by_rows, expected)
+    if policy.lora:
+        return
+    for logps in (expected, by_rows):
+        torch.nn.functional.softplus(-0.1 * (logps[: len(pairs)] - logps[len(pairs) :])).mean().backward()
+    loss, _ = policy.loss(batch, torch.zeros(2 * len(pairs)), MethodConfig(), num_pairs=len(pairs))
+    loss.backward()
+    grads, found, others = ([p.grad for p in m.parameters()] for m in (exact, policy.model, rough))
+    assert worst_error(found, grads) <= 2 * worst_error(others, grads)
+
+
 @pytest.mark.parametrize(
     ("name", "shares"),
     [

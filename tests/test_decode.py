@@ -35,10 +35,10 @@ ALL = {name: (kind, {**SMALL, **extra}) for name, (kind, extra) in CONFIGS.items
 ENDS = {*range(2, 30)}  # so many that rows end all the time
 
 
-def make_model(name):
+def make_model(name, dtype=torch.float32):
     torch.manual_seed(0)
     kind, options = ALL[name]
-    return AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options), dtype=dtype).eval()
 
 
 def make_prompts():
@@ -143,6 +143,13 @@ def test_who_cannot_hold_prompts_once_decodes_rows_of_its_own(name, reason, capl
     assert not shares_rows(model)
     assert reason in caplog.text
     assert bool(caplog.text) == bool(reason)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "smollm3", "phi3-longrope", "diffllama", "jetmoe", "deepseek3"])
+def test_in_bfloat16_prompts_are_held_once_where_they_are_in_float32(name, caplog):
+    model = make_model(name, torch.bfloat16)
+    model.set_attn_implementation(SHARED_PROMPTS)
+    assert shares_rows(model) == (name not in ("diffllama", "jetmoe", "deepseek3")), caplog.text
 
 
 def test_attention_that_is_not_of_shared_prompts_is_noticed(caplog):

@@ -408,6 +408,25 @@ def test_prompts_are_held_once_where_the_policy_shares_them(tiny_model_dir, monk
         sample(other, [Prompt(0, "", (3, 7, 1))], n=2)
 
 
+def test_in_bfloat16_tokens_come_from_hidden_states_and_prompts_are_held_once(tiny_model_dir, monkeypatch):
+    """And are as likely as in float64, of the same weights."""
+    config = ModelConfig(path=str(tiny_model_dir), full=True, dtype="bfloat16")
+    policy = load_policy(config, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
+    monkeypatch.setattr(policy.model.get_output_embeddings(), "forward", None)
+    engine = HfEngine.of(policy, None)
+    monkeypatch.setattr(decoding, "CachedRows", None)
+    questions = [Prompt(i, "", (3 + i, 7, 1)) for i in range(12)]
+    found = sample(engine, questions, n=2, logps=True)
+    exact = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16).double().eval()
+    errors = []
+    for prompt, both in zip(questions, found, strict=True):
+        for c in both:
+            with torch.no_grad():
+                rows = exact(torch.tensor([prompt.ids + c.ids])).logits[0, len(prompt.ids) - 1 : -1].log_softmax(-1)
+            errors.append((torch.tensor(c.logps) - rows.gather(1, torch.tensor(c.ids)[:, None]).squeeze(1)).abs().mean())
+    assert float(torch.stack(errors).mean()) < 0.02
+
+
 @pytest.mark.parametrize("layer", ["q_proj", "k_proj", "v_proj"])
 def test_a_model_that_breaks_is_noticed_where_prompts_are_held_once(layer, tiny_model_dir, monkeypatch):
     config = ModelConfig(path=str(tiny_model_dir), full=True)

@@ -236,12 +236,13 @@ def measure(contenders: Mapping[str, Contender], rounds: int) -> dict[str, dict[
 def serve(case: Case, blocks: Iterator[Any]) -> None:
     """Body of a contender's process; the first item of `blocks`, its `Work`, is there once model and data are loaded,
     the others are seconds."""
-    from bpo_fast.allocator import keep_freed_memory, open_arena
+    from bpo_fast.allocator import keep_freed_memory, keep_less_code, open_arena
     from bpo_fast.threads import share_cores
 
     if case.who.startswith("ours") and case.device == "cpu":  # as in every process of bpo-fast
         share_cores()
         keep_freed_memory()
+        keep_less_code()
         open_arena()
 
     import torch

@@ -24,7 +24,8 @@ MIN_ROWS, MAX_ROWS = 64, 512
 DROPPED_SHARE = 1 / 8
 # prompts encoded at once where nothing is padded: what layers make of more tokens no longer fits the caches of a CPU
 PROMPT_TOKENS = 2048
-TRIED_ERROR = 1e-4  # of the largest hidden state: between rounding and another function
+# of the largest hidden state: between rounding and another function
+TRIED_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 # places of the cache that are taken at a time: every time copies it
 PLACES = 64
 log = logging.getLogger(__name__)
@@ -261,7 +262,7 @@ def shares_rows(model: Any) -> bool:
         expected = _try_rows(CachedRows(model, *_padded(prompts, 0, model.device), hidden=True))
         found = _try_rows(SharedRows(model, prompts))
         error = float((found - expected).abs().max() / expected.abs().max())
-        reason = "" if error < TRIED_ERROR else f"hidden states differ by {error:.3g}"
+        reason = "" if error < TRIED_ERROR[model.dtype] else f"hidden states differ by {error:.3g}"
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as raised:
         reason = str(raised).split("\n")[0]
     finally:

@@ -6,6 +6,8 @@ from typing import Any, Self
 
 import torch
 
+from bpo_fast_kernels.checks import NATIVE_FLOATS
+
 from bpo_fast.attention import has_native
 from bpo_fast.engine import OnDone, Request, SamplingParams, in_order, make_requests
 from bpo_fast.engine.choose import Chooser, reads_hidden
@@ -155,6 +157,6 @@ class HfEngine:
 
 def native_head(model: Any, head: Head | None) -> Head | None:
     """The head if tokens can be drawn from hidden states: where a kernel for it is there and no rounding in the way."""
-    if head is None or not head.fused or model.device.type != "cpu" or model.dtype != torch.float32:
+    if head is None or not head.fused or model.device.type != "cpu" or model.dtype not in NATIVE_FLOATS:
         return None
     return head if has_native() and takes_cache(trunk_of(model)) else None

@@ -8,6 +8,7 @@ import torch
 LOSSES = ("dpo", "ipo", "slic")
 MODES = ("auto", "fused", "store", "recompute", "forward")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE_FLOATS = (torch.float32, torch.bfloat16)  # of attention, norms and gates on a CPU
 
 
 def require(condition: bool, argument: str, value: object, expected: str) -> None:

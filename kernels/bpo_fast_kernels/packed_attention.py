@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bpo_fast_kernels.backends import pick_backend
-from bpo_fast_kernels.checks import check_bounds, check_softcap, require
+from bpo_fast_kernels.checks import NATIVE_FLOATS, check_bounds, check_softcap, require
 
 
 def _scores_reference(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
@@ -54,11 +54,12 @@ def packed_attention(
 ) -> torch.Tensor:
     """Causal attention in which a completion sees its prompt and itself, natively on the CPU.
 
-    A group's keys are packed once for all its queries; scores live in cache, forward and backward.
+    A group's keys are packed once for all its queries; scores live in cache, forward and backward. Of bfloat16, products
+    take weights of bfloat16 and add in float32.
 
     Args:
-        q: [M, heads, S, D] float32. queries of M rows of the same layout.
-        k, v: [M, key-value heads, S, D] float32. keys and values.
+        q: [M, heads, S, D] float32 or bfloat16. queries of M rows of the same layout.
+        k, v: [M, key-value heads, S, D] of the same type. keys and values.
         cu_seqlens: [N + 1] int32. bounds of the sequences among the S tokens.
         cu_groups: [P + 1] int32. the first sequence of each group, which is its prompt; the others are its completions.
         scale: multiplies the scores.
@@ -66,7 +67,7 @@ def packed_attention(
         softcap: c of c * tanh(score / c), or None.
 
     Returns:
-        [M, heads, S, D] float32, laid out as [M, S, heads, D].
+        [M, heads, S, D] of that type, laid out as [M, S, heads, D].
 
     Raises:
         ValueError: a wrong shape, dtype, device or range, or native code cannot be built here.
@@ -76,7 +77,7 @@ def packed_attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         fits = x.dim() == 4 and (len(x), *x.shape[2:]) == (num_rows, num_tokens, width)
         require(fits, f"{name}.shape", list(x.shape), f"expected [{num_rows}, heads, {num_tokens}, {width}] like q")
-        _check_floats(name, x)
+        _check_floats(name, x, q)
     fits = k.shape == v.shape and k.shape[1] > 0 and num_heads % k.shape[1] == 0
     require(fits, "k.shape", list(k.shape), f"does not go with q {list(q.shape)} and v {list(v.shape)}")
     for name, x, count, of in (
@@ -133,19 +134,19 @@ def decoded_attention(
 ) -> torch.Tensor:
     """Attention of one new token a row over its prompt, held once for all rows that share it, and what it wrote so far.
 
-    Native, on the CPU; the rows of a prompt take its keys and values from cache. No gradients.
+    Native, on the CPU; the rows of a prompt take its keys and values from cache. Sums are float32. No gradients.
 
     Args:
-        q: [B, heads, 1, D] float32. queries of the new tokens.
-        prompt_k, prompt_v: [1, key-value heads, S, D] float32. of the prompts, one after the other.
+        q: [B, heads, 1, D] float32 or bfloat16. queries of the new tokens.
+        prompt_k, prompt_v: [1, key-value heads, S, D] of the same type. of the prompts, one after the other.
         cu_seqlens: [U + 1] int32. bounds of the prompts among the S tokens.
         prompts: [B] int64. the prompt of each row.
-        k, v: [B, key-value heads, N, D] float32. of what the rows wrote, the new token the last.
+        k, v: [B, key-value heads, N, D] likewise. of what the rows wrote, the new token the last.
         scale: multiplies the scores.
         softcap: c of c * tanh(score / c), or None.
 
     Returns:
-        [B, heads, 1, D] float32; a row's bits do not depend on the rows that share its prompt.
+        [B, heads, 1, D] of that type; a row's bits do not depend on the rows that share its prompt.
 
     Raises:
         ValueError: a wrong shape, dtype, device or range, or native code cannot be built here.
@@ -162,7 +163,7 @@ def decoded_attention(
     }
     for name, (x, shape) in shapes.items():
         require(tuple(x.shape) == shape, f"{name}.shape", list(x.shape), f"expected {list(shape)}")
-        _check_floats(name, x)
+        _check_floats(name, x, q)
     fits = num_kv_heads > 0 and num_heads % num_kv_heads == 0
     require(fits, "k.shape", list(k.shape), f"does not go with q {list(q.shape)}")
     require(k.shape[2] > 0, "k.shape", list(k.shape), "expected the new token at least")
@@ -183,8 +184,9 @@ def decoded_attention(
     return out
 
 
-def _check_floats(name: str, x: torch.Tensor) -> None:
-    require(x.dtype == torch.float32, f"{name}.dtype", x.dtype, "expected torch.float32")
+def _check_floats(name: str, x: torch.Tensor, like: torch.Tensor) -> None:
+    require(x.dtype in NATIVE_FLOATS, f"{name}.dtype", x.dtype, "expected float32 or bfloat16")
+    require(x.dtype == like.dtype, f"{name}.dtype", x.dtype, f"expected {like.dtype} like q")
     require(x.device.type == "cpu", f"{name}.device", x.device, "expected cpu")
 
 
@@ -196,7 +198,7 @@ def _check_scores(scale: float, softcap: float | None) -> None:
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple[Any, ...]) -> torch.Tensor:
-        out, shifts = _like(q), q.new_empty((2, *q.shape[:3]))
+        out, shifts = _like(q), q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
         pick_backend("native", q.device).ops.attend(q, k, v, *options, out, shifts)
         ctx.save_for_backward(q, k, v, out, shifts)
         ctx.options = options

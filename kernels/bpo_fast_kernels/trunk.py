@@ -11,7 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from bpo_fast_kernels.backends import pick_backend
-from bpo_fast_kernels.checks import FLOATS, require
+from bpo_fast_kernels.checks import FLOATS, NATIVE_FLOATS, require
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -44,7 +44,7 @@ def rms_norm(
         eps: above 0.
         offset: 0, or 1 where weights are kept as their difference to one (Gemma).
         rounds_twice: x is rounded to its type before it meets the weight (Llama), else only the result is.
-        backend: "auto", "native" (a CPU, float32), "torch" or "triton".
+        backend: "auto", "native" (a CPU, not float16), "torch" or "triton".
 
     Returns:
         [..., H] of the type of x; differentiable in x and in the weight.
@@ -76,7 +76,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str, *, backend: str
     Args:
         gate, up: [..., I] float32, bfloat16 or float16; rows may lie apart, as halves of one tensor do.
         activation: "silu" or "gelu_tanh".
-        backend: "auto", "native" (a CPU, float32), "torch" or "triton".
+        backend: "auto", "native" (a CPU, not float16), "torch" or "triton".
 
     Returns:
         [..., I] of their type; the activation is rounded to it first. Differentiable in both.
@@ -114,9 +114,9 @@ def _passes(backend: str, x: torch.Tensor) -> Any:
         from bpo_fast_kernels import triton_trunk
 
         return triton_trunk
-    if name == "native" and x.device.type == "cpu" and x.dtype == torch.float32:
+    if name == "native" and x.device.type == "cpu" and x.dtype in NATIVE_FLOATS:
         return _Native
-    require(backend != "native", "backend", "'native'", "expected float32 on a CPU here")
+    require(backend != "native", "backend", "'native'", "expected float32 or bfloat16 on a CPU here")
     return None
 
 
@@ -133,8 +133,8 @@ class _Native:
 
     @staticmethod
     def norm(x: torch.Tensor, weight: torch.Tensor, form: tuple[float, float, bool]) -> tuple[torch.Tensor, ...]:
-        out, scales = x.new_empty(x.shape), x.new_empty(len(x))
-        pick_backend("native", x.device).ops.rms_norm(x, weight, *form[:2], out, scales)
+        out, scales = x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)
+        pick_backend("native", x.device).ops.rms_norm(x, weight, *form, out, scales)
         return out, scales
 
     @staticmethod
@@ -147,9 +147,9 @@ class _Native:
         *,
         dweight: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        dx, dw = x.new_empty(x.shape), torch.zeros_like(weight) if dweight else None
+        dx, dw = x.new_empty(x.shape), torch.zeros_like(weight, dtype=torch.float32) if dweight else None
         pick_backend("native", x.device).ops.rms_norm_backward(dout, x, weight, scales, form[1], dx, dw)
-        return dx, dw
+        return dx, None if dw is None else dw.to(weight.dtype)
 
     @staticmethod
     def gating(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:

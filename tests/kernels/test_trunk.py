@@ -18,6 +18,23 @@ def test_a_gate_and_its_gradients_are_those_of_float64(shape, activation):
     assert worst(found, gate_outcome(None, shape, activation)) < 2e-6
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_bfloat16_they_round_as_the_twins_do(shape):
+    """But for one in a hundred results, where sums in another order lie on the two sides of a tie; and but for gelu, of whose
+    tail PyTorch's own has less."""
+    kernels = [norm_outcome(rms_norm, shape, form, dtype=torch.bfloat16, backend="native") for form in NORMS]
+    twins = [norm_outcome(rms_norm_reference, shape, form, dtype=torch.bfloat16) for form in NORMS]
+    for activation in ACTS:
+        kernels.append(gate_outcome(gated, shape, activation, dtype=torch.bfloat16, backend="native"))
+        twins.append(gate_outcome(gated_reference, shape, activation, dtype=torch.bfloat16))
+    assert ACTS[0] == "silu"
+    for i, (found, expected) in enumerate(zip(kernels, twins, strict=True)):
+        assert all(x.dtype == torch.bfloat16 for x in found)
+        assert worst(found, expected) <= 2**-7
+        if i <= len(NORMS):
+            assert int((found[0] != expected[0]).sum()) <= 0.01 * found[0].numel()
+
+
 def test_halves_of_one_tensor_and_rows_that_lie_apart():
     both, weight = torch.randn(3, 7, 2 * 37), torch.randn(37)
     gate, up = both.chunk(2, -1)
@@ -77,14 +94,14 @@ def test_a_frozen_weight_gets_no_gradient():
     assert weight.grad is None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_types_on_a_cpu_take_the_twins(dtype):
-    x, weight = torch.randn(4, 9).to(dtype), torch.randn(9).to(dtype)
+def test_float16_on_a_cpu_takes_the_twins():
+    x, weight = torch.randn(4, 9).half(), torch.randn(9).half()
     assert not has_kernels(x)
     assert has_kernels(x.float())
+    assert has_kernels(x.bfloat16())
     assert torch.equal(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
     assert torch.equal(gated(x, x, "silu"), gated_reference(x, x, "silu"))
-    with pytest.raises(ValueError, match="backend = 'native': expected float32"):
+    with pytest.raises(ValueError, match="backend = 'native': expected float32 or bfloat16"):
         gated(x, x, "silu", backend="native")
 
 
