@@ -150,9 +150,9 @@ def shared_prompt_attention(
 ) -> Tensor:
     """Attention of packed rows, each completion over its own prompt and itself.
 
-    On a GPU one variable-length call, where a kernel for it is there (varlen.py); a CPU has a native kernel, for values as
-    wide as keys. Else two calls of SDPA: prompts among themselves, causal without a mask, and
-    completions over their group. The square of a whole group, most of which no token sees, is never formed.
+    On a GPU one variable-length call, where a kernel for it is there (varlen.py); a CPU has a native kernel for values
+    as wide as keys. Else two calls of SDPA: prompts among themselves, causal without a mask, and completions over their
+    group. The square of a whole group, most of which no token sees, is never formed.
 
     Args:
         q: [M, heads, S, D] queries; M rows share the layout.

@@ -75,6 +75,7 @@ def bench_sampling(
 
 DEVICE = typer.Option(help="auto, cpu or cuda")
 SHAPE = typer.Option(help="toy, 0.5b, 1.5b or HIDDENxLAYERSxVOCABULARY; toy on a CPU, 0.5b on a GPU by default")
+DTYPE = typer.Option(help="float32 or bfloat16, of all contenders; float32 on a CPU, bfloat16 on a GPU by default")
 PAIRS = typer.Option(help="pairs an optimizer step; 8 on a CPU, 16 on a GPU by default", min=1)
 PEERS = typer.Option(help="trl, none, or auto: trl if it is installed")
 
@@ -86,6 +87,7 @@ def bench_step(
     lengths: Annotated[list[str] | None, typer.Option(help="tldr, helpfulness, long; all by default")] = None,
     form: Annotated[list[str] | None, typer.Option(help="full, lora, lora5; all by default")] = None,
     device: Annotated[str, DEVICE] = "auto",
+    dtype: Annotated[str | None, DTYPE] = None,
     shape: Annotated[str | None, SHAPE] = None,
     pairs: Annotated[int | None, PAIRS] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="ours with a compiled trunk beside ours")] = False,
@@ -96,7 +98,8 @@ def bench_step(
     """Time one optimizer step on preference pairs against TRL's DPOTrainer."""
     from bpo_fast_bench.step import PEERS, StepOptions, run
 
-    options = {"device": device, "pairs": pairs, "rounds": rounds, "threads": threads, "compiled": compiled}
+    options = {"device": device, "dtype": dtype, "pairs": pairs, "rounds": rounds, "threads": threads}
+    options |= {"compiled": compiled}
     run(_bench_options(StepOptions, PEERS, peers, lengths, form, shape, json_path, options))
 
 
@@ -107,6 +110,7 @@ def bench_loop(
     lengths: Annotated[list[str] | None, typer.Option(help="tldr, helpfulness, long; the first two by default")] = None,
     form: Annotated[list[str] | None, typer.Option(help="full, lora, lora5; the first two by default")] = None,
     device: Annotated[str, DEVICE] = "auto",
+    dtype: Annotated[str | None, DTYPE] = None,
     shape: Annotated[str | None, SHAPE] = None,
     pairs: Annotated[int | None, PAIRS] = None,
     steps: Annotated[int, typer.Option(help="optimizer steps of a phase", min=1)] = 4,
@@ -117,7 +121,7 @@ def bench_loop(
     """Time whole online phases (sample, score, train) against TRL's OnlineDPOTrainer."""
     from bpo_fast_bench.loop import PEERS, LoopOptions, run
 
-    options = {"device": device, "pairs": pairs, "steps": steps, "rounds": rounds, "threads": threads}
+    options = {"device": device, "dtype": dtype, "pairs": pairs, "steps": steps, "rounds": rounds, "threads": threads}
     run(_bench_options(LoopOptions, PEERS, peers, lengths, form, shape, json_path, options))
 
 

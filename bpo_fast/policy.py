@@ -50,7 +50,7 @@ _COSTLY_OPS = (
 )
 
 
-# a CPU builds code for each size of a product of 16 bits, 0.3 ms and 0.4 MB of it: a step's packed rows come in multiples
+# a CPU builds code for every size of a product of 16 bits, 0.3 ms and 0.4 MB each: packed rows come in multiples
 CPU_TOKENS_16_BITS = 64
 
 

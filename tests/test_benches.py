@@ -9,16 +9,18 @@ from bpo_fast_bench.contenders import Work, compare, line, measure, pick_peers, 
 from bpo_fast_bench.shapes import SHAPES, Shape, make_model, parse_shape
 
 TOY = {"peers": (), "lengths": ("helpfulness",), "pairs": 2, "rounds": 1, "threads": 1, "shape": Shape(32, 1, 400)}
-TOY |= {"device": "cpu"}
+TOY |= {"device": "cpu", "dtype": "float32"}
 
 
 @pytest.mark.parametrize("bench", ["step", "loop"])
-def test_a_toy_run_writes_a_row(bench, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_toy_run_writes_a_row(bench, dtype, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out.json"
-    kept = [{"lengths": lengths, "form": "full"} for lengths in ("tldr", "helpfulness")]
+    full = "full" if dtype == "float32" else "full, dtype = bfloat16"  # a CPU's own goes without saying
+    kept = [{"lengths": lengths, "form": full} for lengths in ("tldr", "helpfulness")]
     out.write_text(json.dumps({"rows": kept}))
-    options = {"forms": ("full",), "out": str(out), **TOY}
+    options = {"forms": ("full",), "out": str(out), **TOY, "dtype": dtype}
     said = []
     if bench == "step":
         step.run(step.StepOptions(**options, compiled=True), said.append)
@@ -26,14 +28,14 @@ def test_a_toy_run_writes_a_row(bench, tmp_path, monkeypatch):
         loop.run(loop.LoopOptions(**options, steps=1), said.append)
     old, new, *others = json.loads(out.read_text())["rows"]
     assert [r["form"] for r in others] == (
-        [] if bench == "step" else ["full, ref_logps = sampler", "full, states = 8bit"]
+        [] if bench == "step" else [f"{full}, ref_logps = sampler", f"{full}, states = 8bit"]
     )
-    assert old == {"lengths": "tldr", "form": "full"}
+    assert old == {"lengths": "tldr", "form": full}
     assert new["ours"]["pairs_per_s"] > 0
     assert new["ours"]["peak_extra_mib"] > 0
     assert len(new["ours"]["block_s"]) == 1
     assert new["machine"]["cpu"]
-    assert said[0].startswith("helpfulness full: ours ")
+    assert said[0].startswith(f"helpfulness {full}: ours ")
     if bench == "step":
         assert new["ours"]["tflops"] > 0
         assert new["compiled"]["pairs_per_s"] > 0
@@ -149,5 +151,7 @@ def test_shapes():
 def test_unknown_names():
     with pytest.raises(ValueError, match=r"^bench\.lengths = short: not one of tldr, helpfulness, long$"):
         step.run(step.StepOptions(lengths=("short",)))
+    with pytest.raises(ValueError, match=r"^bench\.dtype = float16: not one of float32, bfloat16$"):
+        step.run(step.StepOptions(dtype="float16"))
     with pytest.raises(ValueError, match=r"^bench\.peers = oat: not one of trl$"):
         loop.run(loop.LoopOptions(peers=("oat",)))

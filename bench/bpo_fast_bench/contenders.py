@@ -26,7 +26,7 @@ from bpo_fast_bench.shapes import SHAPES, Shape
 LENGTHS = {"tldr": (300, 40), "helpfulness": (24, 45), "long": (512, 128)}
 FORMS = {"full": 0, "lora": 1, "lora5": 5}  # members
 LORA_RANK = 16
-DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Case:
         threads: of the CPU.
         model: folder.
         device: cpu or cuda.
+        dtype: of the weights, float32 or bfloat16.
     """
 
     who: str
@@ -55,11 +56,7 @@ class Case:
     threads: int
     model: str
     device: str
-
-    @property
-    def dtype(self) -> str:
-        """Of the weights of all."""
-        return DTYPES[self.device]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,7 @@ class Options:
         shape: of the model; None: toy on a CPU, 0.5b on a GPU.
         threads: CPU threads of each contender.
         device: auto, cpu or cuda.
+        dtype: of the weights of all, float32 or bfloat16; None: float32 on a CPU, bfloat16 on a GPU.
         out: JSON to write, or None.
     """
 
@@ -99,26 +97,36 @@ class Options:
     shape: Shape | None = None
     threads: int = 2
     device: str = "auto"
+    dtype: str | None = None
     out: str | None = None
+
+    def row_form(self, form: str, **knobs: str) -> str:
+        """The form of a row, with the type where it is not the device's own, and with the knobs that are turned."""
+        named = {} if self.dtype == DTYPES[self.device] else {"dtype": self.dtype}
+        return ", ".join([form, *(f"{name} = {value}" for name, value in (named | knobs).items())])
 
     def contender(self, module: str, who: str, lengths: str, members: int, folder: str) -> "Contender":
         """The process of one contender; `folder` holds the model."""
         assert self.pairs, "resolved() has set it"
-        sizes = (self.pairs, self.steps, BLOCKS_A_TURN * self.rounds)
-        return Contender(module, Case(who, *LENGTHS[lengths], members, *sizes, self.threads, folder, self.device))
+        assert self.dtype, "resolved() has set it"
+        sizes, place = (self.pairs, self.steps, BLOCKS_A_TURN * self.rounds), (folder, self.device, self.dtype)
+        return Contender(module, Case(who, *LENGTHS[lengths], members, *sizes, self.threads, *place))
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 def resolved(options: AnyOptions) -> AnyOptions:
-    """Options with what depends on the device filled in; ValueError for a device that is not there."""
+    """Options with what depends on the device filled in; ValueError for a device that is not there, or another type."""
     from bpo_fast.loading import pick_device
 
+    if options.dtype not in (None, *DTYPES.values()):
+        raise ValueError(f"bench.dtype = {options.dtype}: not one of {', '.join(DTYPES.values())}")
     on_gpu = pick_device("bench.device", options.device).type == "cuda"
     return replace(
         options,
         device="cuda" if on_gpu else "cpu",
+        dtype=options.dtype or DTYPES["cuda" if on_gpu else "cpu"],
         pairs=options.pairs or (16 if on_gpu else 8),
         shape=options.shape or SHAPES["0.5b" if on_gpu else "toy"],
     )

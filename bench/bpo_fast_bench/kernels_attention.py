@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from bpo_fast_kernels import packed_attention
+from bpo_fast_kernels.checks import NATIVE_FLOATS
 from bpo_fast_kernels.packed_attention import packed_attention_reference
 
 from bpo_fast.attention import SharedPrompts, attend_sdpa, lay_out
@@ -108,7 +109,7 @@ def attention_implementations(inputs: AttentionInputs) -> dict[str, Implementati
     """SDPA on padded rows, and the ways of packed rows that take such inputs."""
     q, _, v, _ = inputs.packed
     packed = {}
-    if not q.is_cuda and q.dtype == torch.float32:
+    if not q.is_cuda and q.dtype in NATIVE_FLOATS:
         packed["native"] = lambda q, k, v, layout: packed_attention(q, k, v, *layout.bounds, scale=SCALE)
         packed["torch"] = lambda q, k, v, layout: packed_attention_reference(q, k, v, *layout.bounds, scale=SCALE)
     options = {"scale": SCALE, "window": None, "softcap": None}

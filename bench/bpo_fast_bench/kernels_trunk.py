@@ -12,6 +12,7 @@ from functools import cached_property, partial
 
 import torch
 from bpo_fast_kernels import gated, rms_norm
+from bpo_fast_kernels.checks import NATIVE_FLOATS
 from bpo_fast_kernels.trunk import gated_reference, rms_norm_reference
 
 from bpo_fast_bench.kernels_impls import Implementation, Outcome, both_ways
@@ -86,7 +87,7 @@ def trunk_implementations(
         functions["triton"] = _ours(problem, "triton")
         if "compile" in peers:
             functions["compile"] = torch.compile(eager, dynamic=False)
-    elif like.dtype == torch.float32:
+    elif like.dtype in NATIVE_FLOATS:
         functions["native"] = _ours(problem, "native")
     calls = {name: _both_ways(problem, function) for name, function in functions.items()}
     if like.is_cuda and "liger" in peers and importable("liger"):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from bpo_fast_bench.contenders import (
-    DTYPES,
     FORMS,
     LENGTHS,
     LORA_RANK,
@@ -61,7 +60,7 @@ def run(options: LoopOptions, say: Callable[[str], None] = print) -> list[dict[s
     check_names(options, {"lengths": tuple(LENGTHS), "forms": tuple(FORMS), "peers": PEERS})
     options, rows = resolved(options), []
     with tempfile.TemporaryDirectory() as folder:
-        make_model(options.shape, Path(folder), DTYPES[options.device])
+        make_model(options.shape, Path(folder), options.dtype)
         for lengths in options.lengths:
             for form in options.forms:
                 new = _measure(options, lengths, form, folder)
@@ -81,7 +80,7 @@ def _measure(options: LoopOptions, lengths: str, form: str, folder: str) -> list
     found = measure(contenders, options.rounds)
     rows = []
     for who in ours:
-        name = ", ".join([form, *(f"{knob.partition('.')[2]} = {value}" for knob, value in OURS[who].items())])
+        name = options.row_form(form, **{knob.partition(".")[2]: value for knob, value in OURS[who].items()})
         rows.append(compare(found, who, options.peers, runs=max(1, FORMS[form]), lengths=lengths, form=name))
     return rows
 

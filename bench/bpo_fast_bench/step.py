@@ -3,7 +3,7 @@
 Same model, same pairs, same optimizer, no dropout. Ours includes the reference pass (once a phase); TRL is timed with
 the reference model in the step and with `precompute_ref_log_probs`, whose cost falls outside of its timed steps. TRL's
 `padding_free` is switched off by its current release; the sequences here are of one length, so nothing is padded. On a
-GPU both train bf16 weights, ours with float32 masters, TRL without.
+GPU both train bf16 weights, ours with float32 masters, TRL without; so they do on a CPU with `--dtype bfloat16`.
 """
 
 import json
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from bpo_fast_bench.contenders import (
-    DTYPES,
     FORMS,
     LENGTHS,
     LORA_RANK,
@@ -60,7 +59,7 @@ def run(options: StepOptions, say: Callable[[str], None] = print) -> list[dict[s
     check_names(options, {"lengths": tuple(LENGTHS), "forms": tuple(FORMS), "peers": PEERS})
     options, rows = resolved(options), []
     with tempfile.TemporaryDirectory() as folder:
-        make_model(options.shape, Path(folder), DTYPES[options.device])
+        make_model(options.shape, Path(folder), options.dtype)
         for lengths in options.lengths:
             # the members' peers are measured once: one member's step, and as often as there are members
             for kind in (("full",), ("lora", "lora5")):
@@ -84,7 +83,8 @@ def _measure(options: StepOptions, lengths: str, forms: list[str], folder: str) 
     found = measure(contenders, options.rounds)
     rows = []
     for form in forms:
-        row = compare(found, form, options.peers, runs=max(1, FORMS[form]), lengths=lengths, form=form)
+        names = {"lengths": lengths, "form": options.row_form(form)}
+        row = compare(found, form, options.peers, runs=max(1, FORMS[form]), **names)
         ours = {"sequential": ("lora", FORMS[form])} if form == "lora5" and "lora" in forms else {}
         ours |= {"compiled": (f"{form} compiled", 1)} if options.compiled else {}
         for name, (who, runs) in ours.items():

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
-
 from bpo_fast_kernels.checks import NATIVE_FLOATS
 
 from bpo_fast.attention import has_native

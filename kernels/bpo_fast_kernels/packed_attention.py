@@ -54,8 +54,8 @@ def packed_attention(
 ) -> torch.Tensor:
     """Causal attention in which a completion sees its prompt and itself, natively on the CPU.
 
-    A group's keys are packed once for all its queries; scores live in cache, forward and backward. Of bfloat16, products
-    take weights of bfloat16 and add in float32.
+    A group's keys are packed once for all its queries; scores live in cache, forward and backward. For bfloat16,
+    weights meet values in bfloat16, and all sums are float32.
 
     Args:
         q: [M, heads, S, D] float32 or bfloat16. queries of M rows of the same layout.

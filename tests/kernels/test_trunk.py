@@ -20,8 +20,8 @@ def test_a_gate_and_its_gradients_are_those_of_float64(shape, activation):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_in_bfloat16_they_round_as_the_twins_do(shape):
-    """But for one in a hundred results, where sums in another order lie on the two sides of a tie; and but for gelu, of whose
-    tail PyTorch's own has less."""
+    """But for one in a hundred results, where sums in another order lie on the two sides of a tie, and but for gelu: of
+    its tail PyTorch has less."""
     kernels = [norm_outcome(rms_norm, shape, form, dtype=torch.bfloat16, backend="native") for form in NORMS]
     twins = [norm_outcome(rms_norm_reference, shape, form, dtype=torch.bfloat16) for form in NORMS]
     for activation in ACTS:
