@@ -67,7 +67,7 @@ OURS = (*OUR_BACKENDS, "masked", "varlen")  # the last two through kernels of ot
 # 0.06 from 16 to 32, which averages out over a sequence only.
 OUR_GATE = {"value": 1e-4, "logp": 1e-4, "token": 5e-5, **dict.fromkeys(GRADS, 4e-3)}
 PEER_GATE = {"value": 3e-2, "logp": 1.2e-1, "token": 6e-2, **dict.fromkeys(GRADS, 5e-2)}
-ONE_DTYPE = ("pair_loss", "attention", *ROW_OPS)
+FLOAT32 = ("pair_loss", "adamw")  # whatever the weights are
 CPU_SHAPES = ((1024, 256, 32000), (1024, 1024, 32000))
 GPU_SHAPES = ((4096, 2048, 128256), (4096, 4096, 128256))
 QUICK_SHAPES = ((128, 64, 4000),)
@@ -94,7 +94,7 @@ class KernelBench:
             none that is written in Triton.
         tiles: of Plan A, such as "128x256x64x4" (rows, vocabulary, depth, stages), beside its own; on a GPU.
         dtypes: of "float32", "bfloat16", "float16"; bfloat16 on a GPU and float32 and bfloat16 on a CPU if empty.
-            "attention", "norm" and "gate" take the first one, "adamw" float32.
+            "pair_loss" and "adamw" take float32.
         data: "peaked" or "gauss".
         pairs: pairs of "forward", "step" and "attention".
         json_path: where the measurements go.
@@ -131,8 +131,7 @@ def run(options: KernelBench) -> dict[str, Any]:
         write_json(record, options.json_path)
     dtypes = options.dtypes or (("bfloat16",) if device.type == "cuda" else ("float32", "bfloat16"))
     for problem in problems(options, device):
-        own = ("float32",) if problem.op == "adamw" else dtypes[:1] if problem.op in ONE_DTYPE else dtypes
-        for dtype in own:
+        for dtype in ("float32",) if problem.op in FLOAT32 else dtypes:
             record["problems"].append(measure(problem, dtype, device, options))
             write_json(record, options.json_path)
     if options.plot_path:
