@@ -78,7 +78,7 @@ def diagnose() -> list[Check]:
     flash_attn, kernel_path = _flash_attn(packages["flash-attn"], machine), _kernel_path(machine)
     return [
         Check("Python", "ok", platform.python_version()),
-        Check("CPU", "ok", f"{machine.cpu}, {machine.num_cores} cores, {', '.join(machine.isa) or 'no vector flags'}"),
+        _cpu(machine),
         _memory(machine),
         _gpu(machine),
         _torch(packages["torch"], machine),
@@ -92,6 +92,12 @@ def diagnose() -> list[Check]:
         kernel_path,
         _attention_path(machine, flash_attn, kernel_path),
     ]
+
+
+def _cpu(machine: Machine) -> Check:
+    detail = f"{machine.cpu}, {machine.num_cores} cores, {', '.join(machine.isa) or 'no vector flags'}"
+    narrow = not machine.cuda_works and "avx512_bf16" in machine.isa
+    return Check("CPU", "ok", detail, "model.dtype=bfloat16 is faster than its default here, float32" if narrow else "")
 
 
 def print_doctor(console: Console) -> None:

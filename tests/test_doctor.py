@@ -207,6 +207,16 @@ def test_nvcc_of_another_cuda_than_torch(bare_machine, monkeypatch, tmp_path, re
     assert check.advice == ("" if status == "ok" else "install the CUDA 13.0 toolkit")
 
 
+@pytest.mark.parametrize(
+    ("flags", "works", "advised"), [("avx2", False, 0), ("avx512_bf16", False, 1), ("avx512_bf16", True, 0)]
+)
+def test_a_cpu_that_multiplies_bfloat16_is_told_so(flags, works, advised, bare_machine, monkeypatch):
+    monkeypatch.setattr(doctor, "_read", lambda path: f"flags : fpu {flags}" if path == "/proc/cpuinfo" else "")
+    if works:
+        _torch(monkeypatch, "13.0", "", ("a GPU",))
+    assert _by_name()["CPU"].advice.count("model.dtype=bfloat16") == advised
+
+
 def test_small_memory_and_container_limits(monkeypatch):
     limits = {"/sys/fs/cgroup/memory.max": str(2 * 2**30) + "\n", "/sys/fs/cgroup/cpu.max": "150000 100000\n"}
     monkeypatch.setattr(doctor, "_read", lambda path: limits.get(path, ""))
