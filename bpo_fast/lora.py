@@ -7,14 +7,16 @@ deltas, (scale / M) * sum_m B_m A_m, which is one adapter of rank M r: A_m stack
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +24,7 @@ _PREFIX = "base_model.model."
 
 
 class LoraEnsemble(nn.Module):
-    """M LoRA members on the linear layers of a model, attached by forward hooks: the model's own tree is unchanged.
+    """M LoRA members on the linear layers of a model, attached to their forwards: the model's own tree is unchanged.
 
     Args:
         model: the base; its parameters are frozen here.
@@ -32,6 +34,8 @@ class LoraEnsemble(nn.Module):
         dropout: on the input of A while `model.training`.
         targets: last names of linear layers (`q_proj`); empty: all linear layers of the trunk.
         seed: member m starts from A drawn with seed + m (uniform, as PEFT does) and B = 0.
+        in_place: deltas are added to what a product gave; not where that is kept to be given again, by selective
+            checkpointing.
 
     Raises:
         ValueError: a target that names no linear layer.
@@ -47,9 +51,10 @@ class LoraEnsemble(nn.Module):
         dropout: float = 0.0,
         targets: Sequence[str] = (),
         seed: int = 0,
+        in_place: bool = True,
     ):
         super().__init__()
-        self.num_members, self.r, self.alpha, self.dropout = num_members, r, alpha, dropout
+        self.num_members, self.r, self.alpha, self.dropout, self.in_place = num_members, r, alpha, dropout, in_place
         self.linears = find_linears(model, targets)
         self.names = tuple(self.linears)
         self._model = [model]  # in a list: the base must not become a submodule
@@ -64,7 +69,7 @@ class LoraEnsemble(nn.Module):
             start = [torch.empty(r, num_in).uniform_(-bound, bound, generator=g) for g in generators]
             self.a.append(nn.Parameter(torch.stack(start).to(linear.weight.device)))
             self.b.append(nn.Parameter(torch.zeros(num_members, num_out, r, device=linear.weight.device)))
-            linear.register_forward_hook(self._hook(name))
+            linear.forward = self._adapted(name, linear)
 
     @property
     def scale(self) -> float:
@@ -198,20 +203,75 @@ class LoraEnsemble(nn.Module):
         finally:
             self._active = before
 
-    def _hook(self, name: str):
-        def add_delta(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if self._active is None:
-                return None
-            a, b = self._active[name]
-            x = F.dropout(args[0], self.dropout, training=self._model[0].training) if self.dropout else args[0]
-            a, b = a.to(x.dtype), b.to(x.dtype)
-            if a.dim() == 3:  # all members: [M, rows, in] against [M, r, in] and [M, out, r]
-                delta = x.reshape(self.num_members, -1, x.shape[-1]) @ a.transpose(1, 2) @ b.transpose(1, 2)
-                return output + delta.view_as(output) * self.scale
-            scale = self.alpha / a.shape[0]  # alpha / r of a member, alpha / (M r) of the average, whose rank is M r
-            return output + F.linear(F.linear(x, a), b) * scale
+    def _adapted(self, name: str, linear: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The forward of a layer that adds what is active."""
+        own, weight_of = linear.forward, _weight_of(linear)
 
-        return add_delta
+        def forward(x: Tensor) -> Tensor:
+            if self._active is None:
+                return own(x)
+            a, b = self._active[name]
+            a = a * (self.alpha / a.shape[-2])  # alpha / r of a member, alpha / (M r) of the average, whose rank is M r
+            dropped = self.dropout > 0 and self._model[0].training
+            if dropped or weight_of is None or torch.is_autocast_enabled(x.device.type):
+                rows = _rows(F.dropout(x, self.dropout, dropped), a)
+                return own(x) + (rows @ a.mT.to(x.dtype) @ b.mT.to(x.dtype)).view(*x.shape[:-1], -1)
+            weight, bias = weight_of()
+            return _AdaptedLinear.apply(x, weight, bias, a.to(x.dtype), b.to(x.dtype), self.in_place)
+
+        return forward
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x W^T + bias + x A^T B^T with a frozen W, the second product added as it is made.
+
+    Written out, its scale and the sum are two more passes over the output, and over the gradients as many.
+
+    Args:
+        x: [..., in].
+        weight, bias: [out, in] and [out] or None.
+        a, b: [r, in] and [out, r], or of M members for M equal blocks of rows, [M, r, in] and [M, out, r].
+        in_place: whether the sum may take the place of x W^T.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, in_place: bool
+    ) -> Tensor:
+        out, low = F.linear(x, weight, bias), _rows(x, a) @ a.mT
+        ctx.save_for_backward(x, weight, a, b, low)
+        return _add_product(_rows(out, a), low, b.mT, in_place=in_place).view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, low = ctx.saved_tensors
+        rows, dx = _rows(dout, a), None
+        dlow = rows @ b
+        if ctx.needs_input_grad[0]:
+            dx = _rows(dout.reshape(-1, dout.shape[-1]) @ weight, a)
+            dx = _add_product(dx, dlow, a, in_place=True).view_as(x)
+        return dx, None, None, dlow.mT @ _rows(x, a), rows.mT @ low, None
+
+
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    """[..., n] -> [rows, n], or [M, rows, n] for tensors of M members."""
+    return x.reshape(*like.shape[:-2], -1, x.shape[-1])
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, *, in_place: bool) -> Tensor:
+    """out + left @ right, of matrices or of M of them."""
+    name = "addmm" if out.dim() == 2 else "baddbmm"
+    return getattr(out, f"{name}_" if in_place else name)(left, right)
+
+
+def _weight_of(linear: nn.Module) -> Callable[[], tuple[Tensor, Tensor | None]] | None:
+    """What gives a layer's weight [out, in] and bias; None for a layer with a forward of its own."""
+    if type(linear).forward is nn.Linear.forward:
+        return lambda: (linear.weight, linear.bias)
+    if type(linear).forward is Conv1D.forward:
+        return lambda: (linear.weight.T, linear.bias)
+    return None
 
 
 def find_linears(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Module]:

@@ -43,6 +43,7 @@ _COSTLY_OPS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten.baddbmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -95,6 +96,7 @@ class Policy:
                 dropout=config.lora_dropout,
                 targets=config.lora_targets,
                 seed=seed,
+                in_place=config.recomputed != "selective",
             )
             for m, folder in enumerate(config.adapters):
                 self.lora.load_member(m, folder)

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from relative import relative_error
+from relative import relative_error, worst_error
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from bpo_fast.lora import LoraEnsemble
@@ -109,6 +111,61 @@ def test_a_member_saved_and_loaded_is_bitwise_the_same(model, tmp_path):
     lora.a[0][2].zero_()
     lora.load_member(2, tmp_path / "a")
     assert all(torch.equal(v, before[k]) for k, v in lora.state().items())
+
+
+class Odd(nn.Linear):
+    """A layer with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+class OneLayer(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj = kind(24, 40)
+
+    def get_output_embeddings(self):
+        return None
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+@pytest.mark.parametrize("how", ["in place", "apart", "own forward", "autocast"])
+@pytest.mark.parametrize("members", [1, 3])
+def test_a_layer_and_its_gradients_are_those_written_out(how, members):
+    model = OneLayer(Odd if how == "own forward" else nn.Linear)
+    lora = ensemble(model, members, in_place=how != "apart")
+    x = torch.randn(3, 5, 24, requires_grad=True)
+    weights = torch.randn(3, 5, 40)
+    by_member = x.view(members, -1, 24)
+    deltas = by_member @ lora.a[0].mT @ lora.b[0].mT * lora.scale
+    expected = model.proj(x) + deltas.view(3, 5, 40)
+    leaves = [x, lora.a[0], lora.b[0]]
+    wanted = [expected, *torch.autograd.grad(expected, leaves, weights)]
+    with lora.members() if members > 1 else lora.member(0), torch.autocast("cpu", torch.bfloat16, how == "autocast"):
+        found = model(x)
+    found = [found, *torch.autograd.grad(found, leaves, weights)]
+    assert worst_error(found, wanted) < (0.03 if how == "autocast" else 1e-6)
+
+
+def test_deltas_take_no_pass_over_a_layers_output_but_that_of_their_products():
+    model, seen = OneLayer(nn.Linear), []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            views = func.is_view or func._schema.name == "aten::_unsafe_view"
+            if isinstance(out, torch.Tensor) and out.numel() >= 100 * 24 and not views:
+                seen.append(func._schema.name.removeprefix("aten::"))
+            return out
+
+    lora, x, dout = ensemble(model, 1), torch.randn(100, 24, requires_grad=True), torch.ones(100, 40)
+    with lora.member(0), Listener():
+        model(x).backward(dout)
+    assert seen == ["addmm", "addmm_", "mm", "addmm_"]  # the layer with its bias, B; backward the layer, A
 
 
 def test_dropout_acts_in_training_only(tiny_model_dir):
