@@ -77,6 +77,8 @@ def run_rank(
     parts = build(config, progress, from_pairs=from_pairs, ranks=ranks)
     ranks.connect(parts.policy.device)
     ranks.check_alike("sampling.engine", parts.engine.name)
+    shares = "shared prompts" if parts.policy.shares_prompts else "the model's own"  # by which pairs are dealt
+    ranks.check_alike("model.attn_implementation", shares)
     config, run = open_run(parts.config, resume=resume, command=sys.argv, ranks=ranks)
     if run.was_finished:
         progress.print(f"{run.path}: this run has finished")
