@@ -3,21 +3,25 @@ import dataclasses
 import pytest
 import torch
 from tiny_policy import make_pairs, make_policy
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop, mm_flop
 from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM, Qwen2Config
 
 from bpo_fast.config import ModelConfig
 from bpo_fast.flops import PEAK_TFLOPS, StepFlop, _row_flop, _windows
 from bpo_fast.policy import Policy
 
-PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+IN_PLACE = {  # which PyTorch does not count
+    torch.ops.aten.addmm_: lambda out, left, right, **_: mm_flop(left, right),
+    torch.ops.aten.baddbmm_: lambda out, left, right, **_: bmm_flop(left, right),
+}
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, *IN_PLACE)
 
 
 def counted(policy, pairs) -> int:
     """FLOP of the matrix products that the trunk runs, forward and backward; its attention is one operator."""
     policy.model.train()
     batch = policy.pack(pairs).repeat(policy.num_members)
-    with policy.members(), FlopCounterMode(display=False) as counter:
+    with policy.members(), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         policy.hidden(batch).sum().backward()
     assert policy.shares_prompts
     return sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in PRODUCTS)
