@@ -416,5 +416,5 @@ def _attention_path(machine: Machine, flash_attn: Check, kernel_path: Check) -> 
     if machine.cuda_works and all(int(capability) >= 80 for capability in capabilities):
         varlen = "torch" if flash_attn.status == "missing" else "flash-attn"
         return Check("attention path", "ok", f"variable-length kernel of {varlen}; sdpa of torch in float32")
-    native = "native in float32, else " if kernel_path.detail == "native" else ""
+    native = "native in float32 and bfloat16, else " if kernel_path.detail == "native" else ""
     return Check("attention path", "ok", f"{native}sdpa of torch")

@@ -1,13 +1,13 @@
 """The memory ledger: what a training step will hold, by part, before the first one is taken.
 
 Weights, gradients and moments are counted. Activations are measured, not modelled: a forward and a backward of two and
-of four pairs of the greatest lengths run under a mode that follows every tensor from birth to death, and a whole
-micro-batch is their straight line. So checkpointing, LoRA and any architecture count as they are. On a CPU the holes of
-the arena between tensors come on top, a tenth or two; without it (allocator.py) they can be as much again.
+of four pairs of the greatest lengths run under a mode that follows every tensor from birth to death, and the tokens of
+a whole micro-batch are on their straight line. So checkpointing, LoRA and any architecture count as they are. On a CPU
+the holes of the arena between tensors come on top, a tenth or two; without it (allocator.py) they can be as much again.
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from bpo_fast.config import Config
 from bpo_fast.engine import Engine, sampling_params
 from bpo_fast.gradients import TokenBudget, microbatch_tokens, microbatches
 from bpo_fast.optim import Optimizer
+from bpo_fast.packing import PairBatch
 from bpo_fast.policy import Policy
 from bpo_fast.types import Completion, Pair, Prompt
 
@@ -125,16 +126,17 @@ def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, engine: En
     assert config.data.max_prompt_length, "resolve() has set it"
     step_pairs = longest_pairs(config, policy, step_share(config))
     batches = microbatches(step_pairs, policy, token_budget(config, policy).tokens)
-    largest = max(len(b.pairs) for b in batches)
-    few, more = (min(n, largest) for n in PROBES)
-    low, high = (_activations(policy, step_pairs[:n]) for n in (few, more))
-    a_pair = (high - low) / max(1, more - few)
+    largest = max(batches, key=lambda batch: len(batch.pairs))
+    num_pairs = len(largest.pairs)
+    few, more = (largest if n >= num_pairs else policy.pack(step_pairs[:n], filled=False) for n in PROBES)
+    low, high = _activations(policy, few), _activations(policy, more)
+    a_token = (high - low) / max(1, more.input_ids.numel() - few.input_ids.numel())
     return Ledger(
         weights=_bytes([*policy.model.parameters(), *(policy.lora.parameters() if policy.lora else [])]),
         gradients=optimizer.gradient_bytes,
         optimizer=optimizer.num_bytes(policy.device),
-        activations=int(high + a_pair * (largest - more)),
-        head_chunk=_head_chunk(config, policy, largest * policy.num_members),
+        activations=int(high + a_token * (largest.input_ids.numel() - more.input_ids.numel())),
+        head_chunk=_head_chunk(config, policy, num_pairs * policy.num_members),
         kv=engine.kv_bytes(config.data.max_prompt_length, sampling_params(config)),
         kv_stays=engine.kv_stays,
         num_microbatches=len(batches),
@@ -171,9 +173,8 @@ class _LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def _activations(policy: Policy, pairs: Sequence[Pair]) -> int:
+def _activations(policy: Policy, batch: PairBatch) -> int:
     """Peak bytes of a forward and a backward of the trunk, its parameters' gradients not counted."""
-    (batch,) = microbatches(pairs, policy, 2**62)
     repeated = batch.repeat(policy.num_members)
     policy.model.train()
     with policy.members(), _LiveBytes() as tensors:

@@ -173,7 +173,8 @@ void pack_lanes(const A& a, const typename A::Number* src, int64_t stride, int64
   transpose(words.data, words.stride, lanes, a.words(), out, kPanel);
 }
 
-// The same times a factor -> [D / kPanel][words of kPanel queries][kPanel], the right operand along queries.
+// The same, times a factor if operands take the scale -> [D / kPanel][words of kPanel queries][kPanel], the right operand along
+// queries.
 template <class A>
 void pack_rows(const A& a, const typename A::Number* src, int64_t stride, int64_t lanes, float factor, typename A::Word* out) {
   using Op = typename A::Op;

@@ -54,6 +54,20 @@ def take_again():
     assert grown < MIB
 
 
+def multiply_many_sizes():
+    weight = torch.zeros(256, 256, dtype=torch.bfloat16)
+
+    def multiply(first):
+        for num_rows in range(first, first + 150):
+            torch.zeros(num_rows, 256, dtype=torch.bfloat16) @ weight
+
+    multiply(1)
+    multiply(151)
+    before = resident()
+    multiply(301)
+    assert resident() - before < 20 * MIB
+
+
 def give_back():
     kept, grown = taken([8 * MIB, 32 * MIB, 8 * MIB])
     assert grown > 47 * MIB
@@ -180,3 +194,7 @@ def test_where_addresses_are_counted_the_arena_leaves_them_to_others(limit):
         "allocator.keep_freed_memory(); allocator.open_arena()"
     )
     assert alone("say_whether_it_is_open", opened=opened) == ["False"]
+
+
+def test_code_for_sizes_of_long_ago_is_freed():
+    alone("multiply_many_sizes", opened="allocator.keep_less_code()")

@@ -17,8 +17,8 @@ from bpo_fast.config import MethodConfig
 from bpo_fast.engine import SamplingParams, decode
 from bpo_fast.engine.decode import cache_bytes
 from bpo_fast.engine.hf import HfEngine
-from bpo_fast.gradients import step_gradients
-from bpo_fast.memory import Ledger, make_ledger
+from bpo_fast.gradients import microbatches, step_gradients
+from bpo_fast.memory import Ledger, _activations, longest_pairs, make_ledger
 from bpo_fast.types import Prompt
 
 
@@ -50,6 +50,16 @@ def test_the_ledger_leaves_no_gradients_behind(form):
     parts = make_parts(form)
     make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
     assert all(p.grad is None for p in parts.policy.parameters())
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(8, 4), (16, 16), (24, 45)])
+def test_what_short_rows_are_filled_up_with_does_not_bend_the_line(prompt, new):
+    parts = make_parts("full", pairs=96, microbatch_tokens=1536, place=("cpu", torch.bfloat16))
+    data = replace(parts.config.data, max_prompt_length=prompt)
+    config = replace(parts.config, data=data, sampling=replace(parts.config.sampling, max_new_tokens=new))
+    largest, *_ = microbatches(longest_pairs(config, parts.policy, 96), parts.policy, 1536)
+    ledger = make_ledger(config, parts.policy, parts.optimizer, parts.engine)
+    assert ledger.activations == pytest.approx(_activations(parts.policy, largest), rel=0.02)
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")  # of a name of transformers that it is about to drop

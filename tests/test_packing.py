@@ -105,6 +105,23 @@ def test_repeat_puts_the_members_side_by_side(shared):
         assert torch.equal(twice.targets[first:last], batch.targets[wanted_first:wanted_last])
 
 
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+@pytest.mark.parametrize("multiple", [2, 7, 64])
+def test_a_row_that_is_filled_up_has_a_prompt_more_and_is_the_same_before_it(shapes, multiple):
+    pairs = [a_pair(i, *shape) for i, shape in enumerate(shapes)]
+    plain, filled = (pack_shared(pairs, device=CPU, multiple=m) for m in (1, multiple))
+    size = plain.input_ids.numel()
+    filling = -size % multiple
+    assert filled.input_ids.numel() == size + filling
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(getattr(filled, name)[:, :size], getattr(plain, name))
+    for name in ("rows", "targets", "cu_seqlens"):
+        assert torch.equal(getattr(filled, name), getattr(plain, name))
+    assert filled.position_ids[0, size:].tolist() == [*range(filling)]
+    assert filled.layout.lengths == (*plain.layout.lengths, *([(filling,)] if filling else []))
+    assert filled.num_tokens == plain.num_tokens
+
+
 def used(part, shared):
     batch = pack_shared(part, device=CPU) if shared else pack_apart(part, pad_id=PAD, device=CPU)
     return batch.input_ids.numel()

@@ -155,7 +155,7 @@ class HfEngine:
 
 
 def native_head(model: Any, head: Head | None) -> Head | None:
-    """The head if tokens can be drawn from hidden states: where a kernel for it is there and no rounding in the way."""
+    """The head if tokens can be drawn from hidden states: where there is a kernel, and the trunk takes a cache."""
     if head is None or not head.fused or model.device.type != "cpu" or model.dtype not in NATIVE_FLOATS:
         return None
     return head if has_native() and takes_cache(trunk_of(model)) else None

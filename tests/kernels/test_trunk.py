@@ -28,11 +28,13 @@ def test_in_bfloat16_they_round_as_the_twins_do(shape):
         kernels.append(gate_outcome(gated, shape, activation, dtype=torch.bfloat16, backend="native"))
         twins.append(gate_outcome(gated_reference, shape, activation, dtype=torch.bfloat16))
     assert ACTS[0] == "silu"
+    # results, and of silu the gradient that meets the rounded activation
+    alike = dict.fromkeys(range(len(NORMS)), (0,)) | {len(NORMS): (0, 2)}
     for i, (found, expected) in enumerate(zip(kernels, twins, strict=True)):
         assert all(x.dtype == torch.bfloat16 for x in found)
         assert worst(found, expected) <= 2**-7
-        if i <= len(NORMS):
-            assert int((found[0] != expected[0]).sum()) <= 0.01 * found[0].numel()
+        for part in alike.get(i, ()):
+            assert int((found[part] != expected[part]).sum()) <= 0.01 * found[part].numel()
 
 
 def test_halves_of_one_tensor_and_rows_that_lie_apart():
