@@ -50,7 +50,7 @@ inline Vec load(const BFloat16* p) {
   return out;
 }
 
-// As to_bfloat16.
+// As to_bfloat16, but the instruction takes what is below 2^-126 for 0.
 inline Halves to_halves(Vec v) {
   Halves halves;
 #if defined(__AVX512BF16__)
