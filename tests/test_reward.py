@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from fused_runs import fused_and_plain
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -19,7 +20,6 @@ from transformers import (
 )
 
 from bpo_fast.annotate.reward_model import RewardModel, RewardScorer
-from bpo_fast.fused_layers import fuse_layers_
 from bpo_fast.progress import Progress
 from bpo_fast.reward import RewardConfig, TextPair, calibration, measure, proportion, swap_answers, train_reward
 from bpo_fast.tokenizer import train_bpe
@@ -206,16 +206,11 @@ def test_checkpointed_layers_train_the_same_weights(tmp_path, data):
 
 
 def test_norms_and_gates_with_kernels_leave_the_losses_as_they_were(tmp_path, data, monkeypatch):
-    losses, nums = [], []
-    for fuse in (fuse_layers_, lambda model: 0):
+    def losses_of(i):
+        result = train_reward(settings(data, tmp_path / str(i), epochs=1), progress=QUIET)
+        return [epoch["train_loss"] for epoch in result["history"]]
 
-        def counted(model, fuse=fuse):
-            assert model.training, "or a dropout would be lost"
-            nums.append(fuse(model))
-
-        monkeypatch.setattr("bpo_fast.stages.fuse_layers_", counted)
-        result = train_reward(settings(data, tmp_path / str(len(nums)), epochs=1), progress=QUIET)
-        losses.append([epoch["train_loss"] for epoch in result["history"]])
+    losses, nums = fused_and_plain(monkeypatch, losses_of)
     assert nums == [7, 0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -5,6 +5,7 @@ import math
 import peft
 import pytest
 import torch
+from fused_runs import fused_and_plain
 from relative import worst_error
 from tokenizers import processors
 from transformers import (
@@ -16,7 +17,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from bpo_fast.fused_layers import fuse_layers_
 from bpo_fast.progress import Progress
 from bpo_fast.sft import Example, SftConfig, completion_nll, encode_examples, held_out_nll, pack_rows, train_sft
 from bpo_fast.stages import fit, length_batches, make_optimizer, plateau_epoch, scratch_config, split_by_prompt
@@ -211,16 +211,11 @@ def test_checkpointed_layers_train_the_same_weights(tmp_path, data):
 
 
 def test_norms_and_gates_with_kernels_leave_the_losses_as_they_were(tmp_path, data, monkeypatch):
-    losses, nums = [], []
-    for fuse in (fuse_layers_, lambda model: 0):
+    def losses_of(i):
+        result = train_sft(settings(data, tmp_path / str(i)), progress=QUIET)
+        return [epoch["train_loss"] for epoch in result["members"][0]["history"]]
 
-        def counted(model, fuse=fuse):
-            assert model.training, "or a dropout would be lost"
-            nums.append(fuse(model))
-
-        monkeypatch.setattr("bpo_fast.stages.fuse_layers_", counted)
-        result = train_sft(settings(data, tmp_path / str(len(nums))), progress=QUIET)
-        losses.append([epoch["train_loss"] for epoch in result["members"][0]["history"]])
+    losses, nums = fused_and_plain(monkeypatch, losses_of)
     assert nums == [7, 0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
