@@ -267,9 +267,9 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, *, in_place: bool) ->
 
 def _weight_of(linear: nn.Module) -> Callable[[], tuple[Tensor, Tensor | None]] | None:
     """What gives a layer's weight [out, in] and bias; None for a layer with a forward of its own."""
-    if type(linear).forward is nn.Linear.forward:
+    if isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward:
         return lambda: (linear.weight, linear.bias)
-    if type(linear).forward is Conv1D.forward:
+    if isinstance(linear, Conv1D) and type(linear).forward is Conv1D.forward:
         return lambda: (linear.weight.T, linear.bias)
     return None
 
