@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+ADAPTER_FILE = "adapter_config.json"
+_WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -158,20 +161,23 @@ class LoraEnsemble(nn.Module):
             "inference_mode": True,
         }
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, folder / _WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / ADAPTER_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def load_member(self, m: int, folder: str | Path) -> None:
         """Copies a PEFT adapter folder into member m.
 
         Raises:
-            ValueError: no adapter there, other layers, or another rank.
+            ValueError: no adapter there, one of another form, other layers, or another rank.
         """
-        path = Path(folder) / "adapter_model.safetensors"
+        path = Path(folder) / _WEIGHTS_FILE
         if not path.is_file():
-            raise ValueError(f"model.adapters = {folder}: no adapter_model.safetensors there")
-        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(path)
+            raise ValueError(f"model.adapters = {folder}: no {_WEIGHTS_FILE} there")
+        config = read_adapter_config(path.parent, f"model.adapters = {folder}")
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"model.adapters = {folder}: {_WEIGHTS_FILE} cannot be read: {error}") from None
         wanted = {f"{_PREFIX}{n}.lora_{letter}.weight" for n in self.names for letter in "AB"}
         if set(tensors) != wanted:
             odd = sorted(set(tensors) ^ wanted)[0]
@@ -272,6 +278,30 @@ def _weight_of(linear: nn.Module) -> Callable[[], tuple[Tensor, Tensor | None]] 
     if isinstance(linear, Conv1D) and type(linear).forward is Conv1D.forward:
         return lambda: (linear.weight.T, linear.bias)
     return None
+
+
+def read_adapter_config(folder: Path, named: str) -> dict[str, Any]:
+    """PEFT's description of the adapter in a folder: `r`, `lora_alpha` and what else it says.
+
+    Args:
+        folder: of the adapter.
+        named: how its user named it, for messages.
+
+    Raises:
+        ValueError: no description, or of deltas that are not all alpha / r B A.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{named}: {ADAPTER_FILE} cannot be read: {error}") from None
+    if not isinstance(config, dict) or not all(config.get(k) for k in ("r", "lora_alpha")):
+        raise ValueError(f"{named}: {ADAPTER_FILE} names no r or no lora_alpha")
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if config.get(key):
+            raise ValueError(
+                f"{named}: {key} in {ADAPTER_FILE} is not supported; merge the adapter into a model folder"
+            )
+    return config
 
 
 def find_linears(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Module]:

@@ -1,21 +1,19 @@
 """What a user names as a model: a run, a checkpoint of one, an adapter or model folder, or a Hub id."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.config import Config, ModelConfig
 from bpo_fast.engine import Engine
 from bpo_fast.loading import pick_device
+from bpo_fast.lora import ADAPTER_FILE, read_adapter_config
 from bpo_fast.policy import Policy, load_tokenizer
 from bpo_fast.run import saved_config
 from bpo_fast.setup import load_learner
 from bpo_fast.tasks import resolve
 
-ADAPTER_FILE = "adapter_config.json"
 NEITHER = f"not a model folder (no config.json), not an adapter (no {ADAPTER_FILE}) and not a run (no config.toml)"
 
 
@@ -77,14 +75,9 @@ def _form(source: str, config: Config) -> ModelConfig:
             raise ValueError(f"{source}: {NEITHER}")
         # one fresh adapter of rank 1 adds exactly nothing, and costs less than a second copy of all weights
         return dataclasses.replace(kept, path=str(path) if path.exists() else source, lora_r=1, lora_alpha=2.0)
-    adapter = _adapter(path / ADAPTER_FILE)
-    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
-        if adapter.get(key):
-            raise ValueError(
-                f"{source}: {key} in {ADAPTER_FILE} is not supported; merge the adapter into a model folder"
-            )
-    if not all(adapter.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha")):
-        raise ValueError(f"{source}: {ADAPTER_FILE} names no base model, r or lora_alpha")
+    adapter = read_adapter_config(path, source)
+    if not adapter.get("base_model_name_or_path"):
+        raise ValueError(f"{source}: {ADAPTER_FILE} names no base model")
     targets = adapter.get("target_modules")
     return dataclasses.replace(
         kept,
@@ -94,13 +87,3 @@ def _form(source: str, config: Config) -> ModelConfig:
         lora_alpha=float(adapter["lora_alpha"]),
         lora_targets=tuple(sorted({t.rpartition(".")[2] for t in targets})) if isinstance(targets, list) else (),
     )
-
-
-def _adapter(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return found

@@ -199,3 +199,32 @@ def test_errors_name_the_knob(tiny_model_dir, tmp_path):
     fewer = LoraEnsemble(model, num_members=1, r=4, alpha=4.0, targets=("q_proj",))
     with pytest.raises(ValueError, match=r"layers differ from model\.lora_targets"):
         fewer.load_member(0, tmp_path / "r4")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("use_rslora", True, "use_rslora in adapter_config.json is not supported; merge the adapter"),
+        ("alpha_pattern", {"q_proj": 2}, "alpha_pattern in adapter_config.json is not supported"),
+        ("lora_alpha", None, "adapter_config.json names no r or no lora_alpha"),
+    ],
+)
+def test_adapters_with_another_scale_are_refused(tiny_model_dir, tmp_path, key, value, said):
+    lora = ensemble(AutoModelForCausalLM.from_pretrained(tiny_model_dir), members=1)
+    lora.save(tmp_path, "base", member=0)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=said):
+        lora.load_member(0, tmp_path)
+
+
+def test_torn_adapters_are_named(tiny_model_dir, tmp_path):
+    lora = ensemble(AutoModelForCausalLM.from_pretrained(tiny_model_dir), members=1)
+    lora.save(tmp_path, "base", member=0)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"model\.adapters = .*adapter_model\.safetensors cannot be read"):
+        lora.load_member(0, tmp_path)
+    weights.with_name("adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"model\.adapters = .*adapter_config\.json cannot be read"):
+        lora.load_member(0, tmp_path)

@@ -70,13 +70,14 @@ def test_flags_are_stronger_than_the_settings_of_the_run(run, tiny_data, tmp_pat
 @pytest.fixture
 def sources(tmp_path, tiny_model_dir):
     """Folders by name, each with something wrong."""
-    for name in ("plain", "checkpoint-4", "run", "torn", "bare", "dora"):
+    for name in ("plain", "checkpoint-4", "run", "torn", "bare", "baseless", "dora"):
         (tmp_path / name).mkdir()
     (tmp_path / "run" / "config.toml").touch()
     adapter = {"base_model_name_or_path": str(tiny_model_dir), "r": 4, "lora_alpha": 8, "use_dora": True}
     (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
     (tmp_path / "torn" / "adapter_config.json").write_text('{"r": ', encoding="utf-8")
     (tmp_path / "bare" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "baseless" / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}', encoding="utf-8")
     (tmp_path / "file").touch()
     return tmp_path
 
@@ -87,8 +88,9 @@ def sources(tmp_path, tiny_model_dir):
         ("plain", "plain: not a model folder (no config.json), not an adapter (no adapter_config.json) and not a run"),
         ("checkpoint-4", "checkpoint-4: not a model folder (no config.json), not an adapter"),
         ("run", "run: no complete checkpoint there"),
-        ("torn", "torn/adapter_config.json: not JSON: Expecting value"),
-        ("bare", "bare: adapter_config.json names no base model, r or lora_alpha"),
+        ("torn", "torn: adapter_config.json cannot be read: Expecting value"),
+        ("bare", "bare: adapter_config.json names no r or no lora_alpha"),
+        ("baseless", "baseless: adapter_config.json names no base model"),
         ("dora", "dora: use_dora in adapter_config.json is not supported; merge the adapter into a model folder"),
         ("file", "file: not a model folder (no config.json)"),
     ],
