@@ -1,43 +1,67 @@
 #!/usr/bin/env bash
 # The GPU tests and benches: `bench/gpu_all.sh [PART...]`, tests, kernels, step, step-others, loop, sampling; all by default.
+# `first` is for a card at hand for a quarter of an hour: a little of every part, what matters most first.
 # A part is cut off after $PART_S seconds (540), so that a call with one part fits in 10 minutes; a bench of steps or loops
-# has written its rows until then. Results go to $OUT, or ./gpu-results.
+# has written its rows until then. Results go to ./gpu-results, and after every step as one archive to $OUT if it is set.
 # Needs the package with its extras `dev` (pytest) and `bench` (TRL, Liger and CCE, used where importable)
 # and, for the sampling engine and its tests, `vllm`: pip install -e '.[dev,bench,vllm]'. nvcc adds the native backend.
 # Where the package is not installed it runs from the tree.
 set -u
 cd "$(dirname "$0")/.."
-out=${OUT:-./gpu-results}
+out=gpu-results
 mkdir -p "$out"
 status=0
+all=(tests kernels step step-others loop sampling)
+main_shape=4096x2048x128256
 bpo=(bpo-fast)
 if ! command -v bpo-fast >/dev/null; then
   bpo=(python3 -m bpo_fast)
   export PYTHONPATH="$PWD:$PWD/kernels:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
 fi
-[ $# -gt 0 ] || set -- tests kernels step step-others loop sampling
+[ $# -gt 0 ] || set -- "${all[@]}"
 
 run() { # name, command...: the command's output to a file, its end to the screen; later ones run whatever happens
+  # $limit: seconds it may take, besides what is left of its part
   local name=$1 code=0 left=$((deadline - SECONDS))
   shift
-  echo "== $name: $*"
+  [ "${limit:-$left}" -ge "$left" ] || left=$limit
+  echo "== $name, $left s at most: $*"
   timeout $((left > 1 ? left : 1)) "$@" >"$out/$name.log" 2>&1 || code=$?
   tail -n 40 "$out/$name.log"
   echo "== $name: exit $code"
   [ "$code" -eq 0 ] || status=1
+  if [ -n "${OUT:-}" ]; then mkdir -p "$OUT" && tar -czf "$OUT/gpu-results.tgz" "$out"; fi
+}
+
+kernel_tests() { # compiling takes most of their time, so they share the cores
+  run gpu-tests python3 -m pytest -o addopts=-q -n "$(($(nproc) / 2 > 8 ? 8 : $(nproc) / 2 + 1))" -m gpu tests/gpu/test_kernels_gpu.py
+}
+
+engine_tests() { # they look at the memory of the whole card
+  run gpu-engine-tests python3 -m pytest -o addopts=-q -m gpu tests/gpu/test_engine_gpu.py
 }
 
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
 for part in "$@"; do
   deadline=$((SECONDS + ${PART_S:-540}))
   case $part in
+    first)
+      limit=150 kernel_tests
+      # --op forward times the mm ceilings first: in the inputs' type, and with the float32 output that Plan B needs
+      limit=80 run kernels "${bpo[@]}" bench kernels --op forward --op step --shapes "$main_shape" --json "$out/kernels.json"
+      limit=90 run step "${bpo[@]}" bench step --device cuda --lengths tldr --form full --form lora --rounds 2 --json "$out/step.json"
+      limit=60 engine_tests
+      limit=60 run sampling "${bpo[@]}" bench sampling --form full --rounds 2 --json "$out/sampling.json"
+      limit=60 run loop "${bpo[@]}" bench loop --device cuda --lengths helpfulness --form lora --rounds 1 --json "$out/loop.json"
+      run main-job "${bpo[@]}" train --task helpfulness --pairs 256 --device cuda --out "$out/run" # the path of a user
+      ;;
     tests)
-      run gpu-tests python3 -m pytest -o addopts=-q -m gpu tests/gpu # one process: the tests of memory want the card alone
+      kernel_tests
+      engine_tests
       run doctor "${bpo[@]}" doctor
       ;;
     kernels)
       run kernels-static "${bpo[@]}" bench kernels --static --quick --op pair_loss --json "$out/kernels-static.json"
-      # --op forward times the mm ceilings first: in the inputs' type, and with the float32 output that Plan B needs
       run kernels-forward "${bpo[@]}" bench kernels --op forward --json "$out/kernels-forward.json" --plot "$out/kernels-forward"
       run kernels-plan-a "${bpo[@]}" bench kernels --op forward --op step --head frozen --peers none --tile 128x256x64x4 --tile 128x256x64x2 \
         --tile 128x128x64x4 --tile 128x128x64x3 --tile 64x256x64x4 --json "$out/kernels-plan-a.json" --plot "$out/kernels-plan-a"
@@ -47,7 +71,7 @@ for part in "$@"; do
       run kernels-attention "${bpo[@]}" bench kernels --op attention --json "$out/kernels-attention.json" --plot "$out/kernels-attention"
       run kernels-trunk "${bpo[@]}" bench kernels --op norm --op gate --op adamw --json "$out/kernels-trunk.json" --plot "$out/kernels-trunk"
       run kernels-pair-loss "${bpo[@]}" bench kernels --op pair_loss --json "$out/kernels-pair-loss.json"
-      run kernels-gauss "${bpo[@]}" bench kernels --op step --data gauss --shapes 4096x2048x128256 --json "$out/kernels-gauss.json"
+      run kernels-gauss "${bpo[@]}" bench kernels --op step --data gauss --shapes "$main_shape" --json "$out/kernels-gauss.json"
       ;;
     step) # the 0.5B shape in bf16
       run step "${bpo[@]}" bench step --device cuda --lengths tldr --rounds 3 --compile --json "$out/step.json"
@@ -60,7 +84,7 @@ for part in "$@"; do
       ;;
     sampling) run sampling "${bpo[@]}" bench sampling --json "$out/sampling.json" ;;
     *)
-      echo "no part $part: tests, kernels, step, step-others, loop, sampling" >&2
+      echo "no part $part: first, ${all[*]}" >&2
       exit 2
       ;;
   esac
