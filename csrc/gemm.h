@@ -46,12 +46,11 @@ struct Tile {
     }
   }
   // One step along k: `a` has kRows words, so far apart.
-  template <int64_t kApart>
-  void add(const typename Op::Word* a, const typename Op::Word* b) {
+  void add(const typename Op::Word* a, int64_t apart, const typename Op::Word* b) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      sums[i][0] = Op::multiply_add(sums[i][0], a[i * kApart], b);
-      sums[i][1] = Op::multiply_add(sums[i][1], a[i * kApart], b + kLanes);
+      sums[i][0] = Op::multiply_add(sums[i][0], a[i * apart], b);
+      sums[i][1] = Op::multiply_add(sums[i][1], a[i * apart], b + kLanes);
     }
   }
   void write(float* c, int64_t ldc) const {
@@ -68,7 +67,7 @@ template <class Op>
 void tile(const typename Op::Word* a, const typename Op::Word* b, int64_t depth, float* c, int64_t ldc, bool accumulate) {
   Tile<Op> t;
   if (accumulate) t.read(c, ldc);
-  for (int64_t k = 0; k < depth; ++k) t.template add<1>(a + k * kRows, b + k * kPanel);
+  for (int64_t k = 0; k < depth; ++k) t.add(a + k * kRows, 1, b + k * kPanel);
   t.write(c, ldc);
 }
 
@@ -85,8 +84,22 @@ void tile_of_parts(const typename Op::Word* const* parts, int64_t count, int64_t
     const auto* a = parts[p] + from;
     for (int64_t k = 0; k < kWords; ++k, b += kPanel) {
       __builtin_prefetch(a + kRows * kWords + k * kLine);
-      t.template add<kWords>(a + k, b);
+      t.add(a + k, kWords, b);
     }
+  }
+  t.write(c, ldc);
+}
+
+// The same from rows of words where they stand, `stride` apart; k runs along them. What the tile below needs of them is asked
+// for on the way, if `ahead`.
+template <class Op>
+void tile_of_rows(const typename Op::Word* rows, int64_t stride, const typename Op::Word* b, int64_t depth, float* c, int64_t ldc,
+                  bool ahead) {
+  Tile<Op> t;
+  const auto* next = rows + kRows * stride;
+  for (int64_t k = 0; k < depth; ++k) {
+    if (ahead) __builtin_prefetch(next + k * kRows);
+    t.add(rows + k, stride, b + k * kPanel);
   }
   t.write(c, ldc);
 }
@@ -149,10 +162,14 @@ struct WordRows {
   int64_t stride;
 };
 template <class Op, class T>
+bool stand_as_words(const T* src, int64_t stride, int64_t width) {
+  const bool whole = width % Op::kPack == 0 && stride % Op::kPack == 0;
+  return std::is_same_v<T, typename Op::Number> && whole && reinterpret_cast<uintptr_t>(src) % sizeof(typename Op::Word) == 0;
+}
+template <class Op, class T>
 WordRows<typename Op::Word> word_rows(const T* src, int64_t stride, int64_t rows, int64_t width, typename Op::Word* room) {
   using Word = typename Op::Word;
-  const bool whole = width % Op::kPack == 0 && stride % Op::kPack == 0 && reinterpret_cast<uintptr_t>(src) % sizeof(Word) == 0;
-  if (std::is_same_v<T, typename Op::Number> && whole) return {reinterpret_cast<const Word*>(src), stride / Op::kPack};
+  if (stand_as_words<Op>(src, stride, width)) return {reinterpret_cast<const Word*>(src), stride / Op::kPack};
   const int64_t depth = (width + Op::kPack - 1) / Op::kPack;
   for (int64_t i = 0; i < rows; ++i) read_words<Op>(src + i * stride, width, room + i * depth);
   return {room, depth};

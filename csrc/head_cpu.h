@@ -202,33 +202,56 @@ void add_dx(const H& head, const typename H::Grads::Word* left, const typename H
   }
 }
 
-// The packed forms of one vocabulary block, and the scratch to make them and a panel's logits.
+// Whether the logits of so many panels are products of the head where it stands, which spares a pass over it. Not where rows of
+// a tile fall on the same sets of a first cache (8 ways of 4 KiB), as in heads of 4 KiB a row: a second panel would miss them.
+template <class H>
+bool stands_for_logits(const H& head, int64_t panels) {
+  int on_set[64] = {}, most = 0;
+  for (int64_t i = 0; i < kRows; ++i) {
+    const int64_t line = i * head.width * static_cast<int64_t>(sizeof(*head.weight)) / 64;
+    most = std::max(most, ++on_set[line % 64]);
+  }
+  return (panels == 1 || most < 8) && stand_as_words<typename H::Logits>(head.weight, head.width, head.width);
+}
+
+// One vocabulary block as the left operand of logits, of `panels` at most, and of dX; and the scratch for a panel's logits.
 template <class H>
 struct Block {
   using Along = typename H::Logits::Word;
   using Across = typename H::Grads::Word;
+  bool standing;
+  const Along* rows_standing = nullptr;
   Array<Along> along, row_words;
   Array<Across> across, lines, pairs;
   Buffer logits;
 
-  Block(const H& h, bool logits_too, bool dx)
-      : along(make_array<Along>(logits_too ? h.block() * h.row_words() : 0)),
-        row_words(make_array<Along>(logits_too ? kRows * h.row_words() : 0)),
+  Block(const H& h, int64_t panels, bool dx)
+      : standing(panels > 0 && stands_for_logits(h, panels)),
+        along(make_array<Along>(panels == 0 ? 0 : (standing ? kRows : h.block()) * h.row_words())),
+        row_words(make_array<Along>(panels == 0 ? 0 : kRows * h.row_words())),
         across(make_array<Across>(dx ? column_words<H>(h.block()) * h.padded_width() : 0)),
         lines(make_array<Across>(dx ? kLines * h.padded_width() : 0)),
         pairs(make_array<Across>(column_words<H>(h.block()) * kPanel)),
         logits(make_buffer((h.block() + 1) * kPanel)) {}
 
+  // Packs all rows or, where they stand, those past the last whole tile.
   void pack_logits(const H& h, int64_t first, int64_t rows) {
-    pack_along<typename H::Logits>(h.weight + first * h.width, h.width, rows, h.width, row_words.get(), along.get());
+    const auto* from = h.weight + first * h.width;
+    const int64_t whole = standing ? rows / kRows * kRows : 0;
+    if (standing) rows_standing = reinterpret_cast<const Along*>(from);
+    pack_along<typename H::Logits>(from + whole * h.width, h.width, rows - whole, h.width, row_words.get(), along.get());
   }
   void pack_dx(const H& h, int64_t first, int64_t rows) {
     pack_across<typename H::Grads>(h.weight + first * h.width, rows, h.width, lines.get(), across.get());
   }
-  // Raw products of the block with one panel of tokens, in `logits`.
-  void multiply(const H& h, const Along* tokens, int64_t rows) {
-    for (int64_t v = 0; v < rows; v += kRows)
-      tile<typename H::Logits>(along.get() + v * h.row_words(), tokens, h.row_words(), logits.get() + v * kPanel, kPanel, false);
+  // Raw products of the block with one panel of tokens, in `logits`; the `first` panel that meets the block waits for its rows.
+  void multiply(const H& h, const Along* tokens, int64_t rows, bool first) {
+    const int64_t words = h.row_words(), whole = standing ? rows / kRows * kRows : 0;
+    float* out = logits.get();
+    for (int64_t v = 0; v < whole; v += kRows, out += kRows * kPanel)
+      tile_of_rows<typename H::Logits>(rows_standing + v * words, words, tokens, words, out, kPanel, first);
+    for (int64_t v = 0; v < rows - whole; v += kRows, out += kRows * kPanel)
+      tile<typename H::Logits>(along.get() + v * words, tokens, words, out, kPanel, false);
   }
 };
 
@@ -253,7 +276,7 @@ struct Group {
         kept(e),
         x(make_array<Token>(n * h.row_words() * kPanel)),
         pull(make_buffer(dx ? n * h.padded_width() * kPanel : 0)),
-        block(h, true, dx),
+        block(h, n, dx),
         panels(n) {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = (first + i) * kPanel;
@@ -278,13 +301,14 @@ void write_dx(const H& head, int64_t row, float push, float factor, const float*
 // `tokens` are packed panels, `tops` and `sums` [blocks][lanes of all panels].
 template <class H>
 void block_masses(const H& head, const typename H::Logits::Word* tokens, int64_t begin, int64_t end, float* tops, float* sums) {
-  Block<H> block(head, true, false);
+  Block<H> block(head, head.num_panels(), false);
   const int64_t lanes = head.num_panels() * kPanel;
+  if (lanes == 0) return;
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = b * head.block(), rows = std::min(head.block(), head.vocab - first);
     block.pack_logits(head, first, rows);
     for (int64_t lane = 0; lane < lanes; lane += kPanel) {
-      block.multiply(head, tokens + lane * head.row_words(), rows);
+      block.multiply(head, tokens + lane * head.row_words(), rows, lane == 0);
       for (int half = 0; half < kPanel; half += kLanes) {
         float* z = block.logits.get() + half;
         Vec top = splat(-std::numeric_limits<float>::infinity()), sum{};
@@ -316,7 +340,7 @@ void sweep(Group<H>& g, const std::vector<int64_t>& which, Pass pass) {
     g.block.pack_logits(head, first, rows);
     if (dx) g.block.pack_dx(head, first, rows);
     for (int64_t i : which) {
-      g.block.multiply(head, g.x_panel(i), rows);
+      g.block.multiply(head, g.x_panel(i), rows, i == which.front());
       if (pass == Pass::kTop) {
         top_block(head, z, first, rows, g.panels[i]);
         continue;
@@ -413,7 +437,7 @@ void kept_dx_panels(const H& head, const Store<H>& kept, const float* factor, co
   const std::vector<int64_t> live = live_panels(head, factor, begin, end);
   const int64_t panel_size = head.padded_width() * kPanel;
   Buffer pull = make_buffer(live.size() * panel_size);
-  Block<H> block(head, false, true);
+  Block<H> block(head, 0, true);
   std::fill_n(pull.get(), live.size() * panel_size, 0.0f);
   for (int64_t first = 0; first < head.vocab && !live.empty(); first += head.block()) {
     const int64_t rows = std::min(head.block(), head.vocab - first);

@@ -176,16 +176,16 @@ void recompute_dw_blocks(const H& head, const std::vector<Panel>& panels, const 
                          Out* dw) {
   const int64_t step = recompute_block(head), count = panels.size();
   BlockSums<H, Out> sums(head, x, pushes, count, 0, step, fresh);
-  Block<H> scratch(head, true, false);
+  Block<H> scratch(head, count, false);
   auto kept = make_array<typename H::Kept>(count * step * kPanel);
   std::vector<const typename H::Grads::Word*> lying(count);
   for (int64_t i = 0; i < count; ++i) lying[i] = reinterpret_cast<const typename H::Grads::Word*>(&kept[i * step * kPanel]);
   float* z = scratch.logits.get();
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * step, rows = std::min(step, head.vocab - first);
-    scratch.pack_logits(head, first, rows);
+    if (count > 0) scratch.pack_logits(head, first, rows);
     for (int64_t i = 0; i < count; ++i) {
-      scratch.multiply(head, tokens + i * head.row_words() * kPanel, rows);
+      scratch.multiply(head, tokens + i * head.row_words() * kPanel, rows, i == 0);
       Panel local = panels[i];
       exp_block(head, z, first, rows, local);
       for (int64_t j = 0; j < rows * kPanel; ++j) assign(kept[i * step * kPanel + j], z[j]);

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -238,6 +239,31 @@ def test_native_rows_do_not_depend_on_their_neighbors():
     together = linear_token_logps(case.hidden, case.weight, case.targets, backend="native")
     order = torch.randperm(150)
     for part in (order[:1], order[:37], order[37:]):
+        alone = linear_token_logps(case.hidden[part], case.weight, case.targets[part], backend="native")
+        assert torch.equal(alone, together[part])
+
+
+@pytest.mark.parametrize("shape", [(70, 64, 225), (33, 34, 13), (5, 16, 14)])
+def test_a_head_that_has_to_be_packed_gives_the_bits_of_one_that_has_not(shape):
+    """Pairs of bfloat16 that do not begin at a word are packed."""
+    case = random_case(*shape, dtype=torch.bfloat16)
+    moved = torch.empty(case.weight.numel() + 1, dtype=torch.bfloat16)[1:].view_as(case.weight).copy_(case.weight)
+    assert (case.weight.data_ptr() % 4, moved.data_ptr() % 4) == (0, 2)
+    for mode in ("fused", "recompute"):
+        torch.manual_seed(1)
+        found = run(replace(case, weight=moved), "native", mode, frozen=mode == "fused")
+        torch.manual_seed(1)
+        for own, wanted in zip(found, run(case, "native", mode, frozen=mode == "fused"), strict=True):
+            assert own is wanted is None or torch.equal(own, wanted)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(1024, torch.float32), (2048, torch.bfloat16)])
+def test_rows_of_a_head_that_meet_in_the_cache(width, dtype):
+    """Of 4 KiB each: a single panel of tokens takes them where they stand, several pack them."""
+    case = random_case(70, width, 45, dtype=dtype)
+    together = linear_token_logps(case.hidden, case.weight, case.targets, backend="native")
+    assert float((together - answer(case, torch.ones(70)).logps).abs().max()) < 1e-4
+    for part in (slice(0, 7), slice(60, 70)):
         alone = linear_token_logps(case.hidden[part], case.weight, case.targets[part], backend="native")
         assert torch.equal(alone, together[part])
 
