@@ -44,6 +44,19 @@ def trained(tmp_path_factory, tiny_args):
     return done, folder / "runs" / "first"
 
 
+def test_a_process_of_the_command_keeps_less_code_unless_told_otherwise():
+    code = """import atexit, os, sys
+atexit.register(lambda: print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]))
+sys.argv = ["bpo-fast", "--help"]
+from bpo_fast.cli import main
+assert "torch" not in sys.modules, "what reads these numbers is imported later"
+main()"""
+    own = {k: v for k, v in os.environ.items() if k not in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")}
+    for told, kept in (({}, "128 128"), ({"LRU_CACHE_CAPACITY": "7"}, "128 7")):
+        done = subprocess.run([sys.executable, "-c", code], env=own | told, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == kept
+
+
 def lines_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
