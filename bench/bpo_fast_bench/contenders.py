@@ -100,7 +100,7 @@ class Options:
     dtype: str | None = None
     out: str | None = None
 
-    def row_form(self, form: str, **knobs: str) -> str:
+    def row_form(self, form: str, **knobs: object) -> str:
         """The form of a row, with the type where it is not the device's own, and with the knobs that are turned."""
         named = {} if self.dtype == DTYPES[self.device] else {"dtype": self.dtype}
         return ", ".join([form, *(f"{name} = {value}" for name, value in (named | knobs).items())])

@@ -3,7 +3,8 @@
 Same model, prompts, reward function, lengths and optimizer; both sample from the transformers model and its KV cache. A
 block is one phase: ours samples its prompts in one call and takes its steps on them; TRL samples anew at every step.
 Ours is measured as it is by default, with `method.ref_logps = sampler`, which needs no reference pass, and where all
-weights are trained with `optim.states = 8bit`.
+weights are trained with `optim.states = 8bit`. Longer phases, as those of a run with F = 2, sample more rows at once;
+TRL samples at every step whatever their length.
 """
 
 import json
@@ -78,9 +79,9 @@ def _measure(options: LoopOptions, lengths: str, form: str, folder: str) -> list
         members = FORMS[form] if who in OURS else min(1, FORMS[form])
         contenders[who] = options.contender("loop", who, lengths, members, folder)
     found = measure(contenders, options.rounds)
-    rows = []
+    rows, steps = [], {} if options.steps == LoopOptions.steps else {"steps": options.steps}
     for who in ours:
-        name = options.row_form(form, **{knob.partition(".")[2]: value for knob, value in OURS[who].items()})
+        name = options.row_form(form, **steps, **{knob.partition(".")[2]: value for knob, value in OURS[who].items()})
         rows.append(compare(found, who, options.peers, runs=max(1, FORMS[form]), lengths=lengths, form=name))
     return rows
 
