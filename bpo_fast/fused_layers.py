@@ -2,8 +2,7 @@
 
 Layers are known by their names, and what they compute by trying: a copy with random weights in float32, on random rows
 of several sizes, by its own forward and by each form of the kernel. A layer that no form matches stays as it is, such
-as one with another activation or a clamp. Sampling keeps a model's own layers (`torch.inference_mode`): the few rows of
-a decoding step leave nothing to gain.
+as one with another activation or a clamp.
 """
 
 import copy
@@ -35,16 +34,9 @@ def fuse_layers_(model: nn.Module) -> int:
             continue
         fused = _fused_norm(module) if _is_norm(module) else _fused_mlp(module) if _is_mlp(module) else None
         if fused:
-            module.forward = MethodType(_outside_sampling(fused, type(module).forward), module)
+            module.forward = MethodType(fused, module)
             num += 1
     return num
-
-
-def _outside_sampling(fused: Forward, own: Forward) -> Forward:
-    def forward(module: Any, x: Tensor) -> Tensor:
-        return own(module, x) if torch.is_inference_mode_enabled() else fused(module, x)
-
-    return forward
 
 
 def _is_norm(module: nn.Module) -> bool:

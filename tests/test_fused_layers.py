@@ -154,15 +154,6 @@ def test_weights_are_as_before_and_a_copy_is_a_model_of_its_own():
     assert torch.equal(other(ids).logits, expected)
 
 
-def test_sampling_keeps_the_models_own_layers():
-    model = make_model("Llama")
-    ids = torch.randint(2, 97, (1, 5))
-    with torch.inference_mode():
-        before = model(ids).logits
-        fuse_layers_(model)
-        assert torch.equal(model(ids).logits, before)
-
-
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_policy_has_them_unless_told_otherwise(tiny_model_dir, fused):
     form = ModelConfig(path=str(tiny_model_dir), lora_r=2, lora_alpha=4.0, fused_layers=fused)

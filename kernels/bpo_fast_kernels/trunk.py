@@ -60,8 +60,11 @@ def rms_norm(
     passes = _passes(backend, x)
     if passes is None or x.shape[-1] > passes.WIDEST:
         return rms_norm_reference(x, weight, eps, offset=offset, rounds_twice=rounds_twice)
+    form = (eps, offset, rounds_twice)
     with torch.cuda.device_of(x):
-        return _RmsNorm.apply(x, weight, (eps, offset, rounds_twice), passes)
+        if torch.is_grad_enabled():
+            return _RmsNorm.apply(x, weight, form, passes)
+        return passes.norm(_rows(x), weight.contiguous(), form)[0].view(x.shape)
 
 
 def gated_reference(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -92,7 +95,9 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str, *, backend: str
     if passes is None:
         return gated_reference(gate, up, activation)
     with torch.cuda.device_of(gate):
-        return _Gated.apply(gate, up, activation, passes)
+        if torch.is_grad_enabled():
+            return _Gated.apply(gate, up, activation, passes)
+        return passes.gating(_rows(gate), _rows(up), activation).view(gate.shape)
 
 
 def has_kernels(x: torch.Tensor) -> bool:

@@ -89,6 +89,19 @@ def test_a_gradient_of_a_gradient_is_refused():
         slope.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampling_has_the_bits_of_training(dtype):
+    x, weight = torch.randn(3, 5, 48).to(dtype), torch.randn(48).to(dtype)
+    halves = torch.randn(7, 2 * 33).to(dtype).chunk(2, -1)
+    trained = rms_norm(x.requires_grad_(), weight, 1e-6), gated(*halves, "silu")
+    with torch.inference_mode():
+        sampled = rms_norm(x, weight, 1e-6), gated(*halves, "silu")
+    assert trained[0].requires_grad
+    for own, wanted in zip(sampled, trained, strict=True):
+        assert not own.requires_grad
+        assert torch.equal(own, wanted)
+
+
 def test_a_frozen_weight_gets_no_gradient():
     x, weight = torch.randn(5, 9, requires_grad=True), torch.randn(9)
     rms_norm(x, weight, 1e-6).sum().backward()
