@@ -1,22 +1,55 @@
-// AdamW with moments of 8 bits, a block of 256 elements at a time; adamw_8bit.py says what the codes mean.
+// AdamW a block of 256 elements at a time, with moments of float32 or of 8 bits; adamw_8bit.py says what their codes mean.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 
-#include "simd.h"
+#include "words.h"
 
 namespace bpo {
 
-constexpr int64_t kCodeBlock = 256;
+constexpr int64_t kStepBlock = 256;
 
 // `rest` is 1 - beta, `kept` what weight decay leaves of a weight.
 struct AdamW {
-  float grad_scale, lr, rest1, beta2, rest2, eps, kept, correction1, correction2;
+  float grad_scale, lr, beta1, rest1, beta2, rest2, eps, kept, correction1, correction2;
+
+  // A weight after its step.
+  float step(float weight, float first, float second) const {
+    const float size = (std::sqrt(second / correction2) + eps) * correction1;
+    return weight * kept - lr * first / size;
+  }
+};
+
+// `num` weights; `rounded` gets them as bfloat16, unless it is null.
+template <class G>
+struct Weights {
+  float* weight;
+  const G* grad;
+  BFloat16* rounded;
+  int64_t num;
+
+  // The block from `at`, past its end zeros.
+  void gradient(int64_t at, float grad_scale, float (&out)[kStepBlock]) const {
+    for (int64_t i = 0; i < kStepBlock; i += kLanes) {
+      store(out + i, load_some(grad + at + i, std::clamp<int64_t>(num - at - i, 0, kLanes)) / grad_scale);
+    }
+  }
+  void round(int64_t at, int64_t size) const {
+    if (!rounded) return;
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const int64_t lanes = std::min<int64_t>(size - i, kLanes);
+      store_some(rounded + at + i, load_some(weight + at + i, lanes), lanes);
+    }
+  }
 };
 
 struct Moments {
+  float *first, *second;
+};
+
+struct CodedMoments {
   int8_t *first, *second;
   float *first_scale, *second_scale;
 };
@@ -34,7 +67,7 @@ inline float cube_root(float x) {
 
 inline float largest(const float* x) {
   Vec most{};
-  for (int64_t i = 0; i < kCodeBlock; i += kLanes) {
+  for (int64_t i = 0; i < kStepBlock; i += kLanes) {
     const Vec v = load(x + i), size = v < 0.0f ? -v : v;
     most = size > most ? size : most;
   }
@@ -46,32 +79,44 @@ inline float largest(const float* x) {
 // Ties go to even, as those of torch.round.
 inline float rounded(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
-inline void adamw_8bit(float* weight, const float* grad, Moments moments, const AdamW& form, int64_t num, int64_t begin,
-                       int64_t end) {
-  constexpr float kSmallest = 1.17549435e-38f;
-  alignas(64) float g[kCodeBlock], m[kCodeBlock], v[kCodeBlock];
+template <class G>
+void adamw(Weights<G> weights, Moments moments, const AdamW& form, int64_t begin, int64_t end) {
+  alignas(64) float g[kStepBlock];
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t at = block * kCodeBlock, size = std::min(kCodeBlock, num - at);
+    const int64_t at = block * kStepBlock, size = std::min(kStepBlock, weights.num - at);
+    weights.gradient(at, form.grad_scale, g);
+    float *__restrict w = weights.weight + at, *__restrict m = moments.first + at, *__restrict v = moments.second + at;
+    for (int64_t i = 0; i < size; ++i) {
+      m[i] = m[i] * form.beta1 + g[i] * form.rest1;
+      v[i] = v[i] * form.beta2 + form.rest2 * g[i] * g[i];
+      w[i] = form.step(w[i], m[i], v[i]);
+    }
+    weights.round(at, size);
+  }
+}
+
+template <class G>
+void adamw_8bit(Weights<G> weights, CodedMoments moments, const AdamW& form, int64_t begin, int64_t end) {
+  constexpr float kSmallest = 1.17549435e-38f;
+  alignas(64) float g[kStepBlock], m[kStepBlock], v[kStepBlock];
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t at = block * kStepBlock, size = std::min(kStepBlock, weights.num - at);
     int8_t *first = moments.first + at, *second = moments.second + at;
     const float first_scale = moments.first_scale[block], second_scale = moments.second_scale[block];
-    std::fill(g + size, g + kCodeBlock, 0.0f);
-    for (int64_t i = 0; i < size; ++i) g[i] = grad[at + i] / form.grad_scale;
-    for (int64_t i = 0; i < kCodeBlock; ++i) {
+    weights.gradient(at, form.grad_scale, g);
+    for (int64_t i = 0; i < kStepBlock; ++i) {
       const float a = static_cast<float>(first[i]) / 127.0f, b = static_cast<float>(second[i]) / 127.0f;
-      const float was = a * a * a * first_scale;
-      m[i] = was + (g[i] - was) * form.rest1;
+      m[i] = a * a * a * first_scale * form.beta1 + g[i] * form.rest1;
       v[i] = b * b * (b * b) * second_scale * form.beta2 + form.rest2 * g[i] * g[i];
     }
-    float* w = weight + at;
-    for (int64_t i = 0; i < size; ++i) {
-      const float step_size = (std::sqrt(v[i] / form.correction2) + form.eps) * form.correction1;
-      w[i] = w[i] * form.kept - form.lr * m[i] / step_size;
-    }
+    float* w = weights.weight + at;
+    for (int64_t i = 0; i < size; ++i) w[i] = form.step(w[i], m[i], v[i]);
+    weights.round(at, size);
     const float most = largest(m), most_squared = largest(v);
     moments.first_scale[block] = most;
     moments.second_scale[block] = most_squared;
     const float floor = std::max(most, kSmallest), floor_squared = std::max(most_squared, kSmallest);
-    for (int64_t i = 0; i < kCodeBlock; ++i) {
+    for (int64_t i = 0; i < kStepBlock; ++i) {
       const float code = rounded(cube_root(std::fabs(m[i]) / floor) * 127.0f);
       first[i] = static_cast<int8_t>(m[i] < 0.0f ? -code : code);
       second[i] = static_cast<int8_t>(rounded(std::sqrt(std::sqrt(v[i] / floor_squared)) * 127.0f));

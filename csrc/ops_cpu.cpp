@@ -384,16 +384,43 @@ void gated_backward(Tensor dout, Tensor gate, Tensor up, bool silu, Tensor dgate
   });
 }
 
-void adamw_8bit(Tensor weight, Tensor grad, Tensor first, Tensor first_scale, Tensor second, Tensor second_scale,
-                double grad_scale, double lr, double beta1, double beta2, double eps, double weight_decay, double correction1,
-                double correction2) {
-  const bpo::AdamW form{static_cast<float>(grad_scale), static_cast<float>(lr),           static_cast<float>(1.0 - beta1),
-                        static_cast<float>(beta2),      static_cast<float>(1.0 - beta2),  static_cast<float>(eps),
-                        static_cast<float>(1.0 - lr * weight_decay), static_cast<float>(correction1),
-                        static_cast<float>(correction2)};
-  const bpo::Moments moments{data<int8_t>(first), data<int8_t>(second), floats(first_scale), floats(second_scale)};
-  torch::stable::parallel_for(0, first.size(0), 64, [&](int64_t begin, int64_t end) {
-    bpo::adamw_8bit(floats(weight), floats(grad), moments, form, weight.numel(), begin, end);
+bpo::AdamW adamw_form(double grad_scale, double lr, double beta1, double beta2, double eps, double weight_decay,
+                      double correction1, double correction2) {
+  return {static_cast<float>(grad_scale),  static_cast<float>(lr),    static_cast<float>(beta1),
+          static_cast<float>(1.0 - beta1), static_cast<float>(beta2), static_cast<float>(1.0 - beta2),
+          static_cast<float>(eps),         static_cast<float>(1.0 - lr * weight_decay),
+          static_cast<float>(correction1), static_cast<float>(correction2)};
+}
+
+// Calls f with the weights that a step is of and with ranges of their blocks, in threads where there is work for them.
+template <class F>
+void over_weights(const Tensor& weight, const Tensor& grad, const std::optional<Tensor>& rounded, const F& f) {
+  with_type(grad, [&](auto zero) {
+    using G = decltype(zero);
+    const bpo::Weights<G> weights{floats(weight), static_cast<const G*>(grad.const_data_ptr()),
+                                  rounded ? data<bpo::BFloat16>(*rounded) : nullptr, weight.numel()};
+    torch::stable::parallel_for(0, (weights.num + bpo::kStepBlock - 1) / bpo::kStepBlock, 64,
+                                [&](int64_t begin, int64_t end) { f(weights, begin, end); });
+  });
+}
+
+// `rounded` is bfloat16.
+void adamw(Tensor weight, Tensor grad, std::optional<Tensor> rounded, Tensor first, Tensor second, double grad_scale, double lr,
+           double beta1, double beta2, double eps, double weight_decay, double correction1, double correction2) {
+  const auto form = adamw_form(grad_scale, lr, beta1, beta2, eps, weight_decay, correction1, correction2);
+  const bpo::Moments moments{floats(first), floats(second)};
+  over_weights(weight, grad, rounded, [&](const auto& weights, int64_t begin, int64_t end) {
+    bpo::adamw(weights, moments, form, begin, end);
+  });
+}
+
+void adamw_8bit(Tensor weight, Tensor grad, std::optional<Tensor> rounded, Tensor first, Tensor first_scale, Tensor second,
+                Tensor second_scale, double grad_scale, double lr, double beta1, double beta2, double eps, double weight_decay,
+                double correction1, double correction2) {
+  const auto form = adamw_form(grad_scale, lr, beta1, beta2, eps, weight_decay, correction1, correction2);
+  const bpo::CodedMoments moments{data<int8_t>(first), data<int8_t>(second), floats(first_scale), floats(second_scale)};
+  over_weights(weight, grad, rounded, [&](const auto& weights, int64_t begin, int64_t end) {
+    bpo::adamw_8bit(weights, moments, form, begin, end);
   });
 }
 
@@ -456,9 +483,12 @@ STABLE_TORCH_LIBRARY(bpo_fast_cpu, m) {
   m.def("gated(Tensor gate, Tensor up, bool silu, Tensor(a!) out) -> ()");
   m.def("gated_backward(Tensor dout, Tensor gate, Tensor up, bool silu, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
   m.def(
-      "adamw_8bit(Tensor(a!) weight, Tensor grad, Tensor(b!) first, Tensor(c!) first_scale, Tensor(d!) second, "
-      "Tensor(e!) second_scale, float grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "float correction1, float correction2) -> ()");
+      "adamw(Tensor(a!) weight, Tensor grad, Tensor(b!)? rounded, Tensor(c!) first, Tensor(d!) second, float grad_scale, "
+      "float lr, float beta1, float beta2, float eps, float weight_decay, float correction1, float correction2) -> ()");
+  m.def(
+      "adamw_8bit(Tensor(a!) weight, Tensor grad, Tensor(b!)? rounded, Tensor(c!) first, Tensor(d!) first_scale, "
+      "Tensor(e!) second, Tensor(f!) second_scale, float grad_scale, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, float correction1, float correction2) -> ()");
   m.def("mass_block(Tensor hidden, Tensor weight, bool narrow) -> int");
   m.def("has_pairs() -> bool");
   m.def("panel_lanes() -> int");
@@ -479,6 +509,7 @@ STABLE_TORCH_LIBRARY_IMPL(bpo_fast_cpu, CPU, m) {
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   m.impl("gated", TORCH_BOX(&gated));
   m.impl("gated_backward", TORCH_BOX(&gated_backward));
+  m.impl("adamw", TORCH_BOX(&adamw));
   m.impl("adamw_8bit", TORCH_BOX(&adamw_8bit));
   m.impl("mass_block", TORCH_BOX(&mass_block));
   m.impl("use_large_pages", TORCH_BOX(&use_large_pages));

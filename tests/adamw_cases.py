@@ -1,47 +1,101 @@
-"""Steps of AdamW in 8 bits, by a kernel or by its twin."""
+"""Steps of AdamW with either kind of moments, by a kernel or by its twin."""
+
+from dataclasses import dataclass
+from types import ModuleType
 
 import torch
-from bpo_fast_kernels.adamw_8bit import AdamW, new_state
+from bpo_fast_kernels import adamw, adamw_8bit
+from bpo_fast_kernels.adamw import AdamW
 
 SHAPES = [(1,), (255,), (256,), (3, 257), (5, 1, 211), (4, 1024), (0,)]
 FORM = AdamW(lr=1e-2, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1)
+OPERATORS = {"float32": (adamw, "adamw"), "8bit": (adamw_8bit, "adamw_8bit")}
 
 
-def trained(step, shape, *, steps=4, device="cpu", form=FORM, **options):
-    """(weight, state) after steps of gradients of unlike sizes, zeros among them."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    weight = torch.randn(shape, generator=generator).to(device)
-    state = new_state(weight)
-    for i in range(steps):
-        grad = torch.randn(shape, generator=generator) * 10.0 ** torch.randint(-6, 2, shape, generator=generator)
-        grad = grad.where(torch.rand(shape, generator=generator) > 0.1, 0.0).to(device)
-        scale = torch.tensor(1.0 + i, device=device)
-        step(weight, grad, state, form, grad_scale=scale, found_inf=torch.zeros((), device=device), **options)
-    return weight, state
+@dataclass(frozen=True)
+class Steps:
+    """An operator, by its kernels or by its twin, and what it steps on.
 
+    Attributes:
+        states: "float32" or "8bit".
+        dtype: of gradients; narrow ones have a narrow weight.
+        options: of the operator; None: the twin.
+    """
 
-def trained_with_a_nan(step, **options):
-    """(weight, state) after steps, one with a NaN among its gradients, whose weight alone is then NaN: here 0."""
-    weight, state = trained(step, (3, 257), **options)
-    for odd in (float("nan"), 1.0):
-        grad = torch.linspace(-1, 2, 771).view(3, 257)
-        grad[0, 9] = odd
-        step(weight, grad.to(weight.device), state, FORM, **options)
-    assert weight.isnan().nonzero().tolist() == [[0, 9]]
-    return weight.nan_to_num(0.0), state
+    states: str
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    form: AdamW = FORM
+    options: dict | None = None
+
+    @property
+    def module(self) -> ModuleType:
+        return OPERATORS[self.states][0]
+
+    def narrow(self, weight):
+        """NaN, of the type of gradients; None where that is float32."""
+        return None if self.dtype == torch.float32 else torch.full_like(weight, torch.nan, dtype=self.dtype)
+
+    def step(self, weight, grad, state, **scalars):
+        """One step, whose gradient comes in float32; a narrow weight of a state is "rounded" in it."""
+        module, name = OPERATORS[self.states]
+        step = getattr(module, f"{name}_" if self.options is not None else f"{name}_reference_")
+        own = {key: value for key, value in state.items() if key != "rounded"}
+        given = scalars | (self.options or {}) | {"rounded": state.get("rounded")}
+        step(weight, grad.to(self.device, self.dtype), own, self.form, **given)
+
+    def start(self, shape):
+        """(weight, state) before the first step."""
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(self.device)
+        narrow = self.narrow(weight)
+        return weight, self.module.new_state(weight) | ({} if narrow is None else {"rounded": narrow})
+
+    def trained(self, shape, num=4):
+        """(weight, state) after steps of gradients of unlike sizes, zeros among them."""
+        generator = torch.Generator().manual_seed(1 + sum(shape))
+        weight, state = self.start(shape)
+        for i in range(num):
+            grad = torch.randn(shape, generator=generator) * 10.0 ** torch.randint(-6, 2, shape, generator=generator)
+            grad = grad.where(torch.rand(shape, generator=generator) > 0.1, 0.0)
+            scale = torch.tensor(1.0 + i, device=self.device)
+            self.step(weight, grad, state, grad_scale=scale, found_inf=torch.zeros((), device=self.device))
+        return weight, state
+
+    def trained_with_a_nan(self):
+        """(weight, state) after steps, one with a NaN among its gradients: it stays with its element, 0 here."""
+        weight, state = self.trained((3, 257))
+        for odd in (float("nan"), 1.0):
+            grad = torch.linspace(-1, 2, 771).view(3, 257)
+            grad[0, 9] = odd
+            self.step(weight, grad, state)
+        tensors = [weight, *(t for t in state.values() if t.shape == weight.shape)]
+        assert all(t.isnan().nonzero().tolist() == [[0, 9]] for t in tensors)
+        for t in tensors:
+            t.nan_to_num_(0.0)
+        return weight, state
+
+    def unmoved_by_what_is_not_finite(self):
+        """Whether a step changes nothing where `found_inf` says so."""
+        weight, state = self.trained((700,))
+        tensors = [weight, *state.values()]
+        before = [t.clone() for t in tensors]
+        self.step(weight, torch.full((700,), torch.inf), state, found_inf=torch.ones((), device=self.device))
+        return all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
 def assert_alike(found, expected):
-    """Weights to rounding; codes to the tie of a rounding, which moves one by one."""
+    """Weights and moments to rounding; codes to the tie of a rounding, which moves one by one."""
     (weight, state), (wanted, wanted_state) = found, expected
     torch.testing.assert_close(weight.cpu(), wanted.cpu(), rtol=1e-5, atol=5e-5)
     assert state.keys() == wanted_state.keys()
     for name, tensor in wanted_state.items():
         own, tensor = state[name].cpu(), tensor.cpu()
         assert own.dtype == tensor.dtype, name
-        if tensor.dtype == torch.int8:
+        if name == "rounded":
+            assert torch.equal(own, weight.cpu().to(own.dtype))
+        elif tensor.dtype == torch.int8:
             off = (own.int() - tensor.int()).abs()
             assert off.numel() == 0 or off.max() <= 1, name
             assert int((off > 0).sum()) <= 2 + 0.01 * off.numel(), name
         else:
-            torch.testing.assert_close(own, tensor, rtol=1e-5, atol=0)
+            torch.testing.assert_close(own, tensor, rtol=1e-5, atol=1e-6 if name == "exp_avg" else 0)

@@ -1,5 +1,6 @@
 """Fused operators for preference training: sequence log-probs and the pair loss."""
 
+from bpo_fast_kernels.adamw import adamw_
 from bpo_fast_kernels.adamw_8bit import adamw_8bit_
 from bpo_fast_kernels.linear_draw import linear_draw
 from bpo_fast_kernels.linear_logps import linear_logps, linear_token_logps
@@ -11,6 +12,7 @@ from bpo_fast_kernels.trunk import gated, rms_norm
 __all__ = [
     "LowRank",
     "PairLoss",
+    "adamw_",
     "adamw_8bit_",
     "decoded_attention",
     "gated",

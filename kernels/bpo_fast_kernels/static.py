@@ -29,9 +29,10 @@ ARCHS = (80, 89, 90, 100)
 # Arguments that hold no address and no stride: nothing is known of their divisibility at run time.
 PLAIN = {"scale", "softcap", "slack", "limit", "beta", "smoothing", "vocab", "first", "num_tiles"}
 PLAIN |= {"num_rows", "num_slots", "num_pairs", "tile_cols", "eps", "offset"}
-PLAIN |= {"num", "lr", "beta2", "rest_first", "rest_second", "kept"}
+ADAMW = {"lr", "beta1", "beta2", "rest_first", "rest_second", "log_first", "log_second", "kept"}
+PLAIN |= {"num"} | ADAMW
 FLOATS = {"scale", "softcap", "slack", "limit", "beta", "smoothing", "eps", "offset"}
-FLOATS |= {"lr", "beta2", "rest_first", "rest_second", "kept"}
+FLOATS |= ADAMW
 POINTERS = {
     "targets": "*i64",
     "cu_seqlens": "*i32",
@@ -105,9 +106,10 @@ def builds(arch: int) -> Iterator[Build]:
             kernel = getattr(triton_live, f"{name}_kernel")
             yield Build(name + suffix, kernel, shape, warps, stages, float32=dtype == torch.float32)
     yield from _trunk()
-    forms = dict(triton_adamw.CONFIG)
-    warps = forms.pop("num_warps")
-    yield Build("adamw_8bit", triton_adamw.adamw_8bit_kernel, forms | {"HAS_SCALE": True, "HAS_INF": True}, warps)
+    for name, kernel in triton_adamw.KERNELS.items():
+        for suffix, narrow in (("", ("grad", "rounded")), ("_f32", ())):
+            forms = {"HAS_SCALE": True, "HAS_INF": True, "ROUNDS": bool(narrow)} | triton_adamw.SIZES[name]
+            yield Build(name + suffix, kernel, forms, triton_adamw.WARPS, narrow=narrow)
     for loss, number in triton_pair.LOSS_IDS.items():
         yield Build(f"pair_loss_{loss}", triton_pair.pair_loss_kernel, {"LOSS": number, "BLOCK": triton_pair.BLOCK})
 

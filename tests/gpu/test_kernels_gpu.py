@@ -8,9 +8,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from adamw_cases import FORM, assert_alike, trained, trained_with_a_nan
+from adamw_cases import OPERATORS, Steps, assert_alike
 from bpo_fast_kernels import (
-    adamw_8bit_,
     gated,
     linear_draw,
     linear_logps,
@@ -19,7 +18,6 @@ from bpo_fast_kernels import (
     pair_loss,
     rms_norm,
 )
-from bpo_fast_kernels.adamw_8bit import adamw_8bit_reference_, new_state
 from bpo_fast_kernels.linear_logps import linear_token_logps_reference, logits_reference
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
 from bpo_fast_kernels.pair_loss import pair_loss_reference
@@ -366,24 +364,35 @@ def test_norms_and_gates_repeat_bit_for_bit_and_wait_for_nothing():
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
+ADAMW_FORMS = [(states, dtype) for states in OPERATORS for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+ON_GPU = {"device": "cuda", "options": {"backend": "triton"}}
+
+
 @pytest.mark.parametrize("shape", [(1,), (257,), (3, 100_001), (4096, 1024)])
-def test_adamw_in_8_bits_is_that_of_the_twin(shape):
-    found = trained(adamw_8bit_, shape, device="cuda", backend="triton")
-    assert_alike(found, trained(adamw_8bit_reference_, shape))
+@pytest.mark.parametrize("form", ADAMW_FORMS, ids=str)
+def test_adamw_is_that_of_the_twin(shape, form):
+    assert_alike(Steps(*form, **ON_GPU).trained(shape), Steps(*form).trained(shape))
 
 
-def test_adamw_in_8_bits_leaves_a_nan_with_its_element():
-    found = trained_with_a_nan(adamw_8bit_, device="cuda", backend="triton")
-    assert_alike(found, trained_with_a_nan(adamw_8bit_reference_))
+@pytest.mark.parametrize("form", ADAMW_FORMS, ids=str)
+def test_adamw_leaves_a_nan_with_its_element(form):
+    assert_alike(Steps(*form, **ON_GPU).trained_with_a_nan(), Steps(*form).trained_with_a_nan())
 
 
-def test_adamw_in_8_bits_waits_for_nothing_and_holds_no_copies():
-    weight = torch.randn(2**26, device="cuda")
-    grad, state, one = torch.randn_like(weight), new_state(weight), torch.ones((), device="cuda")
+@pytest.mark.parametrize("form", ADAMW_FORMS, ids=str)
+def test_adamw_changes_nothing_where_a_gradient_is_not_finite(form):
+    assert Steps(*form, **ON_GPU).unmoved_by_what_is_not_finite()
+
+
+@pytest.mark.parametrize("form", ADAMW_FORMS, ids=str)
+def test_adamw_waits_for_nothing_and_holds_no_copies(form):
+    steps = Steps(*form, **ON_GPU)
+    weight, state = steps.start((2**26,))
+    grad, one = torch.randn_like(weight).to(steps.dtype), torch.ones((), device="cuda")
     for run in range(2):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with nothing_waits() if run else nullcontext():  # the first compiles
-            adamw_8bit_(weight, grad, state, FORM, grad_scale=one, found_inf=one - 1)
+            steps.step(weight, grad, state, grad_scale=one, found_inf=one - 1)
         assert torch.cuda.max_memory_allocated() - before < 2**20

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 import trunk_cases
 import watched
-from adamw_cases import FORM, assert_alike, trained, trained_with_a_nan
+from adamw_cases import FORM as ADAMW_FORM
+from adamw_cases import OPERATORS, Steps, assert_alike
 from adamw_cases import SHAPES as ADAMW_SHAPES
-from bpo_fast_kernels import adamw_8bit_, gated, linear_logps, linear_pair_loss, linear_token_logps, pair_loss, rms_norm
-from bpo_fast_kernels.adamw_8bit import adamw_8bit_reference_
+from bpo_fast_kernels import gated, linear_logps, linear_pair_loss, linear_token_logps, pair_loss, rms_norm
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
 from bpo_fast_kernels.pair_loss import pair_loss_reference
@@ -454,18 +454,36 @@ def test_halves_of_one_tensor():
     )
 
 
+TRITON = {"options": {"backend": "triton"}}
+FORMS_OF_ADAMW = [(states, dtype) for states in OPERATORS for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+
+
 @pytest.mark.parametrize("shape", ADAMW_SHAPES)
-def test_adamw_in_8_bits(shape):
-    assert_alike(trained(adamw_8bit_, shape, backend="triton"), trained(adamw_8bit_reference_, shape))
+@pytest.mark.parametrize("form", FORMS_OF_ADAMW, ids=str)
+def test_adamw(gpu_types, shape, form):
+    assert_alike(Steps(*form, **TRITON).trained(shape), Steps(*form).trained(shape))
 
 
-def test_adamw_in_8_bits_changes_nothing_where_a_gradient_is_not_finite():
-    weight, state = trained(adamw_8bit_, (700,), backend="triton")
-    before = [weight.clone(), *(tensor.clone() for tensor in state.values())]
-    adamw_8bit_(weight, torch.full_like(weight, float("inf")), state, FORM, found_inf=torch.ones(()), backend="triton")
-    assert all(torch.equal(a, b) for a, b in zip(before, [weight, *state.values()], strict=True))
+@pytest.mark.parametrize("states", OPERATORS)
+def test_adamw_divides_by_what_is_left_of_the_betas(states):
+    """A beta of 0, and counts of steps where 1 - beta^count is a series, and where it is a difference."""
+    for betas in ((0.0, 0.5), (0.9, 0.999), (0.3, 0.99999)):
+        form, found = replace(ADAMW_FORM, betas=betas), []
+        for options in ({}, TRITON):
+            steps = Steps(states, form=form, **options)
+            weight, state = steps.start((300,))
+            for count in (0, 3, 60, 900, 3e6):
+                state["step"].fill_(count)
+                steps.step(weight, torch.linspace(-1, 2, 300), state)
+            found.append((weight, state))
+        assert_alike(*found)
 
 
-def test_adamw_in_8_bits_leaves_a_nan_with_its_element():
-    found = trained_with_a_nan(adamw_8bit_, backend="triton")
-    assert_alike(found, trained_with_a_nan(adamw_8bit_reference_))
+@pytest.mark.parametrize("form", FORMS_OF_ADAMW, ids=str)
+def test_adamw_changes_nothing_where_a_gradient_is_not_finite(form):
+    assert Steps(*form, **TRITON).unmoved_by_what_is_not_finite()
+
+
+@pytest.mark.parametrize("form", FORMS_OF_ADAMW, ids=str)
+def test_adamw_leaves_a_nan_with_its_element(gpu_types, form):
+    assert_alike(Steps(*form, **TRITON).trained_with_a_nan(), Steps(*form).trained_with_a_nan())
