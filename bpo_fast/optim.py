@@ -13,9 +13,11 @@ import torch
 from bpo_fast_kernels.adamw_8bit import BLOCK
 from torch import Tensor, nn
 
-from bpo_fast.adamw8bit import AdamW8bit
+from bpo_fast.adamw import OnePassAdamW
 from bpo_fast.config import OptimConfig
 from bpo_fast.ranks import Ranks
+
+NORM_CUT = 2**18  # elements
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
@@ -53,6 +55,7 @@ class _Piece:
         master: the float32 tensor that is stepped. A copy where the weight is narrower (a bf16 weight swallows updates
             below 1/256 of its size) or moments live in host memory, else the elements themselves.
         is_copy: whether it is a copy.
+        rounds: whether a step reads the narrow gradient and, where that is contiguous, writes the narrow weight.
     """
 
     def __init__(self, parameter: nn.Parameter, bounds: list[int], rank: int, *, offload: bool):
@@ -60,11 +63,12 @@ class _Piece:
         self.start, self.stop = bounds[rank], bounds[rank + 1]
         assert self._is_whole or parameter.is_contiguous(), "its elements are a row"
         self.is_copy = offload or parameter.dtype != torch.float32
+        self.rounds = self.is_copy and not offload
         if offload:
             host = self.of(parameter.detach()).to("cpu", torch.float32, copy=True)
             self.master = nn.Parameter(host.pin_memory() if parameter.is_cuda else host)
         elif self.is_copy:
-            self.master = nn.Parameter(self.of(parameter.detach()).float())
+            self.master = nn.Parameter(self.of(parameter.detach()).float().contiguous())
         else:
             self.master = parameter if self._is_whole else nn.Parameter(self.of(parameter.detach()))
 
@@ -85,24 +89,30 @@ class _Piece:
             begin += part.numel()
         return torch.cat(found).view((-1, parts[0].shape[1]) if in_blocks else self.master.shape)
 
-    def take_gradient(self, scale: Tensor | None) -> None:
-        """Moves the parameter's gradient to the master, member m times scale[m]."""
+    def take_gradient(self, scale: Tensor | None) -> Tensor | None:
+        """What the master is to be stepped on, member m times scale[m]; its parameter, if another, forgets it."""
         grad = self.parameter.grad
         if grad is None:
-            return
+            return None
         if scale is not None:
             grad = grad.float().mul_(scale.view(-1, *[1] * (grad.dim() - 1)))
         if self.master is not self.parameter:
             self.parameter.grad = None
-        self.master.grad = self.of(grad).to(self.master.device, torch.float32)
+        return self.of(grad) if self.rounds else self.of(grad).to(self.master.device, torch.float32)
+
+    @property
+    def rounded(self) -> Tensor | None:
+        """What the master is rounded to by its step, if that does it."""
+        own = self.of(self.parameter.data)
+        return own if self.rounds and own.is_contiguous() else None
 
     def put(self) -> None:
-        """The master's values go to the parameter, and its gradient is forgotten."""
+        """The master's values are in the parameter after this, and its gradient is forgotten."""
         own = self.of(self.parameter.data)
-        if self.is_copy:
-            own.copy_(self.master)
-        else:
+        if not self.is_copy:
             assert own.data_ptr() == self.master.data_ptr(), "the parameter has moved since"
+        elif self.rounded is None:
+            own.copy_(self.master)
         if self.master is not self.parameter:
             self.master.grad = None
 
@@ -134,17 +144,20 @@ class Optimizer:
             _Piece(p, bounds, self._ranks.rank, offload=config.offload)
             for p, bounds in zip(parameters, self._bounds, strict=True)
         ]
-        masters = [piece.master for piece in self._pieces]
         options = {
             "lr": 0.0,
             "betas": (config.adam_beta1, config.adam_beta2),
             "eps": config.adam_epsilon,
             "weight_decay": config.weight_decay,
         }
-        if config.states == "8bit":
-            self._adamw: torch.optim.Optimizer = AdamW8bit(masters, **options)
-        else:
-            self._adamw = torch.optim.AdamW(masters, fused=True, **options)
+        # PyTorch's form steps many tensors in a launch, but only on gradients of their own type
+        alone = [config.states == "8bit" or piece.rounds for piece in self._pieces]
+        masters: dict[bool, list[Tensor]] = {True: [], False: []}
+        for piece, is_alone in zip(self._pieces, alone, strict=True):
+            masters[is_alone].append(piece.master)
+        self._one_pass = OnePassAdamW([{"params": masters[True]}], states=config.states, **options)
+        self._fused = torch.optim.AdamW([{"params": masters[False]}], fused=True, **options)
+        self._adamws = [self._one_pass if is_alone else self._fused for is_alone in alone]
 
     def num_bytes(self, device: torch.device) -> int:
         """Bytes of moments and masters on `device`, whether they are there already or come with the first step."""
@@ -154,11 +167,8 @@ class Optimizer:
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of all gradients on the device of the weights: as they come, or as they are applied if that is more."""
-        width = 0 if self._config.offload else 4
-        return sum(
-            max(width * p.master.numel(), p.parameter.numel() * p.parameter.element_size()) for p in self._pieces
-        )
+        """Bytes of all gradients on the device of the weights: they are applied as they come."""
+        return sum(p.nbytes for p in self._parameters)
 
     @torch.no_grad()
     def step(self, step: int, loss: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -179,20 +189,17 @@ class Optimizer:
         del grads  # each goes as soon as it is taken
         mean = norms.mean()
         finite = mean.isfinite() if loss is None else mean.isfinite() & loss.isfinite()
-        # the fused kernel divides by grad_scale and leaves everything as it is where found_inf is 1
-        self._adamw.found_inf = (~finite).float().to(stepped_on)
-        scale = None
+        scale = grad_scale = None
         if self._num_members:
             scale = (self._config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         else:
-            self._adamw.grad_scale = ((norms + 1e-6) / self._config.max_grad_norm).clamp(min=1.0)[0].to(stepped_on)
-        for piece in self._pieces:
-            piece.take_gradient(scale)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate(self._config, step, self._num_steps)
-        self._adamw.step()
-        for piece in self._pieces:
-            piece.put()
+            grad_scale = ((norms + 1e-6) / self._config.max_grad_norm).clamp(min=1.0)[0].to(stepped_on)
+        found_inf = (~finite).float().to(stepped_on)
+        for adamw in (self._one_pass, self._fused):
+            # both divide by grad_scale and leave everything as it is where found_inf is 1
+            adamw.grad_scale, adamw.found_inf = grad_scale, found_inf
+            adamw.param_groups[0]["lr"] = learning_rate(self._config, step, self._num_steps)
+        self._apply(scale)
         self._ranks.exchange_([p.data for p in self._parameters], self._bounds)
         return mean, finite
 
@@ -201,20 +208,30 @@ class Optimizer:
         for parameter in self._parameters:
             parameter.grad = None
 
+    def _apply(self, scale: Tensor | None) -> None:
+        """A step of all pieces; gradients in narrow types go one by one, as soon as they are applied."""
+        for piece, adamw in zip(self._pieces, self._adamws, strict=True):
+            grad = piece.take_gradient(scale)
+            if adamw is self._fused:
+                piece.master.grad = grad
+            elif grad is not None:
+                self._one_pass.step_on(piece.master, grad, piece.rounded)
+        self._fused.step()
+        for piece in self._pieces:
+            piece.put()
+
     def _norms(self, grads: list[Tensor]) -> Tensor:
         """[M] float32, or [1] for full fine-tuning."""
         if self._num_members:
             parts = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float32) for g in grads]
             return torch.stack(parts).square().sum(0).sqrt()
-        return torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])
-        ).view(1)
+        return torch.linalg.vector_norm(torch.stack([_norm(g) for g in grads])).view(1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments, step counts and masters of this rank's pieces, by the number of their parameter."""
         out: dict[str, Tensor] = {}
-        for i, piece in enumerate(self._pieces):
-            out |= {f"{i}.{k}": v.detach().contiguous() for k, v in self._adamw.state[piece.master].items()}
+        for i, (piece, adamw) in enumerate(zip(self._pieces, self._adamws, strict=True)):
+            out |= {f"{i}.{k}": v.detach().contiguous() for k, v in adamw.state[piece.master].items()}
             if piece.is_copy:
                 out[f"{i}.master"] = piece.master.detach().contiguous()
         return out
@@ -222,7 +239,7 @@ class Optimizer:
     @torch.no_grad()
     def load_state_dict(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Takes back the `state_dict` of every rank, of however many there were."""
-        for i, piece in enumerate(self._pieces):
+        for i, (piece, adamw) in enumerate(zip(self._pieces, self._adamws, strict=True)):
             master, own = piece.master, {}
             for name in [k.partition(".")[2] for k in states[0] if k.partition(".")[0] == str(i)]:
                 values = piece.found_in([state[f"{i}.{name}"] for state in states], name)
@@ -230,4 +247,12 @@ class Optimizer:
             if piece.is_copy:
                 master.copy_(own.pop("master"))
             if own:
-                self._adamw.state[master] = own
+                adamw.state[master] = own
+
+
+def _norm(grad: Tensor) -> Tensor:
+    """[] float32; PyTorch makes a float32 copy of a narrow tensor on a CPU, so it gets a cut of it at a time there."""
+    if grad.device.type != "cpu" or grad.dtype == torch.float32 or grad.numel() <= NORM_CUT:
+        return torch.linalg.vector_norm(grad, dtype=torch.float32)
+    cuts = grad.reshape(-1).split(NORM_CUT)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(cut, dtype=torch.float32) for cut in cuts]))

@@ -18,7 +18,7 @@ from bpo_fast.engine import SamplingParams, decode
 from bpo_fast.engine.decode import cache_bytes
 from bpo_fast.engine.hf import HfEngine
 from bpo_fast.gradients import microbatches, step_gradients
-from bpo_fast.memory import Ledger, _activations, longest_pairs, make_ledger
+from bpo_fast.memory import Ledger, _activations, _LiveBytes, longest_pairs, make_ledger
 from bpo_fast.types import Prompt
 
 
@@ -36,6 +36,23 @@ from bpo_fast.types import Prompt
 def test_predicted_and_measured_peaks_agree(form, options):
     found = peaks_of_steps(form, options)
     assert found["measured_gib"] == pytest.approx(found["predicted_gib"], rel=0.1)
+
+
+@pytest.mark.skipif(not has_native(), reason="no native kernels")
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+def test_a_step_of_bfloat16_weights_holds_what_is_predicted(states):
+    parts = make_parts("full", microbatch_tokens=1024, place=("cpu", torch.bfloat16), states=states)
+    ledger = make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
+    pairs = longest_pairs(parts.config, parts.policy, 8)
+    for step in range(2):  # moments come with the first
+        with _LiveBytes() as tensors:
+            sums = step_gradients(pairs, parts.policy, parts.config.method, max_tokens=1024)
+            parts.optimizer.step(step, sums["loss"])
+    assert ledger.num_microbatches == 2
+    assert tensors.peak == pytest.approx(ledger.training - ledger.optimizer, rel=0.1)
+    held = [parts.optimizer.state_dict(), *(p.grad for p in parts.policy.parameters())]
+    assert held[1:] == [None] * (len(held) - 1)
+    assert sum(t.nbytes for t in held[0].values()) == pytest.approx(ledger.optimizer, rel=0.01)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")

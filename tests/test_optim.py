@@ -9,8 +9,10 @@ import torch
 from bpo_fast_kernels.adamw_8bit import BLOCK
 from torch import nn
 
+from bpo_fast.attention import has_native
 from bpo_fast.config import OptimConfig
-from bpo_fast.optim import Optimizer, cut, learning_rate, state_bytes
+from bpo_fast.memory import _LiveBytes
+from bpo_fast.optim import Optimizer, _norm, cut, learning_rate, state_bytes
 from bpo_fast.ranks import Ranks
 
 CONFIG = dataclasses.replace(OptimConfig(), learning_rate=1e-2, max_grad_norm=0.5, weight_decay=0.1)
@@ -266,7 +268,7 @@ def test_each_rank_holds_its_part_of_the_moments():
         held = [o.num_bytes(device) for o in optimizers]
         assert sum(held) == state_bytes(CONFIG, num, 64_000)
         assert max(held) <= state_bytes(CONFIG, num, 64_000) / size + 12 * 2 * BLOCK
-        assert optimizers[-1].gradient_bytes <= (4 if size == 1 else 2) * 64_000 + 4 * 17
+        assert optimizers[-1].gradient_bytes == 2 * 64_000 + 4 * 17
 
 
 @pytest.mark.parametrize(("num", "size"), [(0, 3), (1, 2), (BLOCK, 2), (BLOCK + 1, 2), (5 * BLOCK, 4), (10**9, 7)])
@@ -278,7 +280,7 @@ def test_cuts_are_of_whole_blocks_and_like_sizes(num, size):
     assert all(0 <= b - a <= -(-num // (BLOCK * size)) * BLOCK for a, b in itertools.pairwise(bounds))
 
 
-def test_a_gradient_in_16_bits_goes_as_soon_as_it_is_taken(monkeypatch):
+def test_a_gradient_in_16_bits_goes_as_soon_as_it_is_applied(monkeypatch):
     parameters = [nn.Parameter(torch.ones(8, dtype=torch.bfloat16)) for _ in range(3)]
     optimizer = Optimizer(parameters, CONFIG, num_steps=1, num_members=None)
     alive = []
@@ -286,7 +288,81 @@ def test_a_gradient_in_16_bits_goes_as_soon_as_it_is_taken(monkeypatch):
         p.grad = torch.ones_like(p)
         alive.append(weakref.ref(p.grad))
     found = []
-    step = optimizer._adamw.step
-    monkeypatch.setattr(optimizer._adamw, "step", lambda: (found.append([r() for r in alive]), step()))
+    step = optimizer._one_pass.step_on
+
+    def watched(parameter, grad, rounded):
+        found.append([r() is not None for r in alive])
+        step(parameter, grad, rounded)
+
+    monkeypatch.setattr(optimizer._one_pass, "step_on", watched)
     optimizer.step(0)
-    assert found == [[None] * 3]
+    assert found == [[True] * 3, [False, True, True], [False, False, True]]
+
+
+@pytest.mark.skipif(not has_native(), reason="no native kernels")
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+def test_a_step_of_bfloat16_weights_makes_no_copies(states):
+    parameters = [nn.Parameter(torch.randn(300, 1000).bfloat16()) for _ in range(2)]
+    optimizer = Optimizer(parameters, dataclasses.replace(CONFIG, states=states), num_steps=3, num_members=None)
+    for step in range(2):  # the state comes with the first
+        for p in parameters:
+            p.grad = torch.randn(p.shape).bfloat16()
+        with _LiveBytes() as tensors:
+            optimizer.step(step)
+    assert 0 < tensors.peak < 1000
+    assert optimizer.gradient_bytes == 2 * 2 * 300_000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_go_on_from_those_of_pytorch_and_train_as_they_do(dtype):
+    """A float32 copy of each gradient, PyTorch's step, a narrow copy of each master: what checkpoints were made by."""
+    torch.manual_seed(0)
+    weights = [torch.randn(5, 300).to(dtype), torch.randn(40, 3).to(dtype).T, torch.randn(9)]
+    config = dataclasses.replace(CONFIG, max_grad_norm=1e9, schedule="constant")
+    masters = [nn.Parameter(w.float().contiguous()) for w in weights]
+    options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1}
+    adamw, optimizer = torch.optim.AdamW(masters, fused=True, **options), None
+    for step in range(8):
+        if step == 4:
+            for weight, master in zip(weights, masters, strict=True):
+                weight.copy_(master.detach())
+            parameters = [nn.Parameter(weight) for weight in weights]
+            optimizer = Optimizer(parameters, config, num_steps=8, num_members=None)
+            state = {f"{i}.{name}": value for i, m in enumerate(masters) for name, value in adamw.state[m].items()}
+            optimizer.load_state_dict([state | {f"{i}.master": masters[i] for i in (0, 1)}])
+        for i, (master, weight) in enumerate(zip(masters, weights, strict=True)):
+            grad = torch.randn(weight.shape).to(weight.dtype)
+            master.grad = grad.float()
+            if optimizer:
+                parameters[i].grad = grad.clone()
+        adamw.step()
+        if optimizer:
+            optimizer.step(step)
+    found = optimizer.state_dict()
+    for i, (master, parameter) in enumerate(zip(masters, parameters, strict=True)):
+        own = found.get(f"{i}.master", parameter.detach())
+        torch.testing.assert_close(own, master.detach(), rtol=1e-6, atol=1e-7)
+        assert torch.equal(parameter.detach(), own.to(parameter.dtype))
+        state = {name: found[f"{i}.{name}"] for name in adamw.state[master]}
+        assert len(state) + 1 == sum(name.startswith(f"{i}.") for name in found) + (i == 2)
+        for name, value in adamw.state[master].items():
+            torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_the_norm_of_a_narrow_gradient_is_taken_in_cuts(monkeypatch):
+    norm, sizes = torch.linalg.vector_norm, []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "vector_norm", lambda x, **options: sizes.append(len(x)) or norm(x, **options))
+        _norm(torch.zeros(2**20 + 1, dtype=torch.bfloat16))
+    assert sizes == [2**18] * 4 + [1, 5]
+    grad = torch.randn(3, 2**18 + 5) * torch.tensor([1.0, 100.0, 0.01])[:, None]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        narrow = grad.to(dtype)
+        found = [_norm(narrow) for _ in range(2)]
+        assert torch.equal(*found)
+        assert found[0].dtype == torch.float32
+        torch.testing.assert_close(found[0].double(), narrow.double().norm(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(_norm(narrow.T), found[0], rtol=1e-4, atol=0)
+    assert _norm(torch.zeros(0, dtype=torch.bfloat16)) == 0
+    grad[2, -1] = float("nan")
+    assert _norm(grad.bfloat16()).isnan()
