@@ -67,7 +67,6 @@ OURS = (*OUR_BACKENDS, "masked", "varlen")  # the last two through kernels of ot
 # 0.06 from 16 to 32, which averages out over a sequence only.
 OUR_GATE = {"value": 1e-4, "logp": 1e-4, "token": 5e-5, **dict.fromkeys(GRADS, 4e-3)}
 PEER_GATE = {"value": 3e-2, "logp": 1.2e-1, "token": 6e-2, **dict.fromkeys(GRADS, 5e-2)}
-FLOAT32 = ("pair_loss", "adamw")  # whatever the weights are
 CPU_SHAPES = ((1024, 256, 32000), (1024, 1024, 32000))
 GPU_SHAPES = ((4096, 2048, 128256), (4096, 4096, 128256))
 QUICK_SHAPES = ((128, 64, 4000),)
@@ -94,7 +93,7 @@ class KernelBench:
             none that is written in Triton.
         tiles: of Plan A, such as "128x256x64x4" (rows, vocabulary, depth, stages), beside its own; on a GPU.
         dtypes: of "float32", "bfloat16", "float16"; bfloat16 on a GPU and float32 and bfloat16 on a CPU if empty.
-            "pair_loss" and "adamw" take float32.
+            "pair_loss" takes float32, and "adamw" float32 and bfloat16 on a GPU, too, if empty.
         data: "peaked" or "gauss".
         pairs: pairs of "forward", "step" and "attention".
         json_path: where the measurements go.
@@ -129,9 +128,8 @@ def run(options: KernelBench) -> dict[str, Any]:
     if options.static:
         record["static"] = static_figures()
         write_json(record, options.json_path)
-    dtypes = options.dtypes or (("bfloat16",) if device.type == "cuda" else ("float32", "bfloat16"))
     for problem in problems(options, device):
-        for dtype in ("float32",) if problem.op in FLOAT32 else dtypes:
+        for dtype in dtypes_of(problem.op, options, device):
             record["problems"].append(measure(problem, dtype, device, options))
             write_json(record, options.json_path)
     if options.plot_path:
@@ -193,6 +191,14 @@ def problems(options: KernelBench, device: torch.device) -> list[AnyProblem]:
     return out
 
 
+def dtypes_of(op: str, options: KernelBench, device: torch.device) -> tuple[str, ...]:
+    """The types that an operation is measured in."""
+    if op == "pair_loss":
+        return ("float32",)
+    one = device.type == "cuda" and op != "adamw"
+    return options.dtypes or (("bfloat16",) if one else ("float32", "bfloat16"))
+
+
 def measure(problem: AnyProblem, dtype: str, device: torch.device, options: KernelBench) -> dict[str, Any]:
     """Gate, then time and weigh the implementations of one problem."""
     lengths = None
@@ -200,8 +206,8 @@ def measure(problem: AnyProblem, dtype: str, device: torch.device, options: Kern
         sets = attention_inputs(problem, device, DTYPES[dtype], 3)
         calls, want = attention_implementations(sets[0]), attention_answer(sets[0])
     elif isinstance(problem, AdamwProblem):
-        sets = adamw_inputs(problem, device, 3)
-        calls, want = adamw_implementations(device, peers=bool(options.peers)), adamw_answer(sets[0])
+        sets = adamw_inputs(problem, device, DTYPES[dtype], 3)
+        calls, want = adamw_implementations(sets[0], peers=bool(options.peers)), adamw_answer(sets[0])
     elif isinstance(problem, TrunkProblem):
         sets = trunk_inputs(problem, device, DTYPES[dtype], 3)
         calls, want = trunk_implementations(problem, sets[0], options.peers), trunk_answer(problem, sets[0])

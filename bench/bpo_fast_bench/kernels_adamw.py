@@ -1,8 +1,10 @@
-"""A step of AdamW in `bench kernels`: R rows of H weights in float32.
+"""A step of AdamW in `bench kernels`: R rows of H weights.
 
-"eager" is PyTorch's fused AdamW with moments of float32, which moves 28 bytes a weight; the others keep moments of 8
-bits and move 16. Every implementation steps weights of its own. What is compared with float64 is the first step, which
-is the same for all: no moment has been rounded by then.
+Of float32 weights "eager" is PyTorch's fused AdamW with moments of float32, which moves 28 bytes a weight; the others
+keep moments of 8 bits and move 16. Of narrow weights "eager" is that step with what it takes there, 40 bytes in all: a
+float32 copy of the gradient before and a narrow one of the float32 master after it; ours move 28 in a pass with moments
+of float32, and 16 with those of 8 bits (":8bit"). Every implementation steps weights of its own. What is compared with
+float64 is the first step, which is the same for all: no moment has been rounded by then.
 """
 
 import importlib
@@ -11,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from bpo_fast_kernels import adamw_8bit_
-from bpo_fast_kernels.adamw_8bit import AdamW, new_state
+from bpo_fast_kernels import adamw, adamw_8bit
+from bpo_fast_kernels.adamw import AdamW
+from bpo_fast_kernels.checks import NATIVE_FLOATS
 from torch import nn
 
 from bpo_fast_bench.kernels_impls import Implementation, Outcome
@@ -21,8 +24,10 @@ from bpo_fast_bench.kernels_trunk import TrunkProblem
 # a step as large as the weights: a wrong one is seen
 FORM = AdamW(lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
 OPTIONS = {"lr": FORM.lr, "betas": FORM.betas, "eps": FORM.eps, "weight_decay": FORM.weight_decay}
-BYTES = 16  # a weight, at least: gradient in, weight and two codes in and out
+BYTES = 16  # a weight, at least: gradient in, weight and two codes in and out, and a narrow weight's gradient and copy
+OPERATORS = {"": (adamw.adamw_, adamw.new_state), ":8bit": (adamw_8bit.adamw_8bit_, adamw_8bit.new_state)}
 PEERS = {"torchao": "torchao.optim", "bitsandbytes": "bitsandbytes.optim"}
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -39,29 +44,28 @@ class AdamwInputs:
     """One input set.
 
     Attributes:
-        weight, grad: [R, H] float32.
+        weight, grad: [R, H] float32, bfloat16 or float16.
     """
 
     weight: torch.Tensor
     grad: torch.Tensor
-    _own: dict[str, tuple[nn.Parameter, Callable[[], object]]] = field(default_factory=dict)
+    _own: dict[str, tuple[torch.Tensor, Step]] = field(default_factory=dict)
 
-    def step(self, name: str, make: Callable[[nn.Parameter], Callable[[], object]]) -> Outcome:
-        """A step by an implementation, of weights that its first call copies."""
+    def step(self, name: str, make: Callable[[torch.Tensor, torch.Tensor], Step]) -> Outcome:
+        """A step by an implementation, which its first call makes of (weights of its own, their gradient)."""
         if name not in self._own:
-            weight = nn.Parameter(self.weight.clone())
-            weight.grad = self.grad
-            self._own[name] = weight, make(weight)
+            weight = self.weight.clone()
+            self._own[name] = weight, make(weight, self.grad)
         weight, step = self._own[name]
         step()
-        return Outcome(weight.detach())
+        return Outcome(weight)
 
 
-def adamw_inputs(problem: AdamwProblem, device: torch.device, sets: int) -> list[AdamwInputs]:
+def adamw_inputs(problem: AdamwProblem, device: torch.device, dtype: torch.dtype, sets: int) -> list[AdamwInputs]:
     """Input sets with fixed seeds."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, problem.rows, problem.width)
-    return [AdamwInputs(*torch.randn(shape, generator=generator).to(device)) for _ in range(sets)]
+    return [AdamwInputs(*torch.randn(shape, generator=generator).to(device, dtype)) for _ in range(sets)]
 
 
 def adamw_answer(inputs: AdamwInputs) -> Outcome:
@@ -70,30 +74,58 @@ def adamw_answer(inputs: AdamwInputs) -> Outcome:
     return Outcome(weight * (1 - FORM.lr * FORM.weight_decay) - FORM.lr * grad / (grad.abs() + FORM.eps))
 
 
-def adamw_implementations(device: torch.device, peers: bool) -> dict[str, Implementation]:
+def adamw_implementations(like: AdamwInputs, peers: bool) -> dict[str, Implementation]:
     """PyTorch's, ours, and with `peers` those that are here: torchao's compiled one, bitsandbytes' on a GPU."""
-
-    def ours(backend: str) -> Implementation:
-        def make(weight: nn.Parameter) -> Callable[[], object]:
-            state = new_state(weight)
-            return lambda: adamw_8bit_(weight.data, weight.grad, state, FORM, backend=backend)
-
-        return lambda inputs: inputs.step(backend, make)
-
-    def eager(weight: nn.Parameter) -> Callable[[], object]:
-        return torch.optim.AdamW([weight], fused=True, **OPTIONS).step
-
-    def peer(name: str) -> Implementation:
-        def make(weight: nn.Parameter) -> Callable[[], object]:
-            return importlib.import_module(PEERS[name]).AdamW8bit([weight], **OPTIONS).step
-
-        return lambda inputs: inputs.step(name, make)
-
-    calls: dict[str, Implementation] = {"eager": lambda inputs: inputs.step("eager", eager)}
-    for backend in ("triton",) if device.type == "cuda" else ("native", "torch"):
-        calls[backend] = ours(backend)
-    known = ("torchao", "bitsandbytes") if device.type == "cuda" else ("torchao",)
-    for name in known if peers else ():
+    on_gpu, dtype = like.weight.is_cuda, like.weight.dtype
+    wide = dtype == torch.float32
+    makers = {"eager": _eager}
+    for backend in ("triton",) if on_gpu else ("native", "torch"):
+        if backend == "native" and dtype not in NATIVE_FLOATS:
+            continue
+        for end in (":8bit",) if wide else OPERATORS:
+            makers[backend if wide else backend + end] = _ours(backend, end)
+    known = ("torchao", "bitsandbytes") if on_gpu else ("torchao",)
+    for name in known if peers and wide else ():  # of narrow weights they keep no masters
         if importlib.util.find_spec(name) is not None:
-            calls[name] = peer(name)
-    return calls
+            makers[name] = _peer(name)
+
+    def call(name: str) -> Implementation:
+        return lambda inputs: inputs.step(name, makers[name])
+
+    return {name: call(name) for name in makers}
+
+
+def _eager(weight: torch.Tensor, grad: torch.Tensor) -> Step:
+    master = nn.Parameter(weight.float())  # themselves where they are float32
+    step = torch.optim.AdamW([master], fused=True, **OPTIONS).step
+    if weight.dtype == torch.float32:
+        master.grad = grad
+        return step
+
+    def around() -> None:
+        master.grad = grad.float()
+        step()
+        weight.copy_(master.detach())
+        master.grad = None
+
+    return around
+
+
+def _ours(backend: str, end: str) -> Callable[[torch.Tensor, torch.Tensor], Step]:
+    operator, new_state = OPERATORS[end]
+
+    def make(weight: torch.Tensor, grad: torch.Tensor) -> Step:
+        master = weight.float()
+        state, rounded = new_state(master), None if master is weight else weight
+        return lambda: operator(master, grad, state, FORM, rounded=rounded, backend=backend)
+
+    return make
+
+
+def _peer(name: str) -> Callable[[torch.Tensor, torch.Tensor], Step]:
+    def make(weight: torch.Tensor, grad: torch.Tensor) -> Step:
+        parameter = nn.Parameter(weight)
+        parameter.grad = grad
+        return importlib.import_module(PEERS[name]).AdamW8bit([parameter], **OPTIONS).step
+
+    return make

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bpo_fast_bench import kernels, kernels_adamw
 from bpo_fast_bench.kernels import KernelBench, gate, parse_shape, run, table
-from bpo_fast_bench.kernels_adamw import FORM, AdamwProblem
+from bpo_fast_bench.kernels_adamw import FORM, AdamwProblem, adamw_implementations, adamw_inputs
 from bpo_fast_bench.kernels_attention import (
     AttentionProblem,
     attention_answer,
@@ -62,13 +62,17 @@ def test_quick_run_writes_json_and_plots(tmp_path):
     labels = [problem["label"] for problem in record["problems"]]
     kinds = ["forward", "step frozen", "step trained", "behavior frozen", "behavior trained", "draw"]
     shapes = [f"{kind} T=64 H=16 V=500 {dtype}" for kind in kinds for dtype in ("float32", "bfloat16")]
-    kinds = ["attention 24/9 heads=2 P=2", "norm R=33 H=48", "gate R=33 H=48"]
+    kinds = ["attention 24/9 heads=2 P=2", "norm R=33 H=48", "gate R=33 H=48", "adamw R=33 H=48"]
     trunk = [f"{kind} {dtype}" for kind in kinds for dtype in ("float32", "bfloat16")]
-    assert labels == [*shapes, "pair_loss P=256", *trunk, "adamw R=33 H=48 float32"]
+    assert labels == [*shapes, "pair_loss P=256", *trunk]
     for problem in record["problems"]:
         rows, op = problem["implementations"], problem["problem"]["op"]
         if op == "pair_loss" or (op in ("attention", "norm", "gate") and problem["label"].endswith("bfloat16")):
             assert "native" in rows or op == "pair_loss"  # whose results are rounded to it
+            continue
+        if problem["label"] == "adamw R=33 H=48 bfloat16":
+            assert list(rows) == ["eager", "native", "native:8bit", "torch", "torch:8bit"]
+            assert all(row["passed"] for row in rows.values())
             continue
         others = {"attention": {"torch", "masked"}, "norm": set(), "gate": set(), "adamw": {"torch"}}
         others = others.get(op, {"torch", "mm"})
@@ -78,7 +82,7 @@ def test_quick_run_writes_json_and_plots(tmp_path):
         assert all(rows[name]["errors"][value] < 1e-4 for name in {"native", "torch"} & set(rows))
     text = table(record)
     assert all(label in text for label in labels)
-    assert (text.count("GB/s"), text.count("TFLOP/s")) == (5, len(labels) - 5)
+    assert (text.count("GB/s"), text.count("TFLOP/s")) == (6, len(labels) - 6)
     assert record["environment"]["threads"] == torch.get_num_threads()
 
 
@@ -355,20 +359,34 @@ def test_a_wrong_norm_or_gate_fails_its_gate(trunk, wrong):
 
 
 @pytest.mark.parametrize("wrong", [lambda form: {"lr": 2 * form.lr}, lambda form: {"weight_decay": 1.0}])
-def test_a_wrong_step_of_adamw_fails_its_gate(wrong, monkeypatch):
-    problem, options = AdamwProblem("adamw", 9, 40), KernelBench(quick=True, dtypes=("bfloat16",), peers=())
-    rows = kernels.measure(problem, "float32", torch.device("cpu"), options)["implementations"]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_step_of_adamw_fails_its_gate(wrong, dtype, monkeypatch):
+    problem, options = AdamwProblem("adamw", 9, 40), KernelBench(quick=True, peers=())
+    rows = kernels.measure(problem, dtype, torch.device("cpu"), options)["implementations"]
     assert all(row["passed"] for row in rows.values())
     assert rows["native"]["effective_gbps"] == 9 * 40 * 16 / rows["native"]["seconds"] / 1e9
     monkeypatch.setattr(kernels_adamw, "FORM", replace(FORM, **wrong(FORM)))
-    rows = kernels.measure(problem, "float32", torch.device("cpu"), options)["implementations"]
+    rows = kernels.measure(problem, dtype, torch.device("cpu"), options)["implementations"]
     assert not rows["eager"]["passed"], "which takes its numbers from elsewhere"
 
 
-def test_steps_of_adamw_are_in_float32_whatever_the_others_are(monkeypatch):
-    monkeypatch.setattr(kernels, "measure", lambda problem, dtype, device, options: (problem.op, dtype))
-    record = run(KernelBench(ops=("norm", "adamw"), quick=True, dtypes=("bfloat16", "float32")))
-    assert record["problems"] == [("norm", "bfloat16"), ("norm", "float32"), ("adamw", "float32")]
+def test_steps_of_adamw_are_in_both_types_on_a_gpu_too():
+    cpu, gpu, both = torch.device("cpu"), torch.device("cuda"), ("float32", "bfloat16")
+    found = {op: [kernels.dtypes_of(op, KernelBench(), device) for device in (cpu, gpu)] for op in kernels.OPS}
+    assert found.pop("pair_loss") == [("float32",)] * 2
+    assert found.pop("adamw") == [both] * 2
+    assert all(dtypes == [both, ("bfloat16",)] for dtypes in found.values())
+    assert kernels.dtypes_of("adamw", KernelBench(dtypes=("float16",)), cpu) == ("float16",)
+
+
+def test_steps_of_narrow_weights_by_pytorch_are_those_of_their_masters():
+    (inputs,) = adamw_inputs(AdamwProblem("adamw", 9, 40), torch.device("cpu"), torch.bfloat16, 1)
+    calls = adamw_implementations(inputs, peers=True)
+    for _ in range(4):
+        values = {name: call(inputs).values.clone() for name, call in calls.items()}
+    assert torch.equal(values["eager"], values["native"])
+    assert all(v.dtype == torch.bfloat16 for v in values.values())
+    assert not torch.equal(values["eager"], values["native:8bit"])
 
 
 def test_who_writes_into_inputs_gets_copies(trunk):
