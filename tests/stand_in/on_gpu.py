@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from bpo_fast_kernels import triton_adamw
 from memory_parts import make_parts
 from relative import relative_error
 from test_attention import EXACT, alone, make_model, make_pairs
@@ -28,6 +29,12 @@ from bpo_fast.policy import Policy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LORA = {"lora_r": 4, "lora_alpha": 8.0}
 FORM = {"full": {"full": True}, "lora": LORA, "members": LORA | {"members": 3}}
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """A program takes the interpreter 10 ms, whatever its size."""
+    monkeypatch.setitem(triton_adamw.SIZES["adamw"], "SIZE", 2**16)
 
 
 @contextmanager
