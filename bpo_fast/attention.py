@@ -31,7 +31,7 @@ SPANS = ("sliding_window", "attention_chunk_size", "floor_scale")
 TRIED_SPAN = 6  # tokens
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen, or the compiler of PyTorch 2.11 makes code anew for every number of groups
 class SharedPrompts:
     """Where the tokens of a packed row belong.
 

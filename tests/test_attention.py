@@ -78,12 +78,19 @@ class Tokens:
 
 
 def make_model(name, dtype=torch.float32, **changes):
+    skip_where_wrong(name)
     torch.manual_seed(0)
     config_class, extra = CONFIGS[name]
     config = getattr(transformers, config_class)(**SMALL | extra | changes)
     # some releases of transformers let SDPA drop a softcap
     options = {"attn_implementation": "eager"} if hasattr(config, "attn_logit_softcapping") else {}
     return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
+
+
+def skip_where_wrong(name):
+    """Leaves out models that transformers itself computes otherwise beside padding."""
+    if name == "doge-32" and transformers.__version__.startswith("5.17."):
+        pytest.skip("Doge of transformers 5.17 looks at padding")
 
 
 def make_pairs(lengths=LENGTHS):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from relative import relative_error
-from test_attention import CONFIGS, SMALL
+from test_attention import CONFIGS, SMALL, skip_where_wrong
 from transformers import AutoModelForCausalLM
 
 from bpo_fast.attention import NAME as SHARED_PROMPTS
@@ -36,6 +36,7 @@ ENDS = {*range(2, 30)}  # so many that rows end all the time
 
 
 def make_model(name, dtype=torch.float32, **changes):
+    skip_where_wrong(name)
     torch.manual_seed(0)
     kind, options = ALL[name]
     return AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options | changes), dtype=dtype).eval()
