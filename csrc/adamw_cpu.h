@@ -79,18 +79,22 @@ inline float largest(const float* x) {
 // Ties go to even, as those of torch.round.
 inline float rounded(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
+inline void step_block(float* __restrict w, float* __restrict m, float* __restrict v, const float* __restrict g, int64_t size,
+                       const AdamW& form) {
+  for (int64_t i = 0; i < size; ++i) {
+    m[i] = m[i] * form.beta1 + g[i] * form.rest1;
+    v[i] = v[i] * form.beta2 + form.rest2 * g[i] * g[i];
+    w[i] = form.step(w[i], m[i], v[i]);
+  }
+}
+
 template <class G>
 void adamw(Weights<G> weights, Moments moments, const AdamW& form, int64_t begin, int64_t end) {
   alignas(64) float g[kStepBlock];
   for (int64_t block = begin; block < end; ++block) {
     const int64_t at = block * kStepBlock, size = std::min(kStepBlock, weights.num - at);
     weights.gradient(at, form.grad_scale, g);
-    float *__restrict w = weights.weight + at, *__restrict m = moments.first + at, *__restrict v = moments.second + at;
-    for (int64_t i = 0; i < size; ++i) {
-      m[i] = m[i] * form.beta1 + g[i] * form.rest1;
-      v[i] = v[i] * form.beta2 + form.rest2 * g[i] * g[i];
-      w[i] = form.step(w[i], m[i], v[i]);
-    }
+    step_block(weights.weight + at, moments.first + at, moments.second + at, g, size, form);
     weights.round(at, size);
   }
 }
