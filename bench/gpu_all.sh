@@ -53,6 +53,7 @@ for part in "$@"; do
       limit=60 engine_tests
       limit=60 run sampling "${bpo[@]}" bench sampling --form full --rounds 2 --json "$out/sampling.json"
       limit=60 run loop "${bpo[@]}" bench loop --device cuda --lengths helpfulness --form lora --rounds 1 --json "$out/loop.json"
+      rm -rf "$out/run"
       run main-job "${bpo[@]}" train --task helpfulness --pairs 256 --device cuda --out "$out/run" # the path of a user
       ;;
     tests)
