@@ -52,8 +52,9 @@ class _Piece:
         offload: moments live in host memory.
 
     Attributes:
-        master: the float32 tensor that is stepped. A copy where the weight is narrower (a bf16 weight swallows updates
-            below 1/256 of its size) or moments live in host memory, else the elements themselves.
+        master: the float32 tensor that is stepped, contiguous. A copy where the weight is not, is narrower (a bf16
+            weight swallows updates below 1/256 of its size) or moments live in host memory, else the elements
+            themselves.
         is_copy: whether it is a copy.
         rounds: whether a step reads the narrow gradient and, where that is contiguous, writes the narrow weight.
     """
@@ -62,10 +63,10 @@ class _Piece:
         self.parameter, self._is_whole = parameter, len(bounds) == 2
         self.start, self.stop = bounds[rank], bounds[rank + 1]
         assert self._is_whole or parameter.is_contiguous(), "its elements are a row"
-        self.is_copy = offload or parameter.dtype != torch.float32
+        self.is_copy = offload or parameter.dtype != torch.float32 or not parameter.is_contiguous()
         self.rounds = self.is_copy and not offload
         if offload:
-            host = self.of(parameter.detach()).to("cpu", torch.float32, copy=True)
+            host = self.of(parameter.detach()).to("cpu", torch.float32, copy=True).contiguous()
             self.master = nn.Parameter(host.pin_memory() if parameter.is_cuda else host)
         elif self.is_copy:
             self.master = nn.Parameter(self.of(parameter.detach()).float().contiguous())

@@ -315,10 +315,13 @@ def test_a_step_of_bfloat16_weights_makes_no_copies(states):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masters_go_on_from_those_of_pytorch_and_train_as_they_do(dtype):
-    """A float32 copy of each gradient, PyTorch's step, a narrow copy of each master: what checkpoints were made by."""
+    """A float32 copy of each gradient, PyTorch's step, a narrow copy of each master: what checkpoints were made by.
+
+    Gradients of sizes that differ from step to step, so that it shows where they are not clipped.
+    """
     torch.manual_seed(0)
     weights = [torch.randn(5, 300).to(dtype), torch.randn(40, 3).to(dtype).T, torch.randn(9)]
-    config = dataclasses.replace(CONFIG, max_grad_norm=1e9, schedule="constant")
+    config = dataclasses.replace(CONFIG, max_grad_norm=30.0, schedule="constant")
     masters = [nn.Parameter(w.float().contiguous()) for w in weights]
     options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1}
     adamw, optimizer = torch.optim.AdamW(masters, fused=True, **options), None
@@ -331,10 +334,11 @@ def test_masters_go_on_from_those_of_pytorch_and_train_as_they_do(dtype):
             state = {f"{i}.{name}": value for i, m in enumerate(masters) for name, value in adamw.state[m].items()}
             optimizer.load_state_dict([state | {f"{i}.master": masters[i] for i in (0, 1)}])
         for i, (master, weight) in enumerate(zip(masters, weights, strict=True)):
-            grad = torch.randn(weight.shape).to(weight.dtype)
+            grad = (torch.randn(weight.shape) * 2.0 ** (step % 3)).to(weight.dtype)
             master.grad = grad.float()
             if optimizer:
                 parameters[i].grad = grad.clone()
+        torch.nn.utils.clip_grad_norm_(masters, 30.0)
         adamw.step()
         if optimizer:
             optimizer.step(step)
@@ -347,6 +351,27 @@ def test_masters_go_on_from_those_of_pytorch_and_train_as_they_do(dtype):
         assert len(state) + 1 == sum(name.startswith(f"{i}.") for name in found) + (i == 2)
         for name, value in adamw.state[master].items():
             torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_weights_that_are_not_contiguous_train_and_go_on_as_others(dtype, states, offload):
+    options = {"states": states, "offload": offload, "learning_rate": 0.1, "max_grad_norm": 1e9}
+    config = dataclasses.replace(CONFIG, **options)
+    start = torch.randn(40, 300).to(dtype)
+    weights = [nn.Parameter(w) for w in (start.clone(), start.T.clone().T)]
+    optimizers = [Optimizer([w], config, num_steps=6, num_members=None) for w in weights]
+    for step in range(4):
+        grad = torch.randn(40, 300).to(dtype)
+        for i, weight in enumerate(weights):
+            if step == 2:
+                state = {k: v.clone() for k, v in optimizers[i].state_dict().items()}
+                optimizers[i] = Optimizer([weight], config, num_steps=6, num_members=None)
+                optimizers[i].load_state_dict([state])
+            weight.grad = torch.empty_like(weight).copy_(grad)
+            optimizers[i].step(step)
+    torch.testing.assert_close(*(w.detach().float() for w in weights), rtol=1e-5, atol=1e-6)
 
 
 def test_the_norm_of_a_narrow_gradient_is_taken_in_cuts(monkeypatch):
