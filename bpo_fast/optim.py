@@ -99,7 +99,9 @@ class _Piece:
             grad = grad.float().mul_(scale.view(-1, *[1] * (grad.dim() - 1)))
         if self.master is not self.parameter:
             self.parameter.grad = None
-        return self.of(grad) if self.rounds else self.of(grad).to(self.master.device, torch.float32)
+        if self.rounds:
+            return self.of(grad)
+        return self.of(grad).to(self.master.device, torch.float32).contiguous()  # PyTorch's step takes no strides
 
     @property
     def rounded(self) -> Tensor | None:

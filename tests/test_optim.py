@@ -360,7 +360,7 @@ def test_weights_that_are_not_contiguous_train_and_go_on_as_others(dtype, states
     options = {"states": states, "offload": offload, "learning_rate": 0.1, "max_grad_norm": 1e9}
     config = dataclasses.replace(CONFIG, **options)
     start = torch.randn(40, 300).to(dtype)
-    weights = [nn.Parameter(w) for w in (start.clone(), start.T.clone().T)]
+    weights = [nn.Parameter(w) for w in (start.clone(), start.T.contiguous().T)]
     optimizers = [Optimizer([w], config, num_steps=6, num_members=None) for w in weights]
     for step in range(4):
         grad = torch.randn(40, 300).to(dtype)
