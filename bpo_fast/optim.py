@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from bpo_fast_kernels.adamw_8bit import BLOCK
+from bpo_fast_kernels.trunk import has_kernels
 from torch import Tensor, nn
 
 from bpo_fast.adamw import OnePassAdamW
@@ -56,7 +57,8 @@ class _Piece:
             weight swallows updates below 1/256 of its size) or moments live in host memory, else the elements
             themselves.
         is_copy: whether it is a copy.
-        rounds: whether a step reads the narrow gradient and, where that is contiguous, writes the narrow weight.
+        rounds: whether a step, by a kernel, reads the narrow gradient and, where that is contiguous, writes the narrow
+            weight.
     """
 
     def __init__(self, parameter: nn.Parameter, bounds: list[int], rank: int, *, offload: bool):
@@ -64,7 +66,7 @@ class _Piece:
         self.start, self.stop = bounds[rank], bounds[rank + 1]
         assert self._is_whole or parameter.is_contiguous(), "its elements are a row"
         self.is_copy = offload or parameter.dtype != torch.float32 or not parameter.is_contiguous()
-        self.rounds = self.is_copy and not offload
+        self.rounds = self.is_copy and not offload and has_kernels(parameter)
         if offload:
             host = self.of(parameter.detach()).to("cpu", torch.float32, copy=True).contiguous()
             self.master = nn.Parameter(host.pin_memory() if parameter.is_cuda else host)
@@ -170,8 +172,12 @@ class Optimizer:
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of all gradients on the device of the weights: they are applied as they come."""
-        return sum(p.nbytes for p in self._parameters)
+        """Bytes of all gradients on the device of the weights: as they come, or as they are applied if that is more."""
+        converted = [p.is_copy and not p.rounds and not self._config.offload for p in self._pieces]
+        return sum(
+            max(p.parameter.nbytes, 4 * p.master.numel() * float32)
+            for p, float32 in zip(self._pieces, converted, strict=True)
+        )
 
     @torch.no_grad()
     def step(self, step: int, loss: Tensor | None = None) -> tuple[Tensor, Tensor]:

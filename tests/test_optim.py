@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from bpo_fast_kernels import adamw as kernels
 from bpo_fast_kernels.adamw_8bit import BLOCK
 from torch import nn
 
@@ -372,6 +373,22 @@ def test_weights_that_are_not_contiguous_train_and_go_on_as_others(dtype, states
             weight.grad = torch.empty_like(weight).copy_(grad)
             optimizers[i].step(step)
     torch.testing.assert_close(*(w.detach().float() for w in weights), rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_kernel_masters_take_the_step_of_pytorch(monkeypatch):
+    """float16 on a CPU; the twin of the kernel would hold several float32 copies."""
+
+    def refuse(*args):
+        raise AssertionError("the twin")
+
+    monkeypatch.setattr(kernels, "take_reference_", refuse)
+    weight = nn.Parameter(torch.randn(40, 300).half())
+    before, config = weight.detach().clone(), dataclasses.replace(CONFIG, learning_rate=0.1)
+    optimizer = Optimizer([weight], config, num_steps=2, num_members=None)
+    assert optimizer.gradient_bytes == 4 * weight.numel()
+    weight.grad = torch.randn(40, 300).half()
+    optimizer.step(0)
+    assert not torch.equal(weight, before)
 
 
 def test_the_norm_of_a_narrow_gradient_is_taken_in_cuts(monkeypatch):
