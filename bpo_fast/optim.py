@@ -173,10 +173,9 @@ class Optimizer:
     @property
     def gradient_bytes(self) -> int:
         """Bytes of all gradients on the device of the weights: as they come, or as they are applied if that is more."""
-        converted = [p.is_copy and not p.rounds and not self._config.offload for p in self._pieces]
+        width = 0 if self._config.offload else 4
         return sum(
-            max(p.parameter.nbytes, 4 * p.master.numel() * float32)
-            for p, float32 in zip(self._pieces, converted, strict=True)
+            p.parameter.nbytes if p.rounds else max(width * p.master.numel(), p.parameter.nbytes) for p in self._pieces
         )
 
     @torch.no_grad()

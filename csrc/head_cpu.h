@@ -219,16 +219,17 @@ template <class H>
 struct Block {
   using Along = typename H::Logits::Word;
   using Across = typename H::Grads::Word;
-  bool standing;
+  bool meets_tokens, standing;
   const Along* rows_standing = nullptr;
   Array<Along> along, row_words;
   Array<Across> across, lines, pairs;
   Buffer logits;
 
   Block(const H& h, int64_t panels, bool dx)
-      : standing(panels > 0 && stands_for_logits(h, panels)),
-        along(make_array<Along>(panels == 0 ? 0 : (standing ? kRows : h.block()) * h.row_words())),
-        row_words(make_array<Along>(panels == 0 ? 0 : kRows * h.row_words())),
+      : meets_tokens(panels > 0),
+        standing(meets_tokens && stands_for_logits(h, panels)),
+        along(make_array<Along>(meets_tokens ? (standing ? kRows : h.block()) * h.row_words() : 0)),
+        row_words(make_array<Along>(meets_tokens ? kRows * h.row_words() : 0)),
         across(make_array<Across>(dx ? column_words<H>(h.block()) * h.padded_width() : 0)),
         lines(make_array<Across>(dx ? kLines * h.padded_width() : 0)),
         pairs(make_array<Across>(column_words<H>(h.block()) * kPanel)),
@@ -236,6 +237,7 @@ struct Block {
 
   // Packs all rows or, where they stand, those past the last whole tile.
   void pack_logits(const H& h, int64_t first, int64_t rows) {
+    if (!meets_tokens) return;
     const auto* from = h.weight + first * h.width;
     const int64_t whole = standing ? rows / kRows * kRows : 0;
     if (standing) rows_standing = reinterpret_cast<const Along*>(from);
@@ -303,7 +305,6 @@ template <class H>
 void block_masses(const H& head, const typename H::Logits::Word* tokens, int64_t begin, int64_t end, float* tops, float* sums) {
   Block<H> block(head, head.num_panels(), false);
   const int64_t lanes = head.num_panels() * kPanel;
-  if (lanes == 0) return;
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = b * head.block(), rows = std::min(head.block(), head.vocab - first);
     block.pack_logits(head, first, rows);

@@ -183,7 +183,7 @@ void recompute_dw_blocks(const H& head, const std::vector<Panel>& panels, const 
   float* z = scratch.logits.get();
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * step, rows = std::min(step, head.vocab - first);
-    if (count > 0) scratch.pack_logits(head, first, rows);
+    scratch.pack_logits(head, first, rows);
     for (int64_t i = 0; i < count; ++i) {
       scratch.multiply(head, tokens + i * head.row_words() * kPanel, rows, i == 0);
       Panel local = panels[i];

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from bpo_fast_kernels import adamw, adamw_8bit
 from bpo_fast_kernels.adamw import AdamW
 from bpo_fast_kernels.checks import NATIVE_FLOATS
 from torch import nn
 
+from bpo_fast.adamw import KINDS
 from bpo_fast_bench.kernels_impls import Implementation, Outcome
 from bpo_fast_bench.kernels_trunk import TrunkProblem
 
@@ -25,7 +25,7 @@ from bpo_fast_bench.kernels_trunk import TrunkProblem
 FORM = AdamW(lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
 OPTIONS = {"lr": FORM.lr, "betas": FORM.betas, "eps": FORM.eps, "weight_decay": FORM.weight_decay}
 BYTES = 16  # a weight, at least: gradient in, weight and two codes in and out, and a narrow weight's gradient and copy
-OPERATORS = {"": (adamw.adamw_, adamw.new_state), ":8bit": (adamw_8bit.adamw_8bit_, adamw_8bit.new_state)}
+OPERATORS = {"": KINDS["float32"], ":8bit": KINDS["8bit"]}
 PEERS = {"torchao": "torchao.optim", "bitsandbytes": "bitsandbytes.optim"}
 Step = Callable[[], object]
 
