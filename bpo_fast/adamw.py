@@ -17,7 +17,7 @@ class OnePassAdamW(torch.optim.Optimizer):
     """As torch.optim.AdamW, `grad_scale` and `found_inf` of its fused form included, but a tensor at a time.
 
     Args:
-        params: float32 tensors, or a group of them.
+        params: float32 tensors, or groups of them.
         states: "float32", which torch.optim.AdamW keeps too, or "8bit".
         lr, betas, eps, weight_decay: of AdamW.
     """
@@ -37,6 +37,7 @@ class OnePassAdamW(torch.optim.Optimizer):
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._step_, self._new_state = KINDS[states]
+        self._group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
 
     @torch.no_grad()
     def step_on(self, parameter: Tensor, grad: Tensor, rounded: Tensor | None = None) -> None:
@@ -47,7 +48,7 @@ class OnePassAdamW(torch.optim.Optimizer):
             grad: float32, bfloat16 or float16.
             rounded: bfloat16 or float16. what the parameter is a copy of; gets its new values.
         """
-        (group,) = self.param_groups
+        group = self._group_of[parameter]
         form = adamw.AdamW(*(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
         state, scalars = self.state[parameter], {"grad_scale": self.grad_scale, "found_inf": self.found_inf}
         if not state:

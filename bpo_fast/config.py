@@ -159,7 +159,7 @@ class OptimConfig:
     adam_beta1: float = knob(0.9, "first-moment decay", ge=0, le=0.9999)
     adam_beta2: float = knob(0.999, "second-moment decay", ge=0, le=0.99999)
     adam_epsilon: float = knob(1e-6, "AdamW epsilon", gt=0)
-    weight_decay: float = knob(0.0, "decoupled weight decay", ge=0)
+    weight_decay: float = knob(0.0, "decoupled weight decay of the matrices", ge=0)
     max_grad_norm: float = knob(1.0, "clip by global norm, of each member alone", gt=0)
     states: str = knob("float32", "moments of AdamW; 8bit takes a quarter of the memory", choices=("float32", "8bit"))
     offload: bool = knob(False, "keep moments and float32 masters in host memory and step there")

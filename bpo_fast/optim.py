@@ -8,6 +8,7 @@ each steps its own piece of every tensor and gets the others' (the first stage o
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from bpo_fast_kernels.adamw_8bit import BLOCK
@@ -123,7 +124,7 @@ class _Piece:
 
 
 class Optimizer:
-    """Trains the parameters of a policy.
+    """Trains the parameters of a policy; weights decay in matrices only, not in norms and biases.
 
     Args:
         parameters: tensors in training; with `num_members`, members are their dimension 0.
@@ -157,11 +158,15 @@ class Optimizer:
         }
         # PyTorch's form steps many tensors in a launch, but only on gradients of their own type
         alone = [config.states == "8bit" or piece.rounds for piece in self._pieces]
-        masters: dict[bool, list[Tensor]] = {True: [], False: []}
+        groups: dict[bool, list[dict[str, Any]]] = {
+            is_alone: [{"params": []}, {"params": [], "weight_decay": 0.0}]
+            for is_alone in (True, False)
+        }
         for piece, is_alone in zip(self._pieces, alone, strict=True):
-            masters[is_alone].append(piece.master)
-        self._one_pass = OnePassAdamW([{"params": masters[True]}], states=config.states, **options)
-        self._fused = torch.optim.AdamW([{"params": masters[False]}], fused=True, **options)
+            num_dims = piece.parameter.dim() - bool(num_members)
+            groups[is_alone][num_dims < 2]["params"].append(piece.master)
+        self._one_pass = OnePassAdamW(groups[True], states=config.states, **options)
+        self._fused = torch.optim.AdamW(groups[False], fused=True, **options)
         self._adamws = [self._one_pass if is_alone else self._fused for is_alone in alone]
 
     def num_bytes(self, device: torch.device) -> int:
@@ -206,7 +211,8 @@ class Optimizer:
         for adamw in (self._one_pass, self._fused):
             # both divide by grad_scale and leave everything as it is where found_inf is 1
             adamw.grad_scale, adamw.found_inf = grad_scale, found_inf
-            adamw.param_groups[0]["lr"] = learning_rate(self._config, step, self._num_steps)
+            for group in adamw.param_groups:
+                group["lr"] = learning_rate(self._config, step, self._num_steps)
         self._apply(scale)
         self._ranks.exchange_([p.data for p in self._parameters], self._bounds)
         return mean, finite

@@ -36,8 +36,9 @@ def set_grads(parameters, step):
 def test_stacked_members_train_as_separate_optimizers():
     parameters = stacked(3)
     singles = [[nn.Parameter(p[m].detach().clone()) for p in parameters] for m in range(3)]
-    options = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1}
-    adamws = [torch.optim.AdamW(s, **options) for s in singles]
+    options = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-6}
+    decays = [[{"params": [p], "weight_decay": 0.1 * (p.dim() > 1)} for p in s] for s in singles]
+    adamws = [torch.optim.AdamW(groups, **options) for groups in decays]
     optimizer = Optimizer(parameters, CONFIG, num_steps=10, num_members=3)
     for step in range(10):
         set_grads(parameters, step)
@@ -45,7 +46,8 @@ def test_stacked_members_train_as_separate_optimizers():
             for p, q in zip(parameters, single, strict=True):
                 q.grad = p.grad[m].clone()
             torch.nn.utils.clip_grad_norm_(single, 0.5)
-            adamw.param_groups[0]["lr"] = 1e-2 * (1 - step / 10)
+            for group in adamw.param_groups:
+                group["lr"] = 1e-2 * (1 - step / 10)
             adamw.step()
         norm, finite = optimizer.step(step)
         assert finite
@@ -62,6 +64,18 @@ def test_full_fine_tuning_clips_all_tensors_together():
     norm = float(optimizer.step(0)[0])
     assert norm == pytest.approx((3 * 4 + 4 * 9) ** 0.5)
     assert parameters[0].grad[0] == pytest.approx(2.0 * 0.5 / norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_decay_in_matrices_only(dtype, states):
+    matrix, norm = (nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((4, 3), (3,)))
+    config = dataclasses.replace(CONFIG, learning_rate=1.0, weight_decay=0.5, schedule="constant", states=states)
+    optimizer = Optimizer([matrix, norm], config, num_steps=1, num_members=None)
+    matrix.grad, norm.grad = torch.zeros_like(matrix), torch.zeros_like(norm)
+    optimizer.step(0)
+    assert (matrix == 0.5).all()
+    assert (norm == 1).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

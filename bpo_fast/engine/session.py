@@ -39,6 +39,7 @@ _open: "Session | None" = None
 with preserved(ENVIRON):
     import pydantic
     import vllm
+    from vllm import envs
     from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
     from vllm.model_executor.models import ModelRegistry
     from vllm.platforms import current_platform
@@ -276,6 +277,7 @@ def _start(
     # all that the processes of its workers can load is what lies in memory they map, too
     handing_over = handed_over(loader.checkpoint_weights(model)) if num_workers > 1 else nullcontext()
     with preserved(environ), preserved_class(type(model.base_model)), quiet, handing_over as handover:
+        envs.disable_envs_cache()  # an engine before this one has left its variables there
         _import_architecture(model)
         if on_gpu and device.index is not None:  # "cuda" is the current one
             torch.cuda.set_device(device)

@@ -21,6 +21,9 @@ class WorkerProcesses(MultiprocExecutor):
 
     def _init_executor(self) -> None:
         _open.add(self)
+        # vLLM leaves the sockets that it talks to its workers by where it has made them
+        self._sockets = tempfile.TemporaryDirectory(prefix="bpo-fast-", dir=os.environ.get("VLLM_RPC_BASE_PATH"))
+        os.environ["VLLM_RPC_BASE_PATH"] = self._sockets.name
         seen = os.environ["VLLM_LOGGING_LEVEL"] != "ERROR"
         with tempfile.TemporaryFile() as output:
             try:
@@ -36,6 +39,11 @@ class WorkerProcesses(MultiprocExecutor):
         if self.is_failed:
             raise RuntimeError("sampling.tensor_parallel: a worker process of vLLM has died")
         return super().collective_rpc(*args, **options)
+
+    def shutdown(self) -> None:
+        """vLLM's."""
+        super().shutdown()
+        self._sockets.cleanup()
 
 
 def options(num_workers: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def test_copies_follow_full_fine_tuning_and_nothing_of_the_process_changes(llama
     import bpo_fast.engine.vllm  # noqa: F401
 
     before, in_memory = state(), set(SHARED_MEMORY.iterdir())
+    in_temporary = set(Path(tempfile.gettempdir()).iterdir())
     policy, engine, [line] = open_saying(llama_dir, model__full=True)
     try:
         assert "weights copied at every refresh (vLLM's 2 workers are processes of their own)" in line
@@ -64,6 +66,7 @@ def test_copies_follow_full_fine_tuning_and_nothing_of_the_process_changes(llama
         assert after_start[name] == after_sampling[name] == after_close[name] == value, name
     assert not multiprocessing.active_children()
     assert set(SHARED_MEMORY.iterdir()) <= in_memory
+    assert not [path for path in set(Path(tempfile.gettempdir()).iterdir()) - in_temporary if path.is_socket()]
     out, err = capfd.readouterr()
     assert [line for line in (out + err).splitlines() if line.strip() and "Loading weights" not in line] == []
 
