@@ -34,7 +34,7 @@ run() { # name, command...: the command's output to a file, its end to the scree
 }
 
 kernel_tests() { # compiling takes most of their time, so they share the cores
-  run gpu-tests python3 -m pytest -o addopts=-q -n "$(($(nproc) / 2 > 8 ? 8 : $(nproc) / 2 + 1))" -m gpu tests/gpu/test_kernels_gpu.py
+  run gpu-tests python3 -m pytest -o addopts=-q -n "$(($(nproc) / 2 > 8 ? 8 : $(nproc) / 2 + 1))" -m gpu tests/gpu/test_kernels_gpu.py tests/gpu/test_stages_gpu.py
 }
 
 engine_tests() { # they look at the memory of the whole card

@@ -10,10 +10,11 @@ from functools import partial
 import torch
 
 from bpo_fast.annotate import Checked
+from bpo_fast.batches import TokenBudget
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, sampling_params
 from bpo_fast.evaluate import prompt_tokens, shape
-from bpo_fast.gradients import TokenBudget, microbatches
+from bpo_fast.gradients import microbatches
 from bpo_fast.pairs import PairCounts, PhasePairs, both_from_row, both_row, make_pairs
 from bpo_fast.plan import Phase, deal
 from bpo_fast.policy import Policy

@@ -9,8 +9,8 @@ from bpo_fast.config import Config
 from bpo_fast.gradients import step_gradients
 from bpo_fast.memory import GIB, Ledger, longest_pair_tokens, longest_pairs, make_ledger, step_share, token_budget
 from bpo_fast.progress import Progress
-from bpo_fast.ranks import Ranks, check_devices
-from bpo_fast.setup import Parts, build
+from bpo_fast.ranks import Ranks
+from bpo_fast.setup import Parts, build, devices_of
 from bpo_fast.tasks import resolve
 
 
@@ -27,7 +27,7 @@ def dry_run(config: Config, *, from_pairs: str | None = None, quiet: bool = Fals
     """
     with Progress(quiet=quiet) as progress:
         config = resolve(config)
-        check_devices(config)
+        devices_of(config).check()
         parts = build(config, progress, from_pairs=from_pairs, ranks=_OneOf(config.run.devices))
         plan = parts.plan
         out: dict[str, Any] = {"steps": plan.num_steps, "phases": len(plan.phases), "pairs": plan.num_prompts}

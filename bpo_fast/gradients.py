@@ -1,36 +1,28 @@
 """The gradients of one optimizer step: pairs in micro-batches of all members at once, summed over the step.
 
-The micro-batch budget is the one piece of state: when a GPU runs out of memory the budget is halved, once, and the work
-is done again from its beginning, so that no pair is lost and none counts twice.
+They begin anew with every call: where memory runs out on the way, a second call with smaller micro-batches loses no
+pair and counts none twice.
 """
 
-import gc
-import logging
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from bpo_fast_kernels import PairLoss
 from torch import Tensor
 
+from bpo_fast.batches import suitable_tokens
 from bpo_fast.config import MethodConfig, OptimConfig
 from bpo_fast.engine import request_seed
 from bpo_fast.packing import PairBatch, split
 from bpo_fast.policy import Policy
-from bpo_fast.ranks import Ranks
+from bpo_fast.ranks import Ranks, sum_gradients
 from bpo_fast.types import Pair
-
-log = logging.getLogger(__name__)
-Result = TypeVar("Result")
-
-
-# tokens of a micro-batch; on a CPU more of them gain next to nothing, and cost memory
-GPU_TOKENS, CPU_TOKENS = 8192, 1536
 
 
 def microbatch_tokens(config: OptimConfig, device: torch.device, longest: int) -> int:
     """`optim.microbatch_tokens`, or what suits the device if that is 0: enough for the longest pair of all members."""
-    return config.microbatch_tokens or max(CPU_TOKENS if device.type == "cpu" else GPU_TOKENS, longest)
+    return config.microbatch_tokens or suitable_tokens(device, longest)
 
 
 # what a step reports of each pair
@@ -38,47 +30,6 @@ MEASURED = (
     *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
     *("logps/chosen", "logps/rejected"),
 )
-
-
-class TokenBudget:
-    """Tokens of a micro-batch, halved at most once.
-
-    Args:
-        tokens: the limit, all members counted.
-        longest: of the longest pair, below which the limit never falls.
-    """
-
-    def __init__(self, tokens: int, *, longest: int = 1):
-        self.tokens, self._longest = tokens, longest
-        self._halved = tokens <= longest
-
-    def run(self, work: Callable[[int], Result]) -> Result:
-        """`work(tokens)`, and once more with half of them if memory runs out.
-
-        Raises:
-            RuntimeError: out of memory with half the budget too, or where the longest pair takes all of it.
-        """
-        try:
-            return work(self.tokens)
-        except torch.OutOfMemoryError as error:
-            if self._halved:
-                raise RuntimeError(self._advice(error)) from error
-            self._halved, self.tokens = True, max(self.tokens // 2, self._longest)
-            reason = str(error).split("\n")[0]
-        # outside of the handler, whose traceback keeps the activations alive
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        log.warning("out of memory (%s): optim.microbatch_tokens is %d from here on", reason, self.tokens)
-        try:
-            return work(self.tokens)
-        except torch.OutOfMemoryError as error:
-            raise RuntimeError(self._advice(error)) from error
-
-    def _advice(self, error: Exception) -> str:
-        reason = str(error).split("\n")[0]
-        all_of_it = ", which one pair at the limits of length takes," if self.tokens <= self._longest else ""
-        return f"out of memory with optim.microbatch_tokens = {self.tokens}{all_of_it} ({reason}); try --dry-run"
 
 
 def microbatches(pairs: Sequence[Pair], policy: Policy, max_tokens: int) -> list[PairBatch]:
@@ -138,16 +89,9 @@ def sum_over_ranks(sums: dict[str, Any], policy: Policy, ranks: Ranks) -> dict[s
     """
     if ranks.size == 1:
         return sums
-    parameters = policy.parameters()
-    has_gradient = [float(p.grad is not None) for p in parameters]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    values = [float(sums["tokens"]), *(sums.get(name, 0.0) for name in MEASURED), *has_gradient]
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=policy.device) for v in values])
-    ranks.sum_([*grads, total])
-    num_tokens, measured, num_with_gradient = total.split([1, len(MEASURED), len(parameters)])
-    for parameter, grad, num in zip(parameters, grads, num_with_gradient.tolist(), strict=True):
-        parameter.grad = grad if num else None  # as on one device, which leaves alone what has none
-    return {"tokens": int(num_tokens)} | dict(zip(MEASURED, measured.float(), strict=True))
+    values = [float(sums["tokens"]), *(sums.get(name, 0.0) for name in MEASURED)]
+    num_tokens, *measured = sum_gradients(policy.parameters(), values, policy.device, ranks)
+    return {"tokens": int(num_tokens)} | {name: value.float() for name, value in zip(MEASURED, measured, strict=True)}
 
 
 def _measured(parts: PairLoss, beta: float) -> dict[str, Tensor]:

@@ -159,8 +159,7 @@ class Optimizer:
         # PyTorch's form steps many tensors in a launch, but only on gradients of their own type
         alone = [config.states == "8bit" or piece.rounds for piece in self._pieces]
         groups: dict[bool, list[dict[str, Any]]] = {
-            is_alone: [{"params": []}, {"params": [], "weight_decay": 0.0}]
-            for is_alone in (True, False)
+            is_alone: [{"params": []}, {"params": [], "weight_decay": 0.0}] for is_alone in (True, False)
         }
         for piece, is_alone in zip(self._pieces, alone, strict=True):
             num_dims = piece.parameter.dim() - bool(num_members)

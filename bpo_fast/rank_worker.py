@@ -1,4 +1,4 @@
-"""A rank of a run beside rank 0: what to do comes in as lines of JSON; nothing goes out.
+"""A rank of a run, or of a stage before it, beside rank 0: what to do comes in as lines of JSON; nothing goes out.
 
 It ends when rank 0 does, which alone is interrupted: SIGINT and SIGTERM to the whole job leave this one at its work. An
 error is one line in the log, which rank 0 reads when the process has ended.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -20,7 +20,12 @@ from bpo_fast.allocator import keep_freed_memory
 from bpo_fast.cli_errors import reports_errors
 from bpo_fast.config import Config
 from bpo_fast.interrupts import interrupts_call
+from bpo_fast.stage_config import RewardConfig, SftConfig
 from bpo_fast.threads import call_when_orphaned, leaves_threads, share_cores
+
+if TYPE_CHECKING:
+    from bpo_fast.progress import Progress
+    from bpo_fast.ranks import Ranks
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -36,13 +41,28 @@ def work() -> None:
     # torch is loaded here, after OpenMP's settings
     from bpo_fast.progress import Progress
     from bpo_fast.ranks import Group
-    from bpo_fast.train import run_rank
 
     group = Group(order["rank"], order["size"], meeting, orders=orders)
-    config = configs.replace(Config(), order["config"])
-    resume = Path(order["resume"]) if order["resume"] else None
     with Progress(quiet=True) as progress, closing(group) as ranks:
-        run_rank(config, ranks, progress, resume=resume, from_pairs=order["from_pairs"])
+        _take_part(order["job"], order["device"], ranks, progress)
+
+
+def _take_part(job: dict[str, Any], device: str, ranks: "Ranks", progress: "Progress") -> None:
+    """What rank 0 does, by the name of its command."""
+    if job["name"] == "train":
+        from bpo_fast.train import run_rank
+
+        config = configs.replace(Config(), job["config"] | {"run.device": device})
+        resume = Path(job["resume"]) if job["resume"] else None
+        run_rank(config, ranks, progress, resume=resume, from_pairs=job["from_pairs"])
+    elif job["name"] == "sft":
+        from bpo_fast.sft import train_rank
+
+        train_rank(SftConfig(**job["config"] | {"device": device}), ranks, progress)
+    else:
+        from bpo_fast.reward import train_rank
+
+        train_rank(RewardConfig(**job["config"] | {"device": device}), ranks, progress)
 
 
 def _orders() -> Iterator[dict[str, Any]]:

@@ -24,11 +24,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 import typer
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
-from bpo_fast import config as configs
 from bpo_fast.cli_errors import reports_errors
-from bpo_fast.config import Config
 from bpo_fast.threads import PREFIX, Threads
 
 Item = TypeVar("Item")
@@ -149,7 +147,7 @@ class Ranks:
         digests = self.gather(_digest(tensors)) if self.size > 1 else []
         strangers = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if strangers:
-            raise RuntimeError(f"run.devices: the weights of rank {strangers[0]} are not those of rank 0")
+            raise RuntimeError(f"the weights of rank {strangers[0]} are not those of rank 0")
 
 
 class Group(Ranks):
@@ -315,22 +313,78 @@ class Group(Ranks):
                 self._look()
 
 
+@torch.no_grad()
+def sum_gradients(
+    parameters: Sequence[nn.Parameter], values: Sequence[float | Tensor], device: torch.device, ranks: Ranks
+) -> Tensor:
+    """Sums the gradients of all ranks, in place; a rank may be without gradients.
+
+    Args:
+        parameters: of this rank.
+        values: numbers that are summed with them.
+        device: of the parameters.
+        ranks: that all call this.
+
+    Returns:
+        [len(values)] float64. the sums of the values.
+    """
+    numbers = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
+    if ranks.size == 1:
+        return torch.stack(numbers)
+    has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float64).to(device)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    total = torch.cat([torch.stack(numbers), has_gradient])
+    ranks.sum_([*grads, total])
+    sums, num_with_gradient = total.split([len(numbers), len(grads)])
+    for parameter, grad, num in zip(parameters, grads, num_with_gradient.tolist(), strict=True):
+        parameter.grad = grad if num else None  # as on one device, which leaves alone what has none
+    return sums
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices that share the work, as settings name them.
+
+    Attributes:
+        num: how many.
+        name: auto, cpu, cuda or cuda:N.
+        what: in front of the settings' names, such as `run`.
+    """
+
+    num: int
+    name: str
+    what: str
+
+    def check(self) -> bool:
+        """Whether the ranks have GPUs; ValueError if there are not enough, or if settings forbid several."""
+        if self.num == 1:
+            return False
+        what = f"{self.what}.devices = {self.num}"
+        on_gpu = self.name.startswith("cuda") or (self.name == "auto" and torch.cuda.is_available())
+        if ":" in self.name:
+            raise ValueError(f"{what}: not with {self.what}.device = {self.name}; choose GPUs by CUDA_VISIBLE_DEVICES")
+        num, kind = (torch.cuda.device_count(), "CUDA devices") if on_gpu else (os.cpu_count() or 1, "cores")
+        if self.num > num:
+            raise ValueError(f"{what}: this machine has {num} {kind}")
+        return on_gpu
+
+
 @contextmanager
-def started(config: Config, *, resume: Path | None, from_pairs: str | None) -> Iterator[Ranks]:
+def started(devices: Devices, job: dict[str, Any]) -> Iterator[Ranks]:
     """Rank 0 of the processes of a run; the others begin, and end with the block.
 
     Args:
-        config: resolved settings; `run.devices` says how many there are.
-        resume, from_pairs: as `train` takes them.
+        devices: how many there are.
+        job: what the others do, as rank_worker.py reads it.
 
     Raises:
         ValueError: more devices than this machine has, or settings that do not go with several.
     """
-    size = config.run.devices
+    size = devices.num
     if size == 1:
         yield Ranks()
         return
-    on_gpu = check_devices(config)
+    on_gpu = devices.check()
     before = torch.get_num_threads()
     threads = max(1, before // size)
     with tempfile.TemporaryDirectory(prefix="bpo-fast-ranks-") as folder:
@@ -339,9 +393,8 @@ def started(config: Config, *, resume: Path | None, from_pairs: str | None) -> I
             "size": size,
             "meeting": str(meeting),
             # a rank whose GPU does not answer fails, where auto would be a CPU that the others wait for
-            "config": configs.to_flat(config) | {"run.device": "cuda" if on_gpu else "cpu"},
-            "resume": str(resume) if resume else None,
-            "from_pairs": from_pairs,
+            "device": "cuda" if on_gpu else "cpu",
+            "job": job,
             "parent": os.getpid(),
         }
         others: list[_Other] = []
@@ -408,7 +461,7 @@ class _Other:
             raise ValueError(last)
         if not errors:  # a crash: its traceback
             print(*lines[-SHOWN_LINES:], sep="\n", file=sys.stderr)
-        raise RuntimeError(f"rank {self._rank} of run.devices ended with code {code}: {last}")
+        raise RuntimeError(f"rank {self._rank} ended with code {code}: {last}")
 
     def wait(self) -> None:
         """For its own end, a while; there are no more orders."""
@@ -426,23 +479,6 @@ class _Other:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
-
-
-def check_devices(config: Config) -> bool:
-    """Whether the ranks have GPUs; ValueError if there are not enough, or if settings forbid several."""
-    size, name = config.run.devices, config.run.device
-    if size == 1:
-        return False
-    what = f"run.devices = {size}"
-    on_gpu = name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())
-    if ":" in name:
-        raise ValueError(f"{what}: not with run.device = {name}; choose GPUs by CUDA_VISIBLE_DEVICES")
-    if config.sampling.tensor_parallel > 1:
-        raise ValueError(f"{what}: not with sampling.tensor_parallel = {config.sampling.tensor_parallel}")
-    num, kind = (torch.cuda.device_count(), "CUDA devices") if on_gpu else (os.cpu_count() or 1, "cores")
-    if size > num:
-        raise ValueError(f"{what}: this machine has {num} {kind}")
-    return on_gpu
 
 
 def _visible() -> list[str]:

@@ -14,19 +14,22 @@ import transformers
 from bpo_fast.annotate.pair_scores import PairScores
 from bpo_fast.annotate.reward_model import RewardScorer
 from bpo_fast.config import DataConfig
-from bpo_fast.files import new_folder
 from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_errors, pick_device
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import read_rows, row_label, row_text
+from bpo_fast.ranks import Ranks
 from bpo_fast.stage_config import RewardConfig
 from bpo_fast.stages import (
-    check_new,
+    TrainingRows,
     fit,
     open_tokenizer,
     plateau_epoch,
     save_model,
     scratch_config,
     split_by_prompt,
+    stage_folder,
+    stage_ranks,
+    training_dtype,
 )
 from bpo_fast.tasks import get_task
 from bpo_fast.tokenizer import with_leading_space
@@ -49,17 +52,25 @@ def train_reward(config: RewardConfig, *, progress: Progress | None = None) -> d
 
     Raises:
         ValueError: bad data or model, by name, or a loss that is not finite.
+        RuntimeError: out of memory with the longest pair.
     """
-    progress = progress or Progress()
+    with progress or Progress() as shown, stage_ranks(config) as ranks:
+        return train_rank(config, ranks, shown)
+
+
+def train_rank(config: RewardConfig, ranks: Ranks, progress: Progress) -> dict[str, Any]:
+    """What every process of `train_reward` does; rank 0 measures the result and writes it down."""
     started = time.monotonic()
-    with new_folder(check_new("reward.out", config.out)) as folder, progress:
+    device = pick_device("reward.device", config.device)
+    with stage_folder(config, ranks) as folder:
         train, held_out = _load_pairs(config, progress)
         if not train:
             raise ValueError(f"reward.data = {config.data}: no training rows left after reward.eval_fraction")
         torch.manual_seed(config.seed)
-        model = _open_model(config, train)
+        model = _open_model(config, train, device)
+        ranks.connect(device)
         train = train + swap_answers(train, round(config.swapped * len(train)), config.seed)
-        history = _fit(model, config, train, held_out, progress)
+        history = _fit(model, config, train, held_out, progress, ranks)
         result: dict[str, Any] = {
             "config": dataclasses.asdict(config),
             "num_train": len(train),
@@ -67,6 +78,8 @@ def train_reward(config: RewardConfig, *, progress: Progress | None = None) -> d
             "num_parameters": sum(p.numel() for p in model.model.parameters()),
             "history": history,
         }
+        if folder is None:
+            return result
         if held_out:
             model.model.eval()
             result["plateau_epoch"] = plateau_epoch([h["loss"] for h in history])
@@ -175,63 +188,67 @@ def _by_length(pairs: Sequence[TextPair], margins: torch.Tensor) -> dict[str, An
 
 
 def _fit(
-    model: RewardScorer, config: RewardConfig, train: list[TextPair], held_out: list[TextPair], progress: Progress
+    model: RewardScorer,
+    config: RewardConfig,
+    train: list[TextPair],
+    held_out: list[TextPair],
+    progress: Progress,
+    ranks: Ranks,
 ) -> list[dict[str, float]]:
     chosen = model.encode([(p.prompt, p.chosen) for p in train])
     rejected = model.encode([(p.prompt, p.rejected) for p in train])
     pairs = list(zip(chosen, rejected, strict=True))
     score_pairs = PairScores(model, pairs)
-    lengths = [score_pairs.num_tokens(pair) for pair in pairs]
     if config.gradient_checkpointing:
         checkpoint_layers_(model.model)
-    device = next(model.model.parameters()).device
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
 
-    def loss_of(rows: list[int]) -> tuple[torch.Tensor, int]:
-        with autocast:
-            better, worse = score_pairs([pairs[i] for i in rows]).float()
-        return torch.nn.functional.softplus(worse - better).mean(), len(rows)
+    def loss(rows: list[int]) -> torch.Tensor:
+        better, worse = score_pairs([pairs[i] for i in rows]).float()
+        return torch.nn.functional.softplus(worse - better).sum()
+
+    rows = TrainingRows([score_pairs.num_tokens(pair) for pair in pairs], [1] * len(pairs), loss)
 
     def evaluate() -> dict[str, float]:
         texts = [(p.prompt, p.chosen) for p in held_out] + [(p.prompt, p.rejected) for p in held_out]
-        better, worse = torch.tensor(model.score_texts(texts)).chunk(2)
+        share = ranks.share(texts, lambda text: sum(map(len, text)))
+        better, worse = torch.tensor(share.gather(model.score_texts(share.mine))).chunk(2)
         loss = torch.nn.functional.softplus(worse - better).mean().item()
         return {"loss": loss, "accuracy": (better > worse).double().mean().item()}
 
-    evaluate_or_none = evaluate if held_out else None
+    measured = evaluate if held_out else None
     return fit(
         model.model,
         model.model,
         config,
-        lengths,
-        loss_of,
-        evaluate_or_none,
+        rows,
+        measured,
         name="reward",
         seed=config.seed,
         progress=progress,
+        ranks=ranks,
     )
 
 
-def _open_model(config: RewardConfig, train: list[TextPair]) -> RewardScorer:
+def _open_model(config: RewardConfig, train: list[TextPair], device: torch.device) -> RewardScorer:
     def corpus() -> Iterator[str]:
         for pair in train:
             yield from (pair.prompt, pair.chosen, pair.rejected)
 
-    tokenizer = open_tokenizer("reward", config, corpus)
+    tokenizer = open_tokenizer(config, corpus)
     _close_pairs_with_eos(tokenizer)
     limit = config.max_prompt_length + config.max_completion_length + tokenizer.num_special_tokens_to_add(pair=True)
-    device = pick_device("reward.device", config.device)
+    dtype, batch_tokens = training_dtype(config, device), 4 * config.batch_tokens
     if config.model is None:
         fresh = scratch_config(config, tokenizer, limit, num_labels=1)
         model = transformers.AutoModelForSequenceClassification.from_config(fresh)
-        return RewardScorer(model.to(device), tokenizer, name="reward", batch_tokens=4 * config.batch_tokens)
+        return RewardScorer(model.to(device, dtype), tokenizer, name="reward", batch_tokens=batch_tokens)
     what = f"reward.model = {config.model}"
     with named_load_errors(what):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            config.model, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            config.model, num_labels=1, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     check_vocabulary(what, model, tokenizer)
-    return RewardScorer(model.to(device), tokenizer, name=what, batch_tokens=4 * config.batch_tokens, max_length=limit)
+    return RewardScorer(model.to(device), tokenizer, name=what, batch_tokens=batch_tokens, max_length=limit)
 
 
 def _close_pairs_with_eos(tokenizer: Any) -> None:

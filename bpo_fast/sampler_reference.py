@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import torch
 
+from bpo_fast.batches import TokenBudget
 from bpo_fast.config import Config
-from bpo_fast.gradients import TokenBudget, microbatches
+from bpo_fast.gradients import microbatches
 from bpo_fast.pairs import PhasePairs
 from bpo_fast.policy import Policy
 from bpo_fast.types import Completion

@@ -19,7 +19,7 @@ from bpo_fast.pairs import PairCounts, replay_pairs
 from bpo_fast.plan import Plan, make_plan
 from bpo_fast.policy import Policy, load_policy
 from bpo_fast.progress import Progress
-from bpo_fast.ranks import Ranks
+from bpo_fast.ranks import Devices, Ranks
 from bpo_fast.reference import Reference
 from bpo_fast.run_folder import pairs_words
 from bpo_fast.sampler_reference import check_settings as check_sampler_reference
@@ -118,6 +118,14 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None, 
         replayed=replayed,
         not_replayed=not_replayed,
     )
+
+
+def devices_of(config: Config) -> Devices:
+    """Those that share a run; ValueError if settings forbid several."""
+    if config.run.devices > 1 and config.sampling.tensor_parallel > 1:
+        other = f"sampling.tensor_parallel = {config.sampling.tensor_parallel}"
+        raise ValueError(f"run.devices = {config.run.devices}: not with {other}")
+    return Devices(config.run.devices, config.run.device, "run")
 
 
 def load_learner(

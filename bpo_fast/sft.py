@@ -1,37 +1,50 @@
 """Supervised fine-tuning: the policy that BPO starts from, from a model or from scratch."""
 
 import dataclasses
-import functools
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from bpo_fast_kernels import linear_token_logps
+from torch import Tensor
 
-from bpo_fast.attention import NAME as PACKED
 from bpo_fast.attention import exchange_attention_, has_attention_dropout, lay_out, packed_arguments
+from bpo_fast.batches import length_batches
 from bpo_fast.config import DataConfig
-from bpo_fast.files import new_folder
-from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_errors, pick_device, position_limit
+from bpo_fast.head import probe_head
+from bpo_fast.loading import (
+    check_vocabulary,
+    checkpoint_layers_,
+    named_load_errors,
+    pick_device,
+    position_limit,
+    trunk_of,
+)
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import encode_prompts, read_rows, row_text
+from bpo_fast.ranks import Ranks
 from bpo_fast.stage_config import SftConfig
 from bpo_fast.stages import (
-    check_new,
+    TrainingRows,
     fit,
-    length_batches,
     open_tokenizer,
     plateau_epoch,
     save_model,
     scratch_config,
     split_by_prompt,
+    stage_folder,
+    stage_ranks,
+    training_dtype,
 )
 from bpo_fast.tasks import get_task
 from bpo_fast.tokenizer import with_leading_space
@@ -56,17 +69,21 @@ def train_sft(config: SftConfig, *, progress: Progress | None = None) -> dict[st
 
     Raises:
         ValueError: bad data or model, by name, or a loss that is not finite.
+        RuntimeError: out of memory with the longest row.
     """
-    progress = progress or Progress()
+    with progress or Progress() as shown, stage_ranks(config) as ranks:
+        return train_rank(config, ranks, shown)
+
+
+def train_rank(config: SftConfig, ranks: Ranks, progress: Progress) -> dict[str, Any]:
+    """What every process of `train_sft` does; rank 0 writes it down."""
     started = time.monotonic()
     device = pick_device("sft.device", config.device)
-    with new_folder(check_new("sft.out", config.out)) as folder, progress:
+    with stage_folder(config, ranks) as folder:
         data = _load_data(config)
-        members = []
-        for member in range(config.members):
-            name = "sft" if config.members == 1 else f"sft member {member}"
-            out = folder if config.members == 1 else folder / f"member-{member}"
-            members.append(_train_member(config, data, config.seed + member, name, out, device, progress))
+        ranks.connect(device)
+        train = partial(_train_member, config, data, folder=folder, device=device, progress=progress, ranks=ranks)
+        members = [train(member) for member in range(config.members)]
         result = {
             "config": dataclasses.asdict(config),
             "num_train": len(data.train),
@@ -79,7 +96,8 @@ def train_sft(config: SftConfig, *, progress: Progress | None = None) -> dict[st
             "members": members,
             "seconds": time.monotonic() - started,
         }
-        (folder / SFT_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if folder:
+            (folder / SFT_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
@@ -111,7 +129,7 @@ def _load_data(config: SftConfig) -> SftData:
             yield prompt
             yield completion
 
-    tokenizer = open_tokenizer("sft", config, corpus)
+    tokenizer = open_tokenizer(config, corpus)
     texts = _to_texts(rows, config, tokenizer, config.data)
     if config.eval_data:
         eval_texts = _to_texts(held_out, config, tokenizer, config.eval_data)
@@ -165,11 +183,19 @@ def encode_examples(
 
 
 def _train_member(
-    config: SftConfig, data: SftData, seed: int, name: str, out: Path, device: torch.device, progress: Progress
+    config: SftConfig,
+    data: SftData,
+    member: int,
+    *,
+    folder: Path | None,
+    device: torch.device,
+    progress: Progress,
+    ranks: Ranks,
 ) -> dict[str, Any]:
+    seed, alone = config.seed + member, config.members == 1
     torch.manual_seed(seed)
-    model = _open_model(config, data).to(device)
-    packed = pack_rows(model, data.train[:2])
+    model = _open_model(config, data, device)
+    nll = CompletionNll(model, data.train[:2])
     if config.gradient_checkpointing:
         checkpoint_layers_(model)
     lora, view = None, nullcontext()
@@ -177,38 +203,38 @@ def _train_member(
         alpha = config.lora_alpha or 2.0 * config.lora_r
         lora = LoraEnsemble(model, num_members=1, r=config.lora_r, alpha=alpha, seed=seed)
         view = lora.member(0)
+    train, held_out = data.train, data.held_out
+    rows = TrainingRows(
+        lengths=[len(e.ids) for e in train],
+        num_terms=[e.num_completion for e in train],
+        loss=lambda chosen: nll([train[i] for i in chosen]).sum(),
+    )
+
+    def evaluate() -> dict[str, float]:
+        mine = ranks.share(held_out, lambda e: len(e.ids)).mine
+        parts = ranks.gather(nll.sum(mine, config.batch_tokens))
+        nats, num_tokens = map(sum, zip(*parts, strict=True))
+        return {"loss": nats / num_tokens, "loss_per_sequence": nats / len(held_out)}
+
+    name = "sft" if alone else f"sft member {member}"
+    measured = evaluate if held_out else None
     with view:
-        history = _fit(model, lora or model, config, data, name, seed, progress)
-    if lora is None:
-        save_model(model, data.tokenizer, out, config.save_dtype)
-    else:
-        lora.save(out, str(config.model), member=0)
+        history = fit(
+            model, lora or model, config, rows, measured, name=name, seed=seed, progress=progress, ranks=ranks
+        )
+    if folder:
+        out = folder if alone else folder / f"member-{member}"
+        if lora is None:
+            save_model(model, data.tokenizer, out, config.save_dtype)
+        else:
+            lora.save(out, str(config.model), member=0)
     record = {
         "seed": seed,
-        "packed": packed,
+        "packed": nll.packed,
         "num_parameters": sum(p.numel() for p in (lora or model).parameters()),
         "history": history,
     }
-    return record | (_summary(history) if data.held_out else {})
-
-
-def _fit(
-    model: Any, trained: Any, config: SftConfig, data: SftData, name: str, seed: int, progress: Progress
-) -> list[dict[str, float]]:
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda")
-
-    def loss_of(rows: list[int]) -> tuple[torch.Tensor, int]:
-        with autocast:
-            nats = completion_nll(model, [data.train[i] for i in rows])
-        return nats.mean(), len(nats)
-
-    def evaluate() -> dict[str, float]:
-        nats, num_tokens = held_out_nll(model, data.held_out, config.batch_tokens)
-        return {"loss": nats / num_tokens, "loss_per_sequence": nats / len(data.held_out)}
-
-    lengths = [len(e.ids) for e in data.train]
-    evaluate_or_none = evaluate if data.held_out else None
-    return fit(model, trained, config, lengths, loss_of, evaluate_or_none, name=name, seed=seed, progress=progress)
+    return record | (_summary(history) if held_out else {})
 
 
 def _summary(history: list[dict[str, float]]) -> dict[str, Any]:
@@ -221,84 +247,105 @@ def _summary(history: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def _open_model(config: SftConfig, data: SftData) -> Any:
+def _open_model(config: SftConfig, data: SftData, device: torch.device) -> Any:
+    dtype = training_dtype(config, device)
     if config.model is None:
         max_positions = max(config.max_prompt_length + config.max_completion_length, 1024)
-        return transformers.AutoModelForCausalLM.from_config(scratch_config(config, data.tokenizer, max_positions))
+        fresh = scratch_config(config, data.tokenizer, max_positions)
+        return transformers.AutoModelForCausalLM.from_config(fresh).to(device, dtype)
     what = f"sft.model = {config.model}"
     with named_load_errors(what):
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            config.model, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     check_vocabulary(what, model, data.tokenizer)
     longest = max(len(e.ids) for e in data.train + data.held_out)
     limit, kind = position_limit(model)
     if limit and longest > limit:
         raise ValueError(f"{what}: {limit} {kind} for rows of {longest} tokens; lower sft.max_prompt_length")
-    return model
+    return model.to(device)
 
 
-def completion_nll(model: Any, examples: Sequence[Example]) -> torch.Tensor:
-    """-log pi of every completion token of a batch: one padding-free row after `pack_rows`, else right-padded rows.
+class CompletionNll:
+    """-log pi of the completion tokens of a batch, differentiable; no logits are kept.
 
-    Only the rows that predict completion tokens reach the head.
+    Args:
+        model: a causal LM. Its attention is exchanged, for rows without padding, where that gives the same.
+        tried: rows on which that is tried out; none: rows are padded.
 
-    Returns:
-        [num completion tokens] float32. nats, in the order of the examples.
+    Attributes:
+        packed: whether a batch is one row without padding.
     """
-    device = next(model.parameters()).device
-    is_packed = model.config._attn_implementation == PACKED
-    predicts, inputs = (_packed if is_packed else _padded)(examples, device)
-    targets = torch.tensor([i for e in examples for i in e.ids[len(e.ids) - e.num_completion :]])
-    predicts = predicts.to(device)
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][predicts],))
-    try:
-        logits = model(**inputs).logits
-    finally:
-        hook.remove()
-    return torch.nn.functional.cross_entropy(logits.float(), targets.to(device), reduction="none")
+
+    def __init__(self, model: Any, tried: Sequence[Example] = ()):
+        self._model, self._head = model, probe_head(model)
+        self.packed = False
+        self.packed = bool(tried) and self._pack(tried)
+
+    def __call__(self, examples: Sequence[Example]) -> Tensor:
+        """[num completion tokens] float32. nats, in the order of the examples."""
+        model, head = self._model, self._head
+        device = next(model.parameters()).device
+        rows, inputs = (_packed if self.packed else _padded)(examples, device)
+        targets = torch.tensor([i for e in examples for i in e.ids[len(e.ids) - e.num_completion :]]).to(device)
+        if not head.fused:
+            logits = model(**inputs).logits.flatten(0, 1).index_select(0, rows)
+            return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        hidden = trunk_of(model)(**inputs).last_hidden_state.flatten(0, 1).index_select(0, rows)
+        weight = model.get_output_embeddings().weight
+        return -linear_token_logps(hidden, weight, targets, temperature=1 / head.scale, logit_softcap=head.softcap)
+
+    @torch.no_grad()
+    def sum(self, examples: Sequence[Example], batch_tokens: int) -> tuple[float, int]:
+        """(sum over all completion tokens in nats, number of these tokens), in batches of so many padded tokens."""
+        total, num_tokens = torch.zeros((), dtype=torch.float64), 0
+        for rows in length_batches([len(e.ids) for e in examples], batch_tokens):
+            nats = self([examples[i] for i in rows])
+            total += nats.sum(dtype=torch.float64).cpu()
+            num_tokens += len(nats)
+        return total.item(), num_tokens
+
+    def _pack(self, tried: Sequence[Example]) -> bool:
+        model = self._model
+        if has_attention_dropout(model):
+            return False
+        model.eval()
+
+        def packed() -> Tensor:
+            self.packed = True
+            try:
+                return self(tried)
+            finally:
+                self.packed = False
+
+        with torch.no_grad():
+            tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+            reason = exchange_attention_(model, lambda: self(tried), packed, tolerance=tolerance)
+        if reason:
+            log.warning("%s: rows are padded, not packed (%s)", type(model).__name__, reason)
+        return not reason
 
 
-def pack_rows(model: Any, examples: Sequence[Example]) -> bool:
-    """Switches a model to packed rows if it then gives the same log-probs of `examples`; True if it does."""
-    if has_attention_dropout(model):
-        return False
-    model.eval()
-    with torch.no_grad():
-        nll = functools.partial(completion_nll, model, examples)
-        reason = exchange_attention_(model, nll, nll, tolerance=1e-3)
-    if reason:
-        log.warning("%s: rows are padded, not packed (%s)", type(model).__name__, reason)
-    return not reason
-
-
-def _packed(examples: Sequence[Example], device: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:
-    """(mask [1, S] of what predicts a completion token, arguments of the model)."""
+def _packed(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+    """(places of what predicts a completion token, arguments of the model)."""
     layout, positions = lay_out([(len(e.ids),) for e in examples], device)
     ids = torch.tensor([[i for e in examples for i in e.ids]])
-    first = [len(e.ids) - e.num_completion - 1 for e in examples]
-    predicts = [f <= t < len(e.ids) - 1 for f, e in zip(first, examples, strict=True) for t in range(len(e.ids))]
-    return torch.tensor([predicts]), {"input_ids": ids.to(device), **packed_arguments(layout, positions[None])}
+    ends = accumulate(len(e.ids) for e in examples)
+    rows = _places((end, e) for end, e in zip(ends, examples, strict=True))
+    return rows.to(device), {"input_ids": ids.to(device), **packed_arguments(layout, positions[None])}
 
 
-def _padded(examples: Sequence[Example], device: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:
-    """(mask [examples, longest] of what predicts a completion token, arguments of the model)."""
+def _padded(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+    """(places of what predicts a completion token, arguments of the model)."""
     longest = max(len(e.ids) for e in examples)
     # Causal attention never looks at the right padding, so no mask is needed.
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    predicts = torch.zeros(len(examples), longest, dtype=torch.bool)
     for row, e in enumerate(examples):
         ids[row, : len(e.ids)] = torch.tensor(e.ids)
-        predicts[row, len(e.ids) - e.num_completion - 1 : len(e.ids) - 1] = True
-    return predicts, {"input_ids": ids.to(device), "use_cache": False}
+    rows = _places((row * longest + len(e.ids), e) for row, e in enumerate(examples))
+    return rows.to(device), {"input_ids": ids.to(device), "use_cache": False}
 
 
-@torch.no_grad()
-def held_out_nll(model: Any, examples: Sequence[Example], batch_tokens: int) -> tuple[float, int]:
-    """(sum of -log pi over all completion tokens in nats, number of these tokens)."""
-    total, num_tokens = torch.zeros((), dtype=torch.float64), 0
-    for rows in length_batches([len(e.ids) for e in examples], batch_tokens):
-        nats = completion_nll(model, [examples[i] for i in rows])
-        total += nats.sum(dtype=torch.float64).cpu()
-        num_tokens += len(nats)
-    return total.item(), num_tokens
+def _places(ended: Iterable[tuple[int, Example]]) -> Tensor:
+    """Of the tokens that predict a completion token, in a batch where each example ends at the place beside it."""
+    return torch.tensor([place for end, e in ended for place in range(end - 1 - e.num_completion, end - 1)])

@@ -2,17 +2,25 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 from bpo_fast.config import check_rules, knob
 from bpo_fast.tasks import get_task
 from bpo_fast.tokenizer import MIN_VOCAB
 
 ARCHS = ("llama", "qwen2")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Settings that SFT and reward-model training share; every field is a flag of the same name."""
+    """Settings that SFT and reward-model training share; every field is a flag of the same name.
+
+    Attributes:
+        stage: the name of the command.
+    """
+
+    stage: ClassVar[str]
 
     data: str = knob("", "training rows: file, folder or Hub id, `name[:n]` for the first n rows")
     out: str = knob("", "folder to write; it must not exist yet, or be empty")
@@ -35,24 +43,31 @@ class StageConfig:
     )
     epochs: float = knob(3.0, "passes over the training rows", gt=0)
     batch_tokens: int = knob(4096, "padded tokens of one optimizer step", ge=1)
+    microbatch_tokens: int = knob(
+        0, "padded tokens of one pass of a device; 0: 8192, on a CPU 1536, or the longest row", ge=0
+    )
     learning_rate: float | None = knob(None, "peak; none: 2e-3 from scratch, 2e-5 from a model", gt=0)
     schedule: str = knob("cosine", "decay to 0, or none", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = knob(0.05, "share of the steps with linear warm-up", ge=0, le=0.9)
     adam_beta2: float = knob(0.95, "second-moment decay", ge=0, le=0.99999)
     weight_decay: float = knob(0.1, "decoupled weight decay of the matrices", ge=0)
     max_grad_norm: float = knob(1.0, "clip by global norm", gt=0)
+    states: str = knob("float32", "moments of AdamW; 8bit takes a quarter of the memory", choices=("float32", "8bit"))
+    dtype: str = knob("auto", "weights in training; auto: float32 on a CPU, else bfloat16", choices=("auto", *DTYPES))
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass")
-    save_dtype: str = knob("float32", "weights on disk", choices=("float32", "float16", "bfloat16"))
+    save_dtype: str = knob("auto", "weights on disk; auto: as in training", choices=("auto", "float16", *DTYPES))
     seed: int = knob(42, "seed of start weights, held-out split and order of the rows", ge=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+    devices: int = knob(1, "devices of this machine that share every step; on a CPU processes", ge=1)
 
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate after warm-up."""
         return self.learning_rate or (2e-3 if self.model is None else 2e-5)
 
-    def check(self, stage: str) -> None:
+    def __post_init__(self) -> None:
         """Checks every field against its range; ValueError with `stage.field = value` otherwise."""
+        stage = self.stage
         for name in ("data", "out"):
             if not getattr(self, name):
                 raise ValueError(f"{stage}.{name}: a value is required")
@@ -64,12 +79,14 @@ class StageConfig:
             raise ValueError(f"{stage}.heads = {self.heads}: must divide hidden = {self.hidden} into an even size")
         if self.model is None and self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"{stage}.kv_heads = {self.kv_heads}: must divide heads = {self.heads}")
+        get_task(self.task)
 
 
 @dataclass(frozen=True)
 class SftConfig(StageConfig):
     """Settings of `train_sft`; ValueError with the dotted name for a value out of range."""
 
+    stage = "sft"
     label_column: str | None = knob(None, "completion text; none: label, completion, response or summary")
     chat_template: bool | None = knob(None, "apply the tokenizer's; none: to conversational rows, if it has one")
     members: int = knob(1, "models trained, each from its own seed: seed, seed + 1, ...", ge=1)
@@ -77,8 +94,7 @@ class SftConfig(StageConfig):
     lora_alpha: float | None = knob(None, "LoRA alpha; none: 2 r", gt=0)
 
     def __post_init__(self) -> None:
-        self.check("sft")
-        get_task(self.task)
+        super().__post_init__()
         if self.lora_r and self.model is None:
             raise ValueError(f"sft.lora_r = {self.lora_r}: adapters need a model to sit on; set sft.model")
 
@@ -92,13 +108,10 @@ class SftConfig(StageConfig):
 class RewardConfig(StageConfig):
     """Settings of `train_reward`; ValueError with the dotted name for a value out of range."""
 
+    stage = "reward"
     chosen_column: str = knob("chosen", "preferred completion; with samples: the reference text (label, ...)")
     rejected_column: str = knob("rejected", "the other completion; unused with samples")
     samples: str | None = knob(
         None, "rows {prompt, completion} of a policy: chosen is then the label of data, rejected the sample"
     )
     swapped: float = knob(0.0, "extra training pairs a row: its answer against the answer to another prompt", ge=0)
-
-    def __post_init__(self) -> None:
-        self.check("reward")
-        get_task(self.task)

@@ -1,34 +1,58 @@
 """What the stages before the loop share: tokenizer and model, batches, fitting, saving."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 
+from bpo_fast.batches import TokenBudget, length_batches, suitable_tokens
+from bpo_fast.config import OptimConfig
+from bpo_fast.files import new_folder
 from bpo_fast.fused_layers import fuse_layers_
 from bpo_fast.loading import named_load_errors
+from bpo_fast.optim import Optimizer
 from bpo_fast.progress import Progress
+from bpo_fast.ranks import Devices, Ranks, started, sum_gradients
 from bpo_fast.stage_config import StageConfig
 from bpo_fast.tokenizer import train_bpe
 
 CONFIGS = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
-POOL_BATCHES = 50
 PLATEAU_NATS = 0.005
+MAX_BAD_STEPS = 3
+DROPOUT_STREAM = 1_000_003  # between the seeds of the ranks
 
 
-def open_tokenizer(stage: str, config: StageConfig, corpus: Callable[[], Iterator[str]]) -> Any:
+@contextmanager
+def stage_ranks(config: StageConfig) -> Iterator[Ranks]:
+    """Rank 0 of the processes of a stage; the others begin, and end with the block."""
+    job = {"name": config.stage, "config": dataclasses.asdict(config)}
+    with started(Devices(config.devices, config.device, config.stage), job) as ranks:
+        yield ranks
+
+
+def stage_folder(config: StageConfig, ranks: Ranks) -> AbstractContextManager[Path | None]:
+    """On rank 0 a folder that becomes `out` when the block ends well; None on the others."""
+    return new_folder(check_new(f"{config.stage}.out", config.out)) if ranks.is_main else nullcontext()
+
+
+def open_tokenizer(config: StageConfig, corpus: Callable[[], Iterator[str]]) -> Any:
     """The tokenizer that the settings name, or one trained on `corpus()`."""
     source, field = (config.tokenizer, "tokenizer") if config.tokenizer else (config.model, "model")
     if source is None:
         return train_bpe(corpus(), vocab_size=config.vocab, arch=config.arch)
-    with named_load_errors(f"{stage}.{field} = {source}", "tokenizer"):
+    with named_load_errors(f"{config.stage}.{field} = {source}", "tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{stage}.{field} = {source}: its tokenizer has no EOS token")
+        raise ValueError(f"{config.stage}.{field} = {source}: its tokenizer has no EOS token")
     return tokenizer
 
 
@@ -61,115 +85,112 @@ def split_by_prompt(prompts: Sequence[str], fraction: float, seed: int) -> tuple
     return sides
 
 
-def length_batches(lengths: Sequence[int], budget: int, generator: torch.Generator | None = None) -> list[list[int]]:
-    """Cuts rows into batches of like length, each at most `budget` padded tokens (or one row).
+@dataclass(frozen=True)
+class TrainingRows:
+    """What `fit` trains on.
 
-    Args:
-        lengths: tokens of each row.
-        budget: rows times the longest row of a batch.
-        generator: shuffles rows and batches, so that a batch holds random rows of one length out of a pool of about
-            50 batches; None sorts all rows by length.
+    Attributes:
+        lengths: tokens of each row, before padding.
+        num_terms: of each row: how many numbers its loss sums up.
+        loss: rows -> [] the sum of their losses, differentiable.
     """
-    order = list(range(len(lengths)))
-    pool = max(len(order), 1)
-    if generator is not None and order:
-        order = torch.randperm(len(order), generator=generator).tolist()
-        pool = max(int(POOL_BATCHES * budget * len(lengths) / max(sum(lengths), 1)), 1)
-    batches: list[list[int]] = []
-    for start in range(0, len(order), pool):
-        batch: list[int] = []
-        for row in sorted(order[start : start + pool], key=lengths.__getitem__):
-            if batch and (len(batch) + 1) * lengths[row] > budget:
-                batches.append(batch)
-                batch = []
-            batch.append(row)
-        batches.append(batch)
-    if generator is not None:
-        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-    return batches
 
+    lengths: Sequence[int]
+    num_terms: Sequence[int]
+    loss: Callable[[list[int]], Tensor]
 
-def make_optimizer(
-    trained: torch.nn.Module, config: StageConfig, num_steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Fused AdamW (decay on matrices only) and its schedule over `num_steps`."""
-    params = list(trained.parameters())
-    groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    betas = (0.9, config.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, lr=config.peak_learning_rate, betas=betas, fused=True)
-    warmup = round(config.warmup_ratio * num_steps)
+    def gradients(self, parameters: Sequence[nn.Parameter], rows: Sequence[int], num_terms: int, tokens: int) -> Tensor:
+        """Leaves the gradients of some rows' losses over `num_terms`, those of before forgotten; returns that loss.
 
-    def scale(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        left = 1 - (step - warmup) / max(num_steps - warmup, 1)
-        return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[config.schedule]
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        Args:
+            parameters: in training.
+            rows: as many micro-batches as `tokens` padded tokens make of them.
+            num_terms: of the whole step.
+            tokens: of a micro-batch.
+        """
+        for parameter in parameters:
+            parameter.grad = None
+        total = torch.zeros((), device=parameters[0].device)
+        for part in length_batches([self.lengths[row] for row in rows], tokens):
+            loss = self.loss([rows[i] for i in part]) / num_terms
+            loss.backward()
+            total += loss.detach()
+        return total
 
 
 def fit(
-    model: torch.nn.Module,
-    trained: torch.nn.Module,
+    model: nn.Module,
+    trained: nn.Module,
     config: StageConfig,
-    lengths: Sequence[int],
-    loss_of: Callable[[list[int]], tuple[torch.Tensor, int]],
+    rows: TrainingRows,
     evaluate: Callable[[], dict[str, float]] | None,
     *,
     name: str,
     seed: int,
     progress: Progress,
+    ranks: Ranks,
 ) -> list[dict[str, float]]:
     """Trains in place and leaves the weights of the epoch with the lowest held-out loss (the last one without it).
 
     Args:
         model: switched between training and evaluation mode; its norms and MLPs get kernels where these fit.
         trained: holds the parameters that are trained: the model, or the adapters on it.
-        lengths: padded-length key of each training row, in tokens.
-        loss_of: rows -> (mean loss, number of terms it is a mean of).
-        evaluate: held-out numbers with the key `loss`, or None.
+        rows: what on; the loss of a step is the mean over its terms.
+        evaluate: held-out numbers with the key `loss`, the same on all ranks, or None.
         name: what the progress lines call this.
         seed: order of the rows.
+        ranks: share the rows of every step, and the moments.
 
     Returns:
         One record an epoch: epoch, steps, train_loss, seconds, tokens_per_s (padding not counted) and held-out numbers.
 
     Raises:
-        ValueError: the loss is no longer finite.
+        ValueError: the loss, or the gradient of three steps in a row, is not finite.
+        RuntimeError: out of memory with the longest row, or with half of the tokens of a micro-batch.
     """
     fuse_layers_(model.train())  # a layer with dropout is tried with it, and stays
     generator = torch.Generator().manual_seed(seed)
-    epochs = [length_batches(lengths, config.batch_tokens, generator) for _ in range(math.ceil(config.epochs))]
+    epochs = [length_batches(rows.lengths, config.batch_tokens, generator) for _ in range(math.ceil(config.epochs))]
     epochs[-1] = epochs[-1][: math.ceil(len(epochs[-1]) * (config.epochs - len(epochs) + 1))]
     num_steps = sum(len(batches) for batches in epochs)
-    optimizer, scheduler = make_optimizer(trained, config, num_steps)
+    parameters = list(trained.parameters())
+    device = parameters[0].device
+    optimizer = Optimizer(
+        parameters, optim_config(config, num_steps), num_steps=num_steps, num_members=None, ranks=ranks
+    )
+    budget = token_budget(config, rows.lengths, device)
+    if ranks.size > 1:
+        torch.manual_seed(seed + DROPOUT_STREAM * ranks.rank)
     history: list[dict[str, float]] = []
-    best: tuple[float, dict[str, torch.Tensor]] | None = None
+    best: tuple[float, dict[str, Tensor]] | None = None
+    in_a_row = most = torch.zeros((), dtype=torch.int64, device=device)
+    step = 0
     with progress.task(name, num_steps) as task:
         for epoch, batches in enumerate(epochs, 1):
             started = time.monotonic()
             model.train()
-            total, weight = torch.zeros((), device=next(trained.parameters()).device), 0
-            for rows in batches:
-                loss, num_terms = loss_of(rows)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(trained.parameters(), config.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad(set_to_none=True)
-                total += loss.detach() * num_terms
+            total, weight = torch.zeros((), dtype=torch.float64, device=device), 0
+            for batch in batches:
+                num_terms = sum(rows.num_terms[row] for row in batch)
+                mine = ranks.share(batch, rows.lengths.__getitem__).mine
+                loss = budget.run(partial(rows.gradients, parameters, mine, num_terms))
+                (loss,) = sum_gradients(parameters, [loss], device, ranks)
+                finite = optimizer.step(step)[1].to(device)
+                optimizer.release_gradients()
+                in_a_row = (in_a_row + 1) * ~finite
+                most = most.maximum(in_a_row)
+                step += 1
+                total += loss * num_terms
                 weight += num_terms
                 task.advance()
             train_loss = total.item() / weight
-            if not math.isfinite(train_loss):
-                raise ValueError(
-                    f"{name}: loss = {train_loss} in epoch {epoch} at learning_rate = {config.peak_learning_rate}"
-                )
+            if not math.isfinite(train_loss) or most >= MAX_BAD_STEPS:
+                bad = f", no finite gradient in {int(most)} steps in a row," if most else ""
+                rate = config.peak_learning_rate
+                raise ValueError(f"{name}: loss = {train_loss}{bad} in epoch {epoch} at learning_rate = {rate}")
+            ranks.check_same([p.data for p in parameters])
             seconds = time.monotonic() - started
-            num_tokens = sum(lengths[row] for rows in batches for row in rows)
+            num_tokens = sum(rows.lengths[row] for batch in batches for row in batch)
             record = {"epoch": epoch, "steps": len(batches), "train_loss": train_loss, "seconds": seconds}
             record["tokens_per_s"] = num_tokens / seconds
             if evaluate is not None:
@@ -182,6 +203,39 @@ def fit(
     if best is not None and best[0] < history[-1]["loss"]:
         trained.load_state_dict(best[1])
     return history
+
+
+def optim_config(config: StageConfig, num_steps: int) -> OptimConfig:
+    """The optimizer's part of a stage's settings."""
+    return OptimConfig(
+        learning_rate=config.peak_learning_rate,
+        schedule=config.schedule,
+        warmup_steps=round(config.warmup_ratio * num_steps),
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=1e-8,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        states=config.states,
+    )
+
+
+def token_budget(config: StageConfig, lengths: Sequence[int], device: torch.device) -> TokenBudget:
+    """Tokens of a micro-batch; a row that is longer is one by itself."""
+    longest = max(lengths)
+    return TokenBudget(
+        config.microbatch_tokens or suitable_tokens(device, longest),
+        longest=longest,
+        knob=f"{config.stage}.microbatch_tokens",
+        part="one row",
+        advice="; try gradient_checkpointing, or states = 8bit",
+    )
+
+
+def training_dtype(config: StageConfig, device: torch.device) -> torch.dtype:
+    """Of the weights in training."""
+    if config.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, config.dtype)
 
 
 def plateau_epoch(losses: Sequence[float]) -> int | None:
@@ -199,7 +253,7 @@ def check_new(what: str, path: str) -> Path:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:
-    """Writes a plain Hugging Face folder: safetensors, config, tokenizer, generation config."""
+    """Writes a plain Hugging Face folder: safetensors, config, tokenizer, generation config; `auto` is as it is."""
     transformers.utils.logging.disable_progress_bar()
     if hasattr(model, "generation_config"):
         model.generation_config = transformers.GenerationConfig(
@@ -207,5 +261,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    if dtype != "auto":
+        model.to(getattr(torch, dtype))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bpo_fast import config as configs
 from bpo_fast import report
 from bpo_fast.config import Config
 from bpo_fast.loop import Loop
@@ -20,7 +21,7 @@ from bpo_fast.metrics import check_trackers
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import Ranks, started
 from bpo_fast.run import Run, check_free, check_same, open_run
-from bpo_fast.setup import build
+from bpo_fast.setup import build, devices_of
 from bpo_fast.tasks import resolve
 
 
@@ -50,7 +51,13 @@ def train(
     if resume is not None:
         left_open = {"method.pairs", "sampling.engine"} if config.sampling.engine == "auto" else {"method.pairs"}
         check_same(config, resume, but=left_open)  # these are settled, and checked, with the data and the model
-    with Progress(quiet=quiet) as progress, started(config, resume=resume, from_pairs=from_pairs) as ranks:
+    job = {
+        "name": "train",
+        "config": configs.to_flat(config),
+        "resume": str(resume) if resume else None,
+        "from_pairs": from_pairs,
+    }
+    with Progress(quiet=quiet) as progress, started(devices_of(config), job) as ranks:
         run, summary = run_rank(config, ranks, progress, resume=resume, from_pairs=from_pairs)
     if not quiet and not run.was_finished:
         console = Console()

@@ -11,7 +11,8 @@ import torch
 
 from bpo_fast import config as configs
 from bpo_fast.loop import Loop
-from bpo_fast.ranks import Ranks, started
+from bpo_fast.ranks import Devices, Ranks, started
+from bpo_fast.setup import devices_of
 
 RANK = """
 import json, sys, time
@@ -140,7 +141,7 @@ def test_what_is_dealt_comes_back_and_sums_are_the_same(tmp_path, size):
         assert each["sums"][3:5] == [[size], [2.0**size - 1] * 5]
         assert each["sums"][5] == [sum(range(size))] * 12
         assert each["unlike"].startswith("sampling.engine: vllm on rank 0, hf on rank 1")
-        assert each["strange"] == "run.devices: the weights of rank 1 are not those of rank 0"
+        assert each["strange"] == "the weights of rank 1 are not those of rank 0"
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -221,10 +222,9 @@ def test_other_ranks_are_told_the_device_and_do_not_look_for_one(tmp_path, monke
     worker.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(worker))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config = configs.load(None, {"run.device": "auto", "run.devices": 2})
-    with started(config, resume=None, from_pairs=None):
+    with started(Devices(2, "auto", "run"), {"name": "train"}):
         pass
-    assert json.loads((tmp_path / "order").read_text())["config"]["run.device"] == "cpu"
+    assert json.loads((tmp_path / "order").read_text())["device"] == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_other_ranks_are_told_the_device_and_do_not_look_for_one(tmp_path, monke
 )
 def test_what_does_not_go_is_said_before_a_process_starts(knobs, message):
     config = configs.load(None, {"run.device": "cpu"} | knobs)
-    with pytest.raises(ValueError, match=message), started(config, resume=None, from_pairs=None):
+    with pytest.raises(ValueError, match=message), started(devices_of(config), {"name": "train"}):
         pass
 
 

@@ -7,7 +7,7 @@ import pytest
 from tiny_policy import make_pairs, make_policy
 from tiny_world import run_cli
 
-from bpo_fast.gradients import TokenBudget
+from bpo_fast.batches import TokenBudget
 from bpo_fast.pairs import PairCounts, PhasePairs
 from bpo_fast.sampler_reference import with_sampler_reference
 

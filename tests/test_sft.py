@@ -7,23 +7,36 @@ import pytest
 import torch
 from fused_runs import fused_and_plain
 from relative import worst_error
+from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
+from bpo_fast.batches import length_batches
+from bpo_fast.optim import learning_rate
 from bpo_fast.progress import Progress
-from bpo_fast.sft import Example, SftConfig, completion_nll, encode_examples, held_out_nll, pack_rows, train_sft
-from bpo_fast.stages import fit, length_batches, make_optimizer, plateau_epoch, scratch_config, split_by_prompt
+from bpo_fast.ranks import Ranks
+from bpo_fast.sft import CompletionNll, Example, SftConfig, encode_examples, train_sft
+from bpo_fast.stages import TrainingRows, fit, optim_config, plateau_epoch, scratch_config, split_by_prompt
 from bpo_fast.tokenizer import train_bpe
 
 THINGS = ["apple", "pear", "plum", "cherry", "melon", "grape", "fig", "lemon"]
 TINY = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "vocab": 300, "device": "cpu"}
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 QUIET = Progress(quiet=True)
 
 
@@ -45,11 +58,7 @@ def tiny():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **SMALL,
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config).eval()
@@ -76,9 +85,9 @@ def test_loss_and_gradient_equal_the_sequences_one_by_one(tiny, packed):
         for length, completion in [(7, 3), (2, 1), (12, 11), (5, 1)]
     ]
     expected = torch.cat([reference_nll(tiny, e) for e in examples])
-    if packed:
-        assert pack_rows(tiny, examples[:2])
-    nats = completion_nll(tiny, examples)
+    nll = CompletionNll(tiny, examples[:2] if packed else ())
+    assert nll.packed == packed
+    nats = nll(examples)
     torch.testing.assert_close(nats.double(), expected, rtol=1e-5, atol=0)
 
     tiny.zero_grad()
@@ -92,29 +101,46 @@ def test_loss_and_gradient_equal_the_sequences_one_by_one(tiny, packed):
 def test_a_packed_row_has_no_padding(tiny):
     tiny = copy.deepcopy(tiny)
     examples = [Example((1, 2, 3), 1), Example((4, 5, 6, 7, 8), 2)]
-    assert pack_rows(tiny, examples)
-    seen = []
+    nll, seen = CompletionNll(tiny, examples), []
     tiny.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].tolist()))
-    tiny.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(len(out)))
-    completion_nll(tiny, examples)
-    assert seen == [[[1, 2, 3, 4, 5, 6, 7, 8]], 3]
+    assert len(nll(examples)) == 3
+    assert seen == [[[1, 2, 3, 4, 5, 6, 7, 8]]]
 
 
 def test_models_that_cannot_be_packed_are_padded(tiny, caplog):
     dropping = copy.deepcopy(tiny)
     dropping.config.attention_dropout = 0.1
     examples = [Example((1, 2, 3), 1), Example((4, 5, 6, 7, 8), 2)]
-    assert not pack_rows(dropping, examples)
+    assert not CompletionNll(dropping, examples).packed
     bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)).eval()
-    before = completion_nll(bloom, examples)
-    assert not pack_rows(bloom, examples)
+    before = CompletionNll(bloom)(examples)
+    nll = CompletionNll(bloom, examples)
+    assert not nll.packed
     assert "BloomForCausalLM: rows are padded, not packed" in caplog.text
-    torch.testing.assert_close(completion_nll(bloom, examples), before)
+    torch.testing.assert_close(nll(examples), before)
+
+
+def test_no_logits_are_made_where_the_head_is_known(tiny):
+    tiny, made = copy.deepcopy(tiny), []
+    nll = CompletionNll(tiny)
+    tiny.get_output_embeddings().register_forward_hook(lambda *_: made.append(1))
+    nll([Example((1, 2, 3), 1)])
+    assert not made
+
+
+def test_the_cap_of_the_logits_counts(tiny):
+    config = Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0, query_pre_attn_scalar=8, vocab_size=50)
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(20)
+    example = Example(tuple(range(1, 9)), 5)
+    torch.testing.assert_close(CompletionNll(model)([example]).double(), reference_nll(model, example))
 
 
 def test_held_out_sum_does_not_depend_on_the_batches(tiny):
     examples = [Example(tuple(range(1, n)), n // 3 + 1) for n in range(4, 24)]
-    total, num_tokens = held_out_nll(tiny, examples, batch_tokens=64)
+    total, num_tokens = CompletionNll(tiny).sum(examples, batch_tokens=64)
     assert num_tokens == sum(e.num_completion for e in examples)
     expected = sum(reference_nll(tiny, e).sum().item() for e in examples)
     assert total == pytest.approx(expected, rel=1e-5)
@@ -179,7 +205,7 @@ def test_training_learns_and_the_folder_loads_in_plain_transformers(tmp_path, da
         for i in held_out
         for c in [tokenizer(" " + rows[i]["label"])["input_ids"]]
     ]
-    nats, num_tokens = held_out_nll(model, examples, 512)
+    nats, num_tokens = CompletionNll(model).sum(examples, 512)
     assert nats / num_tokens == pytest.approx(member["held_out_loss"], rel=1e-5)
     assert nats / len(held_out) == pytest.approx(member["held_out_loss_per_sequence"], rel=1e-5)
     answer = model.generate(**tokenizer(prompts[0], return_tensors="pt"), max_new_tokens=24, do_sample=False)
@@ -201,6 +227,60 @@ def test_same_seed_same_weights_and_another_seed_others(tmp_path, data):
     assert weights["a"] == weights["b"] != weights["c"]
 
 
+def losses_of(result):
+    return [epoch["train_loss"] for epoch in result["members"][0]["history"]]
+
+
+def test_micro_batches_leave_the_weights_as_they_were(tmp_path, data):
+    found, calls = {}, []
+    for tokens in (0, 100, 1):
+        out = tmp_path / str(tokens)
+        result = train_sft(settings(data, out, microbatch_tokens=tokens, batch_tokens=512), progress=QUIET)
+        found[tokens] = (losses_of(result), load_file(out / "model.safetensors"))
+        calls.append(result["members"][0]["history"][0]["steps"])
+    assert calls == [calls[0]] * 3
+    for tokens in (100, 1):
+        assert found[tokens][0] == pytest.approx(found[0][0], rel=1e-5)
+        for name, one in found[0][1].items():
+            assert (found[tokens][1][name] - one).norm() <= 1e-3 * one.norm(), name
+
+
+def test_too_little_memory_halves_the_micro_batches_once(caplog):
+    model, passes = torch.nn.Linear(3, 1), []
+
+    def loss(rows):
+        passes.append(len(rows))
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model(torch.ones(len(rows), 3)).square().sum()
+
+    config = settings("x", "y", epochs=2, microbatch_tokens=6, batch_tokens=8)
+    rows = TrainingRows([1] * 8, [1] * 8, loss)
+    fit(model, model, config, rows, None, name="toy", seed=0, progress=QUIET, ranks=Ranks())
+    assert passes == [6, 3, 3, 2, 3, 3, 2]
+    assert caplog.text.count("sft.microbatch_tokens is 3 from here on") == 1
+
+    config = settings("x", "y", epochs=1, microbatch_tokens=4, batch_tokens=8)
+    rows = TrainingRows([4] * 2, [1] * 2, lambda rows: loss([0] * 4))
+    with pytest.raises(
+        RuntimeError, match=r"sft\.microbatch_tokens = 4, which one row takes, .*gradient_checkpointing"
+    ):
+        fit(model, model, config, rows, None, name="toy", seed=0, progress=QUIET, ranks=Ranks())
+
+
+@pytest.mark.parametrize(("dtype", "states"), [("bfloat16", "float32"), ("float32", "8bit"), ("bfloat16", "8bit")])
+def test_narrow_weights_and_moments_train_almost_the_same(tmp_path, data, dtype, states):
+    common, changes = {"epochs": 8, "learning_rate": 5e-3}, {"dtype": dtype, "states": states}
+    wide, narrow = (
+        train_sft(settings(data, tmp_path / name, **common | knobs), progress=QUIET)
+        for name, knobs in (("wide", {}), ("narrow", changes))
+    )
+    assert losses_of(wide)[-1] < 0.7 * losses_of(wide)[0]
+    assert losses_of(narrow) == pytest.approx(losses_of(wide), rel=0.02)
+    weights = load_file(tmp_path / "narrow" / "model.safetensors").values()
+    assert {w.dtype for w in weights} == {getattr(torch, dtype)}
+
+
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_checkpointed_layers_train_the_same_weights(tmp_path, data):
     for name in ("plain", "recomputed"):
@@ -211,11 +291,9 @@ def test_checkpointed_layers_train_the_same_weights(tmp_path, data):
 
 
 def test_norms_and_gates_with_kernels_leave_the_losses_as_they_were(tmp_path, data, monkeypatch):
-    def losses_of(i):
-        result = train_sft(settings(data, tmp_path / str(i)), progress=QUIET)
-        return [epoch["train_loss"] for epoch in result["members"][0]["history"]]
-
-    losses, nums = fused_and_plain(monkeypatch, losses_of)
+    losses, nums = fused_and_plain(
+        monkeypatch, lambda i: losses_of(train_sft(settings(data, tmp_path / str(i)), progress=QUIET))
+    )
     assert nums == [7, 0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -238,11 +316,12 @@ def test_the_weights_of_the_best_epoch_are_kept(losses, kept):
         seen.append(model.weight.detach().clone())
         return {"loss": losses[len(seen) - 1]}
 
-    def loss_of(rows):
-        return model(torch.ones(len(rows), 3)).square().mean(), len(rows)
+    def loss(rows):
+        return model(torch.ones(len(rows), 3)).square().sum()
 
     config = settings("x", "y", epochs=3, learning_rate=0.1)
-    history = fit(model, model, config, [1] * 8, loss_of, evaluate, name="toy", seed=0, progress=QUIET)
+    rows = TrainingRows([1] * 8, [1] * 8, loss)
+    history = fit(model, model, config, rows, evaluate, name="toy", seed=0, progress=QUIET, ranks=Ranks())
     assert [h["loss"] for h in history] == losses
     assert torch.equal(model.weight, seen[kept])
     assert not torch.equal(seen[0], seen[1])
@@ -275,7 +354,7 @@ def test_lora_members_load_in_peft_and_lower_the_loss(tmp_path, data):
     texts = [(r["prompt"] + " Assistant:", " " + r["label"], False) for r in rows]
     _, held_out = split_by_prompt([t[0] for t in texts], 0.05, 42)
     examples, _, _ = encode_examples([texts[i] for i in held_out], tokenizer, config)
-    nats, num_tokens = held_out_nll(AutoModelForCausalLM.from_pretrained(base), examples, 512)
+    nats, num_tokens = CompletionNll(AutoModelForCausalLM.from_pretrained(base)).sum(examples, 512)
     for m, record in enumerate(result["members"]):
         assert record["held_out_loss"] < 0.8 * nats / num_tokens
         adapted = AutoModelForCausalLM.from_pretrained(base)
@@ -342,14 +421,8 @@ def test_split_keeps_a_prompt_on_one_side():
 )
 def test_schedule(schedule, expected):
     config = settings("x", "y", schedule=schedule, warmup_ratio=0.34, learning_rate=1.0)
-    optimizer, scheduler = make_optimizer(torch.nn.Linear(2, 2), config, 6)
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
-    rates = []
-    for _ in range(6):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert rates == pytest.approx(expected)
+    optim = optim_config(config, 6)
+    assert [learning_rate(optim, step, 6) for step in range(6)] == pytest.approx(expected)
 
 
 def test_plateau_is_the_first_epoch_that_no_later_one_beats():

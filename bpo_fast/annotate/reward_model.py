@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from bpo_fast.batches import length_batches
 from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device, position_limit
-from bpo_fast.stages import length_batches
 from bpo_fast.tokenizer import with_leading_space
 from bpo_fast.types import Completion, Prompt
 

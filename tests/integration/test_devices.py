@@ -19,6 +19,10 @@ from bpo_fast.dryrun import dry_run
 from bpo_fast.memory import GIB
 from bpo_fast.metrics import read_metrics
 from bpo_fast.optim import cut
+from bpo_fast.progress import Progress
+from bpo_fast.reward import train_reward
+from bpo_fast.sft import train_sft
+from bpo_fast.stage_config import RewardConfig, SftConfig
 from bpo_fast.train import train
 
 SHORT = {"method__pairs": 24, "method__phases": 2, "run__save_steps": 0, "eval__eval_steps": 0}
@@ -63,6 +67,40 @@ def test_two_devices_end_as_one(tiny_model_dir, tiny_data, tmp_path, knobs):
     for key in ("pairs", "steps", "win_rate_after", "num_tokens"):
         assert summaries[0][key] == summaries[1][key]
     assert summaries[1]["after"]["kl"] == pytest.approx(summaries[0]["after"]["kl"], rel=0.01, abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_stage_on_two_devices_ends_as_on_one(tmp_path, stage):
+    data, runs = tmp_path / "rows.jsonl", [tmp_path / "one", tmp_path / "two"]
+    answers = ["an apple", "a pear and a plum", "a cherry, a melon and a grape"]
+    rows = [{"prompt": f"Number {i}?", "chosen": answers[i % 3], "rejected": answers[i % 2]} for i in range(41)]
+    data.write_text("".join(json.dumps(row | {"label": row["chosen"]}) + "\n" for row in rows))
+    config_class, run_stage = (SftConfig, train_sft) if stage == "sft" else (RewardConfig, train_reward)
+    small = {"hidden": 32, "layers": 2, "heads": 2, "vocab": 300, "device": "cpu", "batch_tokens": 200, "epochs": 2}
+    results = []
+    for num, run in enumerate(runs, 1):
+        config = config_class(data=str(data), out=str(run), devices=num, eval_fraction=0.2, **small)
+        results.append(run_stage(config, progress=Progress(quiet=True)))
+    histories = [(r["members"][0] if stage == "sft" else r)["history"] for r in results]
+    for one, two in zip(*histories, strict=True):
+        assert one["steps"] == two["steps"] == 3
+        for key in ("train_loss", "loss"):
+            assert two[key] == pytest.approx(one[key], rel=1e-5), key
+    weights = [load_file(run / "model.safetensors") for run in runs]
+    for name, one in weights[0].items():
+        assert (weights[1][name] - one).norm() <= 1e-3 * one.norm(), name
+
+
+def test_what_ends_a_stage_ends_all_of_its_processes(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}?", "label": "yes"}) + "\n" for i in range(8)))
+    small = ["--hidden", "32", "--layers", "1", "--heads", "2", "--vocab", "300", "--device", "cpu"]
+    command = [sys.executable, "-m", "bpo_fast", "sft", "--data", data, "--out", tmp_path / "out", "--devices", "2"]
+    options = ["--epochs", "9", "--learning-rate", "1e30"]
+    done = subprocess.run([*map(str, command), *small, *options], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: sft: loss = ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
 
 
 def test_a_dry_run_holds_the_moments_of_one_rank(tiny_model_dir, tiny_data, tmp_path):
@@ -175,7 +213,7 @@ def test_a_run_goes_on_with_another_number_of_devices(tiny_model_dir, tiny_data,
     ("annotator", "code", "message"),
     [
         ("fails_beside_rank_0", 2, "error: annotator fails_beside_rank_0: ValueError: no scores here"),
-        ("dies_beside_rank_0", 1, "error: rank 1 of run.devices ended with code 7: the last words"),
+        ("dies_beside_rank_0", 1, "error: rank 1 ended with code 7: the last words"),
     ],
 )
 def test_what_ends_another_rank_ends_the_run(tiny_model_dir, tiny_data, tmp_path, annotator, code, message):

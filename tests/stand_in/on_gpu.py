@@ -17,11 +17,12 @@ from tiny_policy import Tokens
 from waits import nothing_waits
 
 from bpo_fast import varlen
+from bpo_fast.batches import TokenBudget
 from bpo_fast.config import MethodConfig, ModelConfig, OptimConfig
 from bpo_fast.dryrun import _try_steps
 from bpo_fast.engine import SamplingParams
 from bpo_fast.engine.hf import HfEngine
-from bpo_fast.gradients import TokenBudget, step_gradients
+from bpo_fast.gradients import step_gradients
 from bpo_fast.memory import make_ledger
 from bpo_fast.optim import Optimizer
 from bpo_fast.policy import Policy

@@ -3,8 +3,8 @@
 import pytest
 from tiny_vllm import prompts
 
+from bpo_fast.batches import TokenBudget
 from bpo_fast.engine import SamplingParams
-from bpo_fast.gradients import TokenBudget
 from bpo_fast.pairs import PairCounts, PhasePairs
 from bpo_fast.sampler_reference import with_sampler_reference
 from bpo_fast.types import Pair
