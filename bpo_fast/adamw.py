@@ -1,20 +1,16 @@
-"""AdamW as an optimizer that takes one pass over a tensor; what a step does is `bpo_fast_kernels.adamw`."""
+"""AdamW as an optimizer that takes one pass over its tensors; what a step does is `bpo_fast_kernels.adamw`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from bpo_fast_kernels import adamw, adamw_8bit
+from bpo_fast_kernels.adamw import AdamW, Step, Stepped, check, take_
+from bpo_fast_kernels.adamw_moments import new_state
 from torch import Tensor
-
-KINDS = {
-    "float32": (adamw.adamw_, adamw.new_state),
-    "8bit": (adamw_8bit.adamw_8bit_, adamw_8bit.new_state),
-}
 
 
 class OnePassAdamW(torch.optim.Optimizer):
-    """As torch.optim.AdamW, `grad_scale` and `found_inf` of its fused form included, but a tensor at a time.
+    """As torch.optim.AdamW, `grad_scale` and `found_inf` of its fused form included.
 
     Args:
         params: float32 tensors, or groups of them.
@@ -36,21 +32,31 @@ class OnePassAdamW(torch.optim.Optimizer):
         weight_decay: float,
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._step_, self._new_state = KINDS[states]
-        self._group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        self._states, self._checked = states, set[Tensor]()
+        self._group_of = {parameter: i for i, group in enumerate(self.param_groups) for parameter in group["params"]}
 
     @torch.no_grad()
-    def step_on(self, parameter: Tensor, grad: Tensor, rounded: Tensor | None = None) -> None:
-        """One step of a parameter in place; changes nothing where `found_inf` is 1.
+    def step_on(self, moved: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+        """One step of parameters in place; changes nothing where `found_inf` is 1.
 
         Args:
-            parameter: one of `params`.
-            grad: float32, bfloat16 or float16.
-            rounded: bfloat16 or float16. what the parameter is a copy of; gets its new values.
+            moved: of each
+                parameter: one of `params`.
+                grad: float32, bfloat16 or float16.
+                rounded: bfloat16 or float16. what the parameter is a copy of; gets its new values.
         """
-        group = self._group_of[parameter]
-        form = adamw.AdamW(*(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
-        state, scalars = self.state[parameter], {"grad_scale": self.grad_scale, "found_inf": self.found_inf}
-        if not state:
-            state |= self._new_state(parameter)
-        self._step_(parameter.data, grad, state, form, rounded=rounded, **scalars)
+        alike: list[list[Stepped]] = [[] for _ in self.param_groups]
+        for parameter, grad, rounded in moved:
+            state = self.state[parameter]
+            if not state:
+                state |= new_state(parameter, self._states)
+            stepped = Stepped(parameter.data, grad, state, rounded)
+            if parameter not in self._checked:  # once: a model has hundreds
+                check(stepped, Step(self._form(0), self.grad_scale, self.found_inf))
+                self._checked.add(parameter)
+            alike[self._group_of[parameter]].append(stepped)
+        for i, tensors in enumerate(alike):
+            take_(tensors, Step(self._form(i), self.grad_scale, self.found_inf))
+
+    def _form(self, group: int) -> AdamW:
+        return AdamW(*(self.param_groups[group][name] for name in ("lr", "betas", "eps", "weight_decay")))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from bpo_fast_kernels.adamw_8bit import BLOCK
+from bpo_fast_kernels.adamw_moments import BLOCK
 from bpo_fast_kernels.trunk import has_kernels
 from torch import Tensor, nn
 
@@ -222,13 +222,15 @@ class Optimizer:
             parameter.grad = None
 
     def _apply(self, scale: Tensor | None) -> None:
-        """A step of all pieces; gradients in narrow types go one by one, as soon as they are applied."""
+        """A step of all pieces, which takes the gradients with it."""
+        moved = []
         for piece, adamw in zip(self._pieces, self._adamws, strict=True):
             grad = piece.take_gradient(scale)
             if adamw is self._fused:
                 piece.master.grad = grad
             elif grad is not None:
-                self._one_pass.step_on(piece.master, grad, piece.rounded)
+                moved.append((piece.master, grad, piece.rounded))
+        self._one_pass.step_on(moved)
         self._fused.step()
         for piece in self._pieces:
             piece.put()

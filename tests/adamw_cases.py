@@ -1,20 +1,19 @@
 """Steps of AdamW with either kind of moments, by a kernel or by its twin."""
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
-from bpo_fast_kernels import adamw, adamw_8bit
-from bpo_fast_kernels.adamw import AdamW
+from bpo_fast_kernels.adamw import AdamW, Stepped, adamw_, adamw_reference_
+from bpo_fast_kernels.adamw_moments import KINDS, new_state
 
 SHAPES = [(1,), (255,), (256,), (3, 257), (5, 1, 211), (4, 1024), (0,)]
 FORM = AdamW(lr=1e-2, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1)
-OPERATORS = {"float32": (adamw, "adamw"), "8bit": (adamw_8bit, "adamw_8bit")}
+STATES = tuple(KINDS)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """An operator, by its kernels or by its twin, and what it steps on.
+    """The operator, by its kernels or by its twin, and what it steps on.
 
     Attributes:
         states: "float32" or "8bit".
@@ -28,27 +27,33 @@ class Steps:
     form: AdamW = FORM
     options: dict | None = None
 
-    @property
-    def module(self) -> ModuleType:
-        return OPERATORS[self.states][0]
-
     def narrow(self, weight):
         """NaN, of the type of gradients; None where that is float32."""
         return None if self.dtype == torch.float32 else torch.full_like(weight, torch.nan, dtype=self.dtype)
 
     def step(self, weight, grad, state, **scalars):
         """One step, whose gradient comes in float32; a narrow weight of a state is "rounded" in it."""
-        module, name = OPERATORS[self.states]
-        step = getattr(module, f"{name}_" if self.options is not None else f"{name}_reference_")
-        own = {key: value for key, value in state.items() if key != "rounded"}
-        given = scalars | (self.options or {}) | {"rounded": state.get("rounded")}
-        step(weight, grad.to(self.device, self.dtype), own, self.form, **given)
+        self.step_all([(weight, grad, state)], **scalars)
+
+    def step_all(self, tensors, **scalars):
+        """One step of several, each as in `step`."""
+        step = adamw_reference_ if self.options is None else adamw_
+        stepped = [
+            Stepped(
+                weight,
+                grad.to(self.device, self.dtype),
+                {key: value for key, value in state.items() if key != "rounded"},
+                state.get("rounded"),
+            )
+            for weight, grad, state in tensors
+        ]
+        step(stepped, self.form, **scalars | (self.options or {}))
 
     def start(self, shape):
         """(weight, state) before the first step."""
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(self.device)
         narrow = self.narrow(weight)
-        return weight, self.module.new_state(weight) | ({} if narrow is None else {"rounded": narrow})
+        return weight, new_state(weight, self.states) | ({} if narrow is None else {"rounded": narrow})
 
     def trained(self, shape, num=4):
         """(weight, state) after steps of gradients of unlike sizes, zeros among them."""
@@ -60,6 +65,29 @@ class Steps:
             scale = torch.tensor(1.0 + i, device=self.device)
             self.step(weight, grad, state, grad_scale=scale, found_inf=torch.zeros((), device=self.device))
         return weight, state
+
+    def trained_together(self, num=3):
+        """[(weight, state)] after steps of tensors of many shapes at once."""
+        tensors = [self.start(shape) for shape in SHAPES]
+        for i in range(num):
+            generator = torch.Generator().manual_seed(i)
+            grads = [torch.randn(weight.shape, generator=generator) for weight, _ in tensors]
+            self.step_all([(weight, grad, state) for (weight, state), grad in zip(tensors, grads, strict=True)])
+        return tensors
+
+    def trained_apart(self):
+        """The same, of sizes and addresses that 16 divides or not, in launches with and without the latter."""
+        tensors = []
+        for size, offset in ((512, 0), (512, 1), (511, 0), (511, 1)):
+            weight = torch.linspace(-1, 1, size + offset, device=self.device)
+            narrow = self.narrow(weight)
+            state = new_state(weight[offset:], self.states)
+            state |= {} if narrow is None else {"rounded": narrow[offset:]}
+            tensors.append((weight[offset:], state))
+        grad = torch.linspace(-2, 2, 512)
+        for chosen in (tensors[:1], tensors[:2], tensors):
+            self.step_all([(weight, grad[: len(weight)], state) for weight, state in chosen])
+        return tensors
 
     def trained_with_a_nan(self):
         """(weight, state) after steps, one with a NaN among its gradients: it stays with its element, 0 here."""

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from bpo_fast_kernels.adamw import AdamW
+from bpo_fast_kernels.adamw import AdamW, Stepped, adamw_
+from bpo_fast_kernels.adamw_moments import new_state
 from bpo_fast_kernels.checks import NATIVE_FLOATS
 from torch import nn
 
-from bpo_fast.adamw import KINDS
 from bpo_fast_bench.kernels_impls import Implementation, Outcome
 from bpo_fast_bench.kernels_trunk import TrunkProblem
 
@@ -25,7 +25,7 @@ from bpo_fast_bench.kernels_trunk import TrunkProblem
 FORM = AdamW(lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
 OPTIONS = {"lr": FORM.lr, "betas": FORM.betas, "eps": FORM.eps, "weight_decay": FORM.weight_decay}
 BYTES = 16  # a weight, at least: gradient in, weight and two codes in and out, and a narrow weight's gradient and copy
-OPERATORS = {"": KINDS["float32"], ":8bit": KINDS["8bit"]}
+STATES = {"": "float32", ":8bit": "8bit"}
 PEERS = {"torchao": "torchao.optim", "bitsandbytes": "bitsandbytes.optim"}
 Step = Callable[[], object]
 
@@ -82,7 +82,7 @@ def adamw_implementations(like: AdamwInputs, peers: bool) -> dict[str, Implement
     for backend in ("triton",) if on_gpu else ("native", "torch"):
         if backend == "native" and dtype not in NATIVE_FLOATS:
             continue
-        for end in (":8bit",) if wide else OPERATORS:
+        for end in (":8bit",) if wide else STATES:
             makers[backend if wide else backend + end] = _ours(backend, end)
     known = ("torchao", "bitsandbytes") if on_gpu else ("torchao",)
     for name in known if peers and wide else ():  # of narrow weights they keep no masters
@@ -112,12 +112,10 @@ def _eager(weight: torch.Tensor, grad: torch.Tensor) -> Step:
 
 
 def _ours(backend: str, end: str) -> Callable[[torch.Tensor, torch.Tensor], Step]:
-    operator, new_state = OPERATORS[end]
-
     def make(weight: torch.Tensor, grad: torch.Tensor) -> Step:
         master = weight.float()
-        state, rounded = new_state(master), None if master is weight else weight
-        return lambda: operator(master, grad, state, FORM, rounded=rounded, backend=backend)
+        stepped = Stepped(master, grad, new_state(master, STATES[end]), None if master is weight else weight)
+        return lambda: adamw_([stepped], FORM, backend=backend)
 
     return make
 

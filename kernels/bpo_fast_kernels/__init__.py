@@ -1,7 +1,6 @@
 """Fused operators for preference training: sequence log-probs and the pair loss."""
 
 from bpo_fast_kernels.adamw import adamw_
-from bpo_fast_kernels.adamw_8bit import adamw_8bit_
 from bpo_fast_kernels.linear_draw import linear_draw
 from bpo_fast_kernels.linear_logps import linear_logps, linear_token_logps
 from bpo_fast_kernels.linear_pair_loss import LowRank, linear_pair_loss
@@ -13,7 +12,6 @@ __all__ = [
     "LowRank",
     "PairLoss",
     "adamw_",
-    "adamw_8bit_",
     "decoded_attention",
     "gated",
     "linear_draw",

@@ -1,20 +1,21 @@
-"""One step of AdamW in one pass over a float32 weight, and what it shares with that of 8-bit moments.
+"""A step of AdamW in one pass over float32 weights, with moments of float32 or of 8 bits.
 
 The gradient is read in the type that it comes in, and a narrow copy of the weight, which the model computes with, is
 written beside it. PyTorch's fused AdamW takes gradients of the weight's own type: around it every gradient is copied to
-float32 and every weight back, and a step moves 40 bytes a bfloat16 weight; this one moves 28, and makes no copy.
+float32 and every weight back, and a step moves 40 bytes a bfloat16 weight; this one moves 28 (8 bits: 16), and makes no
+copy. A GPU steps all tensors in one launch: with one each, the host would set the pace of a model's hundreds.
 """
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from bpo_fast_kernels.adamw_moments import Moments, State, kind_of
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import FLOATS, NATIVE_FLOATS, require
 
-State = MutableMapping[str, torch.Tensor]
 NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -38,129 +39,130 @@ class AdamW:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """How the moments of a weight are kept.
-
-    Attributes:
-        name: of the operator.
-        layout: of a weight: (type, shape) of each tensor but the count of steps, by name, as kernels take them.
-        read: (state, shape of the weight) -> both in float32, in memory of their own.
-        write: both -> what the state keeps of them, by name.
-    """
-
-    name: str
-    layout: Callable[[torch.Tensor], dict[str, tuple[torch.dtype, list[int]]]]
-    read: Callable[[State, torch.Size], list[torch.Tensor]]
-    write: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
-
-    def new_state(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The state of a weight that has taken no step."""
-        parts = {"step": (torch.float32, [])} | self.layout(weight)
-        return {name: torch.zeros(shape, dtype=dtype, device=weight.device) for name, (dtype, shape) in parts.items()}
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step reads and writes; see `adamw_`."""
+class Stepped:
+    """A tensor that is stepped and what goes with it; see `adamw_`."""
 
     weight: torch.Tensor
     grad: torch.Tensor
     state: State
+    rounded: torch.Tensor | None = None
+
+    @property
+    def types(self) -> tuple[torch.dtype, torch.dtype | None]:
+        """Of the gradient and of what is rounded."""
+        return self.grad.dtype, None if self.rounded is None else self.rounded.dtype
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all tensors of a step share; see `adamw_`."""
+
     form: AdamW
-    rounded: torch.Tensor | None
-    grad_scale: torch.Tensor | None
-    found_inf: torch.Tensor | None
-
-
-_NAMES = ("exp_avg", "exp_avg_sq")
-FLOAT32 = Moments(
-    "adamw",
-    lambda weight: {name: (torch.float32, list(weight.shape)) for name in _NAMES},
-    lambda state, shape: [state[name].clone() for name in _NAMES],
-    lambda *both: dict(zip(_NAMES, both, strict=True)),
-)
-
-
-def new_state(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The state of a tensor that has taken no step, as torch.optim.AdamW(fused=True) keeps it.
-
-    Returns:
-        "step" [] float32, "exp_avg" and "exp_avg_sq" of the tensor's shape, float32.
-    """
-    return FLOAT32.new_state(weight)
+    grad_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
 
 
 def adamw_(
-    weight: torch.Tensor,
-    grad: torch.Tensor,
-    state: State,
+    tensors: Sequence[Stepped],
     form: AdamW,
     *,
-    rounded: torch.Tensor | None = None,
     grad_scale: torch.Tensor | None = None,
     found_inf: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """Steps a tensor and its moments in place, without a host sync on a GPU.
+    """Steps tensors and their moments in place, without a host sync on a GPU.
 
     Args:
-        weight: float32, contiguous.
-        grad: of its shape, float32, bfloat16 or float16. a NaN makes its own weight NaN and no other.
-        state: as `new_state` makes it, or torch.optim.AdamW.
+        tensors: of one device, with moments of one kind, of each:
+            weight: float32, contiguous.
+            grad: of its shape, float32, bfloat16 or float16. a NaN makes its own weight NaN and no other.
+            state: as `adamw_moments.new_state` makes it; of float32, torch.optim.AdamW's is the same.
+            rounded: of the weight's shape, bfloat16 or float16, contiguous. gets the stepped weight, to nearest, ties
+                to even; what is below 2^-126 may become 0.
         form: learning rate and so on.
-        rounded: of the weight's shape, bfloat16 or float16, contiguous. gets the stepped weight, to nearest, ties to
-            even; what is below 2^-126 may become 0.
-        grad_scale: [] float32. what divides the gradient.
+        grad_scale: [] float32. what divides the gradients.
         found_inf: [] float32. nothing changes where it is 1.
         backend: "auto", "native" (a CPU, not float16), "torch" or "triton".
 
     Raises:
         ValueError: a wrong shape, dtype or device, or a backend that cannot run here.
     """
-    take_(Step(weight, grad, state, form, rounded, grad_scale, found_inf), FLOAT32, backend)
+    step = Step(form, grad_scale, found_inf)
+    for tensor in tensors:
+        check(tensor, step)
+        require(kind_of(tensor.state) is kind_of(tensors[0].state), "state", list(tensor.state), "expected one kind")
+        require(tensor.weight.device == tensors[0].weight.device, "weight.device", tensor.weight.device, "expected one")
+    take_(tensors, step, backend)
 
 
+@torch.no_grad()
 def adamw_reference_(
-    weight: torch.Tensor,
-    grad: torch.Tensor,
-    state: State,
+    tensors: Sequence[Stepped],
     form: AdamW,
     *,
-    rounded: torch.Tensor | None = None,
     grad_scale: torch.Tensor | None = None,
     found_inf: torch.Tensor | None = None,
 ) -> None:
     """The twin of `adamw_`."""
-    take_reference_(Step(weight, grad, state, form, rounded, grad_scale, found_inf), FLOAT32)
+    for tensor in tensors:
+        _take_reference(tensor, Step(form, grad_scale, found_inf))
 
 
 @torch.no_grad()
-def take_(step: Step, moments: Moments, backend: str) -> None:
-    """Checks and takes a step."""
-    _check(step, moments)
-    weight, count, found_inf = step.weight, step.state["step"], step.found_inf
-    types = {step.grad.dtype, torch.float32 if step.rounded is None else step.rounded.dtype}
-    name = pick_backend(backend, weight.device).name
+def take_(tensors: Sequence[Stepped], step: Step, backend: str = "auto") -> None:
+    """`adamw_` of what has passed `check`."""
+    if not tensors:
+        return
+    device, found_inf = tensors[0].weight.device, step.found_inf
+    name = pick_backend(backend, device).name
     if name == "triton":
         from bpo_fast_kernels.triton_adamw import launch
 
-        with torch.cuda.device_of(weight):
-            count += 1.0 if found_inf is None else 1.0 - found_inf
-            launch(step, moments)
-    elif name == "native" and weight.device.type == "cpu" and types <= {*NATIVE_FLOATS}:
-        if found_inf is None or not found_inf:
-            count += 1
-            _take_native(step, moments)
-    else:
-        require(backend != "native", "backend", "'native'", "expected float32 or bfloat16 on a CPU here")
-        take_reference_(step, moments)
+        with torch.cuda.device_of(tensors[0].weight):
+            one = torch.ones((), device=device) if found_inf is None else 1.0 - found_inf
+            torch._foreach_add_([tensor.state["step"] for tensor in tensors], one)
+            launch(tensors, step)
+        return
+    keeps = found_inf is not None and device.type == "cpu" and bool(found_inf)
+    for tensor in tensors:
+        grad, rounded = tensor.types
+        if name == "native" and device.type == "cpu" and {grad, rounded or grad} <= {*NATIVE_FLOATS}:
+            if not keeps:
+                _take_native(tensor, step)
+        else:
+            require(backend != "native", "backend", "'native'", "expected float32 or bfloat16 on a CPU here")
+            _take_reference(tensor, step)
 
 
-@torch.no_grad()
-def take_reference_(step: Step, moments: Moments) -> None:
-    """The twin of `take_`."""
-    weight, state, form, found_inf = step.weight, step.state, step.form, step.found_inf
-    grad = step.grad.float() if step.grad_scale is None else step.grad.float() / step.grad_scale
+def check(tensor: Stepped, step: Step) -> None:
+    """Raises ValueError for what `adamw_` does not take."""
+    weight = tensor.weight
+    require(weight.dtype == torch.float32, "weight.dtype", weight.dtype, "expected float32")
+    require(weight.is_contiguous(), "weight.stride", list(weight.stride()), "expected a contiguous tensor")
+    for name, own, types in (("grad", tensor.grad, FLOATS), ("rounded", tensor.rounded, NARROW)):
+        if own is not None:
+            require(own.shape == weight.shape, f"{name}.shape", own.shape, f"expected {weight.shape} like weight")
+            words = " or ".join(str(dtype).removeprefix("torch.") for dtype in types)
+            require(own.dtype in types, f"{name}.dtype", own.dtype, f"expected {words}")
+    if tensor.rounded is not None:
+        strides = list(tensor.rounded.stride())
+        require(tensor.rounded.is_contiguous(), "rounded.stride", strides, "expected a contiguous tensor")
+    for name, (dtype, shape) in kind_of(tensor.state).layout(weight).items():
+        own, part = tensor.state[name], f"state[{name!r}]"
+        require(list(own.shape) == shape, f"{part}.shape", list(own.shape), f"expected {shape}")
+        require(own.dtype == dtype, f"{part}.dtype", own.dtype, f"expected {dtype}")
+        require(own.is_contiguous(), f"{part}.stride", list(own.stride()), "expected a contiguous tensor")
+    scalars = {name: getattr(step, name) for name in ("grad_scale", "found_inf")}
+    given = {"grad": tensor.grad, "rounded": tensor.rounded} | scalars | dict(tensor.state)
+    for name, own in given.items():
+        if own is not None:
+            require(own.device == weight.device, f"{name}.device", own.device, f"expected {weight.device}")
+
+
+def _take_reference(tensor: Stepped, step: Step) -> None:
+    weight, state, form, found_inf = tensor.weight, tensor.state, step.form, step.found_inf
+    moments: Moments = kind_of(state)
+    grad = tensor.grad.float() if step.grad_scale is None else tensor.grad.float() / step.grad_scale
     keep = torch.zeros((), dtype=torch.bool, device=weight.device) if found_inf is None else found_inf.bool()
     first, second = moments.read(state, weight.shape)
     first.lerp_(grad, 1 - form.betas[0])
@@ -172,40 +174,16 @@ def take_reference_(step: Step, moments: Moments) -> None:
     size = second.div_(corrections[1]).sqrt_().add_(form.eps).mul_(corrections[0])
     new = weight * (1 - form.lr * form.weight_decay) - form.lr * first / size
     weight.copy_(torch.where(keep, weight, new))
-    if step.rounded is not None:
-        step.rounded.copy_(torch.where(keep, step.rounded, weight))
+    if tensor.rounded is not None:
+        tensor.rounded.copy_(torch.where(keep, tensor.rounded, weight))
 
 
-def _check(step: Step, moments: Moments) -> None:
-    weight = step.weight
-    require(weight.dtype == torch.float32, "weight.dtype", weight.dtype, "expected float32")
-    require(weight.is_contiguous(), "weight.stride", list(weight.stride()), "expected a contiguous tensor")
-    for name, tensor, types in (("grad", step.grad, FLOATS), ("rounded", step.rounded, NARROW)):
-        if tensor is not None:
-            shape = tensor.shape
-            require(shape == weight.shape, f"{name}.shape", shape, f"expected {weight.shape} like weight")
-            words = " or ".join(str(dtype).removeprefix("torch.") for dtype in types)
-            require(tensor.dtype in types, f"{name}.dtype", tensor.dtype, f"expected {words}")
-    if step.rounded is not None:
-        strides = list(step.rounded.stride())
-        require(step.rounded.is_contiguous(), "rounded.stride", strides, "expected a contiguous tensor")
-    for name, (dtype, shape) in moments.layout(weight).items():
-        own, part = step.state[name], f"state[{name!r}]"
-        require(list(own.shape) == shape, f"{part}.shape", list(own.shape), f"expected {shape}")
-        require(own.dtype == dtype, f"{part}.dtype", own.dtype, f"expected {dtype}")
-        require(own.is_contiguous(), f"{part}.stride", list(own.stride()), "expected a contiguous tensor")
-    given = {name: getattr(step, name) for name in ("grad", "rounded", "grad_scale", "found_inf")} | dict(step.state)
-    for name, tensor in given.items():
-        if tensor is not None:
-            require(tensor.device == weight.device, f"{name}.device", tensor.device, f"expected {weight.device}")
-
-
-def _take_native(step: Step, moments: Moments) -> None:
-    """Its count has been raised already."""
-    form = step.form
-    kept = [step.state[name] for name in moments.layout(step.weight)]
+def _take_native(tensor: Stepped, step: Step) -> None:
+    form, moments, state = step.form, kind_of(tensor.state), tensor.state
+    state["step"] += 1
+    kept = [state[name] for name in moments.layout(tensor.weight)]
     grad_scale = 1.0 if step.grad_scale is None else float(step.grad_scale)
-    corrections = map(float, form.corrections(step.state["step"]))
+    corrections = map(float, form.corrections(state["step"]))
     numbers = (grad_scale, form.lr, *form.betas, form.eps, form.weight_decay, *corrections)
-    operator = getattr(pick_backend("native", step.weight.device).ops, moments.name)
-    operator(step.weight, step.grad.contiguous(), step.rounded, *kept, *numbers)
+    operator = getattr(pick_backend("native", tensor.weight.device).ops, moments.name)
+    operator(tensor.weight, tensor.grad.contiguous(), tensor.rounded, *kept, *numbers)

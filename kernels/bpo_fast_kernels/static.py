@@ -30,7 +30,7 @@ ARCHS = (80, 89, 90, 100)
 PLAIN = {"scale", "softcap", "slack", "limit", "beta", "smoothing", "vocab", "first", "num_tiles"}
 PLAIN |= {"num_rows", "num_slots", "num_pairs", "tile_cols", "eps", "offset"}
 ADAMW = {"lr", "beta1", "beta2", "rest_first", "rest_second", "log_first", "log_second", "kept"}
-PLAIN |= {"num"} | ADAMW
+PLAIN |= ADAMW
 FLOATS = {"scale", "softcap", "slack", "limit", "beta", "smoothing", "eps", "offset"}
 FLOATS |= ADAMW
 POINTERS = {
@@ -46,8 +46,8 @@ POINTERS = {
     "ids": "*i64",
     "order": "*i64",
     "num_live": "*i32",
-    "first_codes": "*i8",
-    "second_codes": "*i8",
+    "table": "*i64",
+    "chunks": "*i32",
 }
 
 
@@ -107,9 +107,10 @@ def builds(arch: int) -> Iterator[Build]:
             yield Build(name + suffix, kernel, shape, warps, stages, float32=dtype == torch.float32)
     yield from _trunk()
     for name, kernel in triton_adamw.KERNELS.items():
-        for suffix, narrow in (("", ("grad", "rounded")), ("_f32", ())):
-            forms = {"HAS_SCALE": True, "HAS_INF": True, "ROUNDS": bool(narrow)} | triton_adamw.SIZES[name]
-            yield Build(name + suffix, kernel, forms, triton_adamw.WARPS, narrow=narrow)
+        for suffix, grad, rounded in (("", torch.bfloat16, torch.bfloat16), ("_f32", torch.float32, None)):
+            forms = {"HAS_SCALE": True, "HAS_INF": True, "ALIGNED": True, "CHUNK": triton_adamw.CHUNK}
+            forms |= {"GRAD": triton_adamw.TYPES[grad], "ROUNDED": triton_adamw.TYPES[rounded]}
+            yield Build(name + suffix, kernel, forms | triton_adamw.SIZES[name], triton_adamw.WARPS)
     for loss, number in triton_pair.LOSS_IDS.items():
         yield Build(f"pair_loss_{loss}", triton_pair.pair_loss_kernel, {"LOSS": number, "BLOCK": triton_pair.BLOCK})
 
@@ -188,6 +189,8 @@ def measure(build: Build, arch: int) -> dict[str, Any]:
         file.flush()
         usage, code = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
     found = set(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTMALDG|LDGSTS)[.\w]*", code))
+    if re.search(r"\bLDG\.E\.128\b", code):
+        found.add("LDG.E.128")
     if "tcgen05.mma" in compiled.asm["ptx"]:
         found.add("tcgen05.mma")
     return {

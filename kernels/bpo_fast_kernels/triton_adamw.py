@@ -1,19 +1,29 @@
-"""AdamW on a GPU: each weight, its gradient and its moments are read, stepped and written once."""
+"""AdamW on a GPU: each weight, its gradient and its moments are read, stepped and written once.
+
+A launch steps many tensors. A table holds a row for each: how many elements, and the addresses of what a step reads and
+writes. Tensors are cut into chunks; a list of them says which tensor and which of its chunks a program works in.
+"""
 
 # Triton's launch syntax is beyond a type checker.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
+import functools
 import math
+from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 
-from bpo_fast_kernels.adamw import Moments, Step
-from bpo_fast_kernels.adamw_8bit import BLOCK
+from bpo_fast_kernels.adamw import Step, Stepped
+from bpo_fast_kernels.adamw_moments import BLOCK, kind_of
 
 # What a program steps is the product of the sizes. With 512, 4 to a thread, narrow and wide loads have one layout.
 SIZES = {"adamw": {"SIZE": 512}, "adamw_8bit": {"BLOCKS": 4, "SIZE": BLOCK}}
 WARPS = 4
+CHUNK = 2**13  # elements; programs beyond the end of a tensor end at once
+ALIGNMENT = 16  # of addresses in bytes, and of sizes: without it loads are narrow
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, None: None}
 
 
 @triton.jit
@@ -26,12 +36,36 @@ def _correction(count, log_beta):
 
 
 @triton.jit
-def _end(num, found_inf, HAS_INF: tl.constexpr):
-    """How many weights are stepped: none where a gradient is not finite."""
-    end = tl.zeros([1], tl.int64) + num
+def _pointer(entry, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """What a row of the table points to."""
+    pointer = tl.load(entry + COLUMN).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _place(
+    table,
+    chunks,
+    found_inf,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEPPED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_INF: tl.constexpr,
+):
+    """(row of the table, first element, end: 0 where a gradient is not finite) of a program that steps so many."""
+    program = tl.program_id(0).to(tl.int64)
+    listed = chunks + program // (CHUNK // STEPPED) * 2
+    entry = table + tl.load(listed).to(tl.int64) * COLUMNS
+    first = tl.load(listed + 1).to(tl.int64) * CHUNK + program % (CHUNK // STEPPED) * STEPPED
+    end = tl.load(entry)
+    if ALIGNED:
+        end = tl.multiple_of(end, 16)
     if HAS_INF:
         end = tl.where(tl.load(found_inf) == 0.0, end, 0)
-    return end
+    return entry, first, end
 
 
 @triton.jit
@@ -43,26 +77,35 @@ def _gradient(grad, at, inside, grad_scale, HAS_SCALE: tl.constexpr):
 
 
 @triton.jit
-def _step(weight, rounded, at, inside, m, v, count, log_first, log_second, lr, eps, kept, ROUNDS: tl.constexpr):
+def _step(
+    entry,
+    at,
+    inside,
+    m,
+    v,
+    log_first,
+    log_second,
+    lr,
+    eps,
+    kept,
+    ROUNDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """The weights, from the new moments."""
+    count, weight = _pointer(entry, 1, tl.float32, False), _pointer(entry, 2, tl.float32, ALIGNED)
     size = (tl.sqrt(v / _correction(count, log_second)) + eps) * _correction(count, log_first)
     w = tl.load(weight + at, mask=inside, other=0.0) * kept - lr * m / size
     tl.store(weight + at, w, mask=inside)
-    if ROUNDS:
-        tl.store(rounded + at, w.to(rounded.dtype.element_ty), mask=inside)
+    if ROUNDED is not None:
+        tl.store(_pointer(entry, 4, ROUNDED, ALIGNED) + at, w.to(ROUNDED), mask=inside)
 
 
 @triton.jit
 def adamw_kernel(
-    weight,
-    grad,
-    rounded,
-    first_moment,
-    second_moment,
-    count,
+    table,
+    chunks,
     grad_scale,
     found_inf,
-    num,
     lr,
     beta1,
     beta2,
@@ -72,35 +115,35 @@ def adamw_kernel(
     log_second,
     eps,
     kept,
+    GRAD: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_INF: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    CHUNK: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """See `adamw_`; `kept` is what weight decay leaves, `rest_` is 1 - beta, `log_` that of beta."""
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = at < _end(num, found_inf, HAS_INF)
-    g = _gradient(grad, at, inside, grad_scale, HAS_SCALE)
+    entry, first, end = _place(table, chunks, found_inf, 7, CHUNK, SIZE, ALIGNED, HAS_INF)
+    if first >= end:
+        return
+    at = first + tl.arange(0, SIZE)
+    inside = at < end
+    first_moment, second_moment = _pointer(entry, 5, tl.float32, ALIGNED), _pointer(entry, 6, tl.float32, ALIGNED)
+    g = _gradient(_pointer(entry, 3, GRAD, ALIGNED), at, inside, grad_scale, HAS_SCALE)
     m = tl.load(first_moment + at, mask=inside, other=0.0) * beta1 + g * rest_first
     v = tl.load(second_moment + at, mask=inside, other=0.0) * beta2 + rest_second * g * g
     tl.store(first_moment + at, m, mask=inside)
     tl.store(second_moment + at, v, mask=inside)
-    _step(weight, rounded, at, inside, m, v, count, log_first, log_second, lr, eps, kept, ROUNDS)
+    _step(entry, at, inside, m, v, log_first, log_second, lr, eps, kept, ROUNDED, ALIGNED)
 
 
 @triton.jit
 def adamw_8bit_kernel(
-    weight,
-    grad,
-    rounded,
-    first_codes,
-    first_scale,
-    second_codes,
-    second_scale,
-    count,
+    table,
+    chunks,
     grad_scale,
     found_inf,
-    num,
     lr,
     beta1,
     beta2,
@@ -110,27 +153,34 @@ def adamw_8bit_kernel(
     log_second,
     eps,
     kept,
+    GRAD: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_INF: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCKS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """See `adamw_8bit_`; the numbers are those of `adamw_kernel`."""
-    blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    """As `adamw_kernel`, of blocks of codes."""
+    entry, first, end = _place(table, chunks, found_inf, 9, CHUNK, BLOCKS * SIZE, ALIGNED, HAS_INF)
+    if first >= end:
+        return
+    first_codes, first_scale = _pointer(entry, 5, tl.int8, ALIGNED), _pointer(entry, 6, tl.float32, False)
+    second_codes, second_scale = _pointer(entry, 7, tl.int8, ALIGNED), _pointer(entry, 8, tl.float32, False)
+    blocks = first // SIZE + tl.arange(0, BLOCKS)
     begin = blocks[:, None] * SIZE + tl.zeros([1, SIZE], tl.int64)
     at = begin + tl.arange(0, SIZE)[None, :]
-    end = _end(num, found_inf, HAS_INF)
     steps, inside = blocks * SIZE < end, at < end
     held = begin < end  # codes are there to the end of a block
-    g = _gradient(grad, at, inside, grad_scale, HAS_SCALE)
+    g = _gradient(_pointer(entry, 3, GRAD, ALIGNED), at, inside, grad_scale, HAS_SCALE)
     root = tl.load(first_codes + at, mask=held, other=0).to(tl.float32) / 127.0
     was = root * root * root * tl.load(first_scale + blocks, mask=steps, other=0.0)[:, None]
     m = was * beta1 + g * rest_first
     root = tl.load(second_codes + at, mask=held, other=0).to(tl.float32) / 127.0
     root = root * root
     v = root * root * tl.load(second_scale + blocks, mask=steps, other=0.0)[:, None] * beta2 + rest_second * g * g
-    _step(weight, rounded, at, inside, m, v, count, log_first, log_second, lr, eps, kept, ROUNDS)
+    _step(entry, at, inside, m, v, log_first, log_second, lr, eps, kept, ROUNDED, ALIGNED)
     most = tl.max(tl.abs(m), axis=1)
     tl.store(first_scale + blocks, most, mask=steps)
     part = tl.abs(m) / tl.maximum(most, 1.17549435e-38)[:, None]
@@ -145,18 +195,42 @@ def adamw_8bit_kernel(
 KERNELS = {"adamw": adamw_kernel, "adamw_8bit": adamw_8bit_kernel}
 
 
-def launch(step: Step, moments: Moments) -> None:
-    """Weight and moments, in place, and what is rounded; the count has been raised already."""
-    weight, grad, state, form = step.weight, step.grad.contiguous(), step.state, step.form
-    if not weight.numel():
-        return
-    kept = [state[name] for name in moments.layout(weight)]
-    # an address that is not read or written
-    rounded, *scalars = [grad if t is None else t for t in (step.rounded, step.grad_scale, step.found_inf)]
+def launch(tensors: Sequence[Stepped], step: Step) -> None:
+    """Weights and moments, in place, and what is rounded; the counts have been raised already."""
+    moments, form = kind_of(tensors[0].state), step.form
     rests = [1 - beta for beta in form.betas]
     numbers = (form.lr, *form.betas, *rests, *form.logs, form.eps, 1 - form.lr * form.weight_decay)
-    given = {"HAS_SCALE": step.grad_scale, "HAS_INF": step.found_inf, "ROUNDS": step.rounded}
-    options = {name: tensor is not None for name, tensor in given.items()} | SIZES[moments.name]
-    grid = (triton.cdiv(weight.numel(), math.prod(SIZES[moments.name].values())),)
-    tensors = (weight, grad, rounded, *kept, state["step"], *scalars)
-    KERNELS[moments.name][grid](*tensors, weight.numel(), *numbers, **options, num_warps=WARPS)
+    stepped = math.prod(SIZES[moments.name].values())
+    for grad, rounded in dict.fromkeys(tensor.types for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.types == (grad, rounded) and tensor.weight.numel()]
+        if not alike:
+            continue
+        device, names = alike[0].weight.device, list(moments.layout(alike[0].weight))
+        grads = [tensor.grad.contiguous() for tensor in alike]  # alive until the launch
+        rows = [_row(tensor, own, names) for tensor, own in zip(alike, grads, strict=True)]
+        aligned = all(number % ALIGNMENT == 0 for row in rows for number in (row[0], *row[2:]))
+        table = torch.tensor(rows).to(device, non_blocking=True)
+        chunks = _chunks(tuple(row[0] for row in rows), CHUNK, device)
+        options = {"HAS_SCALE": step.grad_scale is not None, "HAS_INF": step.found_inf is not None, "ALIGNED": aligned}
+        options |= {"GRAD": TYPES[grad], "ROUNDED": TYPES[rounded], "CHUNK": CHUNK} | SIZES[moments.name]
+        # an address that is not read
+        scalars = [table if scalar is None else scalar for scalar in (step.grad_scale, step.found_inf)]
+        grid = (len(chunks) * (CHUNK // stepped),)
+        KERNELS[moments.name][grid](table, chunks, *scalars, *numbers, **options, num_warps=WARPS)
+
+
+def _row(tensor: Stepped, grad: torch.Tensor, names: Sequence[str]) -> list[int]:
+    """Of the table."""
+    rounded = 0 if tensor.rounded is None else tensor.rounded.data_ptr()
+    kept = [tensor.state[name].data_ptr() for name in names]
+    weight = tensor.weight
+    return [weight.numel(), tensor.state["step"].data_ptr(), weight.data_ptr(), grad.data_ptr(), rounded, *kept]
+
+
+@functools.lru_cache(maxsize=16)
+def _chunks(sizes: tuple[int, ...], length: int, device: torch.device) -> torch.Tensor:
+    """[chunks, 2] int32: which tensor of these sizes, and which of its chunks. A model's are the same at every step."""
+    nums = torch.tensor([-(-size // length) for size in sizes])
+    owner = torch.repeat_interleave(nums)
+    chunk = torch.arange(len(owner)) - (nums.cumsum(0) - nums)[owner]
+    return torch.stack([owner, chunk], 1).to(torch.int32).to(device)

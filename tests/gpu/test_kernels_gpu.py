@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from adamw_cases import OPERATORS, Steps, assert_alike
+from adamw_cases import STATES, Steps, assert_alike
 from bpo_fast_kernels import (
     gated,
     linear_draw,
@@ -364,7 +364,7 @@ def test_norms_and_gates_repeat_bit_for_bit_and_wait_for_nothing():
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
-ADAMW_FORMS = [(states, dtype) for states in OPERATORS for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+ADAMW_FORMS = [(states, dtype) for states in STATES for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 ON_GPU = {"device": "cuda", "options": {"backend": "triton"}}
 
 
@@ -372,6 +372,16 @@ ON_GPU = {"device": "cuda", "options": {"backend": "triton"}}
 @pytest.mark.parametrize("form", ADAMW_FORMS, ids=str)
 def test_adamw_is_that_of_the_twin(shape, form):
     assert_alike(Steps(*form, **ON_GPU).trained(shape), Steps(*form).trained(shape))
+
+
+@pytest.mark.parametrize("form", ADAMW_FORMS, ids=str)
+def test_adamw_steps_tensors_together_as_alone(form):
+    on_gpu, twin = Steps(*form, **ON_GPU), Steps(*form)
+    for found, expected in (
+        *zip(on_gpu.trained_together(), twin.trained_together(), strict=True),
+        *zip(on_gpu.trained_apart(), twin.trained_apart(), strict=True),
+    ):
+        assert_alike(found, expected)
 
 
 @pytest.mark.parametrize("form", ADAMW_FORMS, ids=str)

@@ -10,8 +10,8 @@ import triton.language as tl
 import trunk_cases
 import watched
 from adamw_cases import FORM as ADAMW_FORM
-from adamw_cases import OPERATORS, Steps, assert_alike
 from adamw_cases import SHAPES as ADAMW_SHAPES
+from adamw_cases import STATES, Steps, assert_alike
 from bpo_fast_kernels import gated, linear_logps, linear_pair_loss, linear_token_logps, pair_loss, rms_norm
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
@@ -455,16 +455,24 @@ def test_halves_of_one_tensor():
 
 
 TRITON = {"options": {"backend": "triton"}}
-FORMS_OF_ADAMW = [(states, dtype) for states in OPERATORS for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+FORMS_OF_ADAMW = [(states, dtype) for states in STATES for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """A tensor of 4,096 elements has several."""
+    from bpo_fast_kernels import triton_adamw
+
+    monkeypatch.setattr(triton_adamw, "CHUNK", 1024)
 
 
 @pytest.mark.parametrize("shape", ADAMW_SHAPES)
 @pytest.mark.parametrize("form", FORMS_OF_ADAMW, ids=str)
-def test_adamw(gpu_types, shape, form):
+def test_adamw(gpu_types, small_chunks, shape, form):
     assert_alike(Steps(*form, **TRITON).trained(shape), Steps(*form).trained(shape))
 
 
-@pytest.mark.parametrize("states", OPERATORS)
+@pytest.mark.parametrize("states", STATES)
 def test_adamw_divides_by_what_is_left_of_the_betas(states):
     """A beta of 0, and counts of steps where 1 - beta^count is a series, and where it is a difference."""
     for betas in ((0.0, 0.5), (0.9, 0.999), (0.3, 0.99999)):
@@ -487,3 +495,25 @@ def test_adamw_changes_nothing_where_a_gradient_is_not_finite(form):
 @pytest.mark.parametrize("form", FORMS_OF_ADAMW, ids=str)
 def test_adamw_leaves_a_nan_with_its_element(gpu_types, form):
     assert_alike(Steps(*form, **TRITON).trained_with_a_nan(), Steps(*form).trained_with_a_nan())
+
+
+@pytest.mark.parametrize("form", FORMS_OF_ADAMW, ids=str)
+def test_adamw_steps_many_tensors_in_a_launch(gpu_types, small_chunks, form, monkeypatch):
+    launches, run = [], interpreter.GridExecutor.__call__
+
+    def launch(self, *args, **options):
+        launches.append(1)
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    together = Steps(*form, **TRITON).trained_together(num=2)
+    assert len(launches) == 2
+    for found, expected in zip(together, Steps(*form).trained_together(num=2), strict=True):
+        assert_alike(found, expected)
+
+
+@pytest.mark.parametrize("form", FORMS_OF_ADAMW, ids=str)
+def test_adamw_takes_any_address_and_size(gpu_types, form):
+    both = (Steps(*form, **options).trained_apart() for options in (TRITON, {}))
+    for found, expected in zip(*both, strict=True):
+        assert_alike(found, expected)

@@ -4,19 +4,18 @@ import dataclasses
 
 import pytest
 import torch
-from adamw_cases import FORM, OPERATORS, SHAPES, Steps, assert_alike
-from bpo_fast_kernels import adamw_, adamw_8bit_
-from bpo_fast_kernels.adamw import new_state
-from bpo_fast_kernels.adamw_8bit import BLOCK, decode, encode
-from bpo_fast_kernels.adamw_8bit import new_state as new_8bit_state
+from adamw_cases import FORM, SHAPES, STATES, Steps, assert_alike
+from bpo_fast_kernels import adamw_
+from bpo_fast_kernels.adamw import Stepped
+from bpo_fast_kernels.adamw_moments import BLOCK, decode, encode, new_state
 
-STATES = pytest.mark.parametrize("states", OPERATORS)
+KINDS = pytest.mark.parametrize("states", STATES)
 BACKENDS = pytest.mark.parametrize("backend", ["native", "torch"])
 FLOATS = [torch.float32, torch.bfloat16]
 OTHER = dataclasses.replace(FORM, betas=(0.0, 0.5), weight_decay=0.0)
 
 
-@STATES
+@KINDS
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", [FORM, OTHER])
@@ -26,7 +25,7 @@ def test_a_native_step_is_that_of_the_twin(states, dtype, shape, form):
     assert_alike(native.trained(shape), twin.trained(shape))
 
 
-@STATES
+@KINDS
 @pytest.mark.parametrize(("grads", "weights"), [(torch.bfloat16, None), (torch.float32, torch.bfloat16)])
 def test_a_gradient_and_a_weight_may_be_of_other_types(states, grads, weights):
     found = []
@@ -40,7 +39,7 @@ def test_a_gradient_and_a_weight_may_be_of_other_types(states, grads, weights):
     assert_alike(found[1], found[0])
 
 
-@STATES
+@KINDS
 def test_float16_takes_the_twin_on_a_cpu(states):
     found = Steps(states, torch.float16, options={}).trained((3, 100))
     assert_alike(found, Steps(states, torch.float16).trained((3, 100)))
@@ -48,7 +47,7 @@ def test_float16_takes_the_twin_on_a_cpu(states):
         Steps(states, torch.float16, options={"backend": "native"}).trained((3, 100))
 
 
-@STATES
+@KINDS
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_steps_repeat_bit_for_bit_for_any_number_of_threads(states, dtype):
     runs = []
@@ -60,7 +59,7 @@ def test_steps_repeat_bit_for_bit_for_any_number_of_threads(states, dtype):
         assert all(torch.equal(state[name], runs[0][1][name]) for name in state)
 
 
-@STATES
+@KINDS
 @BACKENDS
 def test_the_first_step_is_that_of_pytorch(states, backend):
     """Moments of 8 bits are not rounded yet."""
@@ -70,7 +69,7 @@ def test_the_first_step_is_that_of_pytorch(states, backend):
     names = ("lr", "betas", "eps", "weight_decay")
     torch.optim.AdamW([plain], **{name: getattr(FORM, name) for name in names}).step()
     steps = Steps(states, options={"backend": backend})
-    state = steps.module.new_state(weight)
+    state = new_state(weight, states)
     steps.step(weight, grad, state, grad_scale=torch.tensor(3.0))
     torch.testing.assert_close(weight, plain.detach(), rtol=1e-6, atol=1e-7)
     assert float(state["step"]) == 1
@@ -86,7 +85,7 @@ def test_float32_moments_are_those_of_pytorch(backend):
     state = new_state(mine)
     for _ in range(5):
         plain.grad = torch.randn(2, 700) * torch.logspace(-3, 3, 700)
-        adamw_(mine, plain.grad, state, FORM, backend=backend)
+        adamw_([Stepped(mine, plain.grad, state)], FORM, backend=backend)
         adamw.step()
     torch.testing.assert_close(mine, plain.detach(), rtol=1e-5, atol=1e-6)
     assert state.keys() == adamw.state[plain].keys()
@@ -95,14 +94,14 @@ def test_float32_moments_are_those_of_pytorch(backend):
         torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6)
 
 
-@STATES
+@KINDS
 @BACKENDS
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_nothing_changes_where_a_gradient_is_not_finite(states, backend, dtype):
     assert Steps(states, dtype, options={"backend": backend}).unmoved_by_what_is_not_finite()
 
 
-@STATES
+@KINDS
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_nan_stays_with_its_element(states, dtype):
     native = Steps(states, dtype, options={"backend": "native"})
@@ -114,7 +113,7 @@ def test_weights_are_rounded_to_nearest_and_ties_to_even(backend):
     """Of 1 + k / 256 in bfloat16, odd k are ties; the largest numbers round to infinity."""
     weight = torch.cat([1 + torch.arange(-600, 600) / 256, torch.tensor([3.4e38, -3.4e38, 0.0])])
     rounded, still = torch.zeros(len(weight), dtype=torch.bfloat16), dataclasses.replace(FORM, lr=0.0)
-    adamw_(weight, torch.ones_like(weight), new_state(weight), still, rounded=rounded, backend=backend)
+    adamw_([Stepped(weight, torch.ones_like(weight), new_state(weight), rounded)], still, backend=backend)
     assert torch.equal(rounded, weight.bfloat16())
     assert rounded.isinf().sum() == 2
 
@@ -148,23 +147,35 @@ def test_a_code_is_near_what_it_stands_for(power):
         ({"grad_scale": torch.ones((), device="meta")}, "grad_scale.device = meta"),
     ],
 )
-@STATES
+@KINDS
 def test_bad_arguments_are_named(states, change, message):
-    module, name = OPERATORS[states]
-    given = {"weight": torch.zeros(4), "grad": torch.zeros(4), "state": module.new_state(torch.zeros(4)), "form": FORM}
+    given = {"weight": torch.zeros(4), "grad": torch.zeros(4), "state": new_state(torch.zeros(4), states)} | change
+    options = {name: given.pop(name) for name in ("backend", "grad_scale") if name in given}
     with pytest.raises(ValueError, match=message):
-        getattr(module, f"{name}_")(**given | change)
+        adamw_([Stepped(**given)], FORM, **options)
 
 
 @pytest.mark.parametrize(
-    ("step", "state", "message"),
+    ("state", "message"),
     [
-        (adamw_8bit_, new_8bit_state(torch.zeros(300)), r"\['exp_avg'\].shape = \[2, 256\]: expected \[1, 256\]"),
-        (adamw_, new_state(torch.zeros(300)), r"\['exp_avg'\].shape = \[300\]: expected \[4\]"),
-        (adamw_, new_state(torch.zeros(4)) | {"exp_avg_sq": torch.zeros(4).double()}, r"\['exp_avg_sq'\].dtype"),
-        (adamw_, new_state(torch.zeros(4)) | {"exp_avg_sq": torch.zeros(8)[::2]}, r"\['exp_avg_sq'\].stride"),
+        (new_state(torch.zeros(300), "8bit"), r"state\['exp_avg'\].shape = \[2, 256\]: expected \[1, 256\]"),
+        (new_state(torch.zeros(300)), r"state\['exp_avg'\].shape = \[300\]: expected \[4\]"),
+        (new_state(torch.zeros(4)) | {"exp_avg_sq": torch.zeros(4).double()}, r"state\['exp_avg_sq'\].dtype"),
+        (new_state(torch.zeros(4)) | {"exp_avg_sq": torch.zeros(8)[::2]}, r"state\['exp_avg_sq'\].stride"),
+        (new_state(torch.zeros(4), "8bit"), r"state = \[.*: expected one kind"),
     ],
 )
-def test_states_of_another_weight_are_named(step, state, message):
-    with pytest.raises(ValueError, match=f"state{message}"):
-        step(torch.zeros(4), torch.zeros(4), state, FORM)
+def test_states_of_another_weight_are_named(state, message):
+    good = Stepped(torch.zeros(4), torch.zeros(4), new_state(torch.zeros(4)))
+    with pytest.raises(ValueError, match=message):
+        adamw_([good, Stepped(torch.zeros(4), torch.zeros(4), state)], FORM)
+
+
+@KINDS
+@BACKENDS
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_tensors_that_are_stepped_together_end_as_alone(states, backend, dtype):
+    steps = Steps(states, dtype, options={"backend": backend})
+    for found, expected in zip(steps.trained_together(), Steps(states, dtype).trained_together(), strict=True):
+        assert_alike(found, expected)
+    assert adamw_([], FORM) is None

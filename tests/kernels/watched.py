@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+pointed: list[Any] = []  # to by a table that the next launch is given
 PIECE = 2  # bytes of a number that are looked at together; one of a single byte by itself
 
 
@@ -17,7 +18,8 @@ class Launch:
 
     def __init__(self, args: list[Any], shuffled: random.Random):
         tensors = [getattr(x, "base", x) for x in args]  # of a descriptor
-        self.spans = [span(x) for x in tensors if hasattr(x, "data_ptr") and x.numel()]
+        self.spans = [span(x) for x in [*tensors, *pointed] if hasattr(x, "data_ptr") and x.numel()]
+        pointed.clear()
         self.shuffled, self.order, self.program = shuffled, [], 0
         self.pieces: dict[str, list[np.ndarray]] = {"read": [], "written": []}
 
@@ -59,6 +61,7 @@ def span(x: Any) -> tuple[np.uint64, np.uint64]:
 
 def replacements() -> list[tuple[Any, str, Any]]:
     """(owner, name, function) of what the interpreter should do instead."""
+    from bpo_fast_kernels import triton_adamw
     from triton.runtime import interpreter
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -68,7 +71,7 @@ def replacements() -> list[tuple[Any, str, Any]]:
         builder.set_grid_idx,
         executor.__call__,
     )
-    shuffled, launches = random.Random(0), []
+    shuffled, launches, row = random.Random(0), [], triton_adamw._row
 
     def touch(how: str, pointers: Any, mask: Any) -> None:
         chosen = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
@@ -81,6 +84,10 @@ def replacements() -> list[tuple[Any, str, Any]]:
     def watched_store(self, pointers, value, mask, *args, **options):
         touch("written", pointers, mask)
         return store(self, pointers, value, mask, *args, **options)
+
+    def watched_row(tensor, grad, names):
+        pointed.extend(x for x in (tensor.weight, grad, tensor.rounded, *tensor.state.values()) if x is not None)
+        return row(tensor, grad, names)
 
     def shuffled_place(self, *index):
         return place(self, *launches[-1].place(self.grid_dim, index))
@@ -99,4 +106,5 @@ def replacements() -> list[tuple[Any, str, Any]]:
         (builder, "create_masked_store", watched_store),
         (builder, "set_grid_idx", shuffled_place),
         (executor, "__call__", watched_run),
+        (triton_adamw, "_row", watched_row),
     ]

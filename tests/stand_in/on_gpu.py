@@ -36,6 +36,7 @@ FORM = {"full": {"full": True}, "lora": LORA, "members": LORA | {"members": 3}}
 def few_programs(monkeypatch):
     """A program takes the interpreter 10 ms, whatever its size."""
     monkeypatch.setitem(triton_adamw.SIZES["adamw"], "SIZE", 2**16)
+    monkeypatch.setattr(triton_adamw, "CHUNK", 2**16)
 
 
 @contextmanager
