@@ -120,7 +120,7 @@ def take_(tensors: Sequence[Stepped], step: Step, backend: str = "auto") -> None
 
         with torch.cuda.device_of(tensors[0].weight):
             one = torch.ones((), device=device) if found_inf is None else 1.0 - found_inf
-            torch._foreach_add_([tensor.state["step"] for tensor in tensors], one)
+            torch._foreach_add_([tensor.state["step"] for tensor in tensors], [one] * len(tensors))
             launch(tensors, step)
         return
     keeps = found_inf is not None and device.type == "cpu" and bool(found_inf)
