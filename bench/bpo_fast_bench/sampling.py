@@ -287,7 +287,7 @@ def _config(options: SamplingBench, form: dict[str, Any]) -> Config:
     knobs = {
         "model.path": options.model,
         "model.lora_r": options.lora_r,
-        "data.path": options.data,
+        "data.path": options.data or str(ASSETS / "prompts.jsonl"),
         "sampling.engine": "vllm",
         "sampling.max_new_tokens": options.max_new_tokens,
         "run.device": options.device,

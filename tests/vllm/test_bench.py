@@ -5,10 +5,12 @@ import json
 import pytest
 from bpo_fast_bench.sampling import SamplingBench, run, table
 
+from bpo_fast.tasks import ASSETS
+
 
 def test_the_bench_runs_every_sampler_and_copies_nothing(tmp_path):
     path = tmp_path / "results" / "sampling.json"
-    small = {"memory_hidden": 64, "num_prompts": 8, "max_new_tokens": 16, "rounds": 1}
+    small = {"model": str(ASSETS / "policy"), "memory_hidden": 64, "num_prompts": 8, "max_new_tokens": 16, "rounds": 1}
     results = run(SamplingBench(forms=("full",), **small, json_path=str(path)))
     found, memory = results["forms"]["full"], results["memory"]
     assert {len(found[name]) for name in ("vllm", "hf", "generate")} == {5}
