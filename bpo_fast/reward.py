@@ -22,6 +22,7 @@ from bpo_fast.stage_config import RewardConfig
 from bpo_fast.stages import (
     TrainingRows,
     fit,
+    fresh_model,
     open_tokenizer,
     plateau_epoch,
     save_model,
@@ -240,8 +241,8 @@ def _open_model(config: RewardConfig, train: list[TextPair], device: torch.devic
     dtype, batch_tokens = training_dtype(config, device), 4 * config.batch_tokens
     if config.model is None:
         fresh = scratch_config(config, tokenizer, limit, num_labels=1)
-        model = transformers.AutoModelForSequenceClassification.from_config(fresh)
-        return RewardScorer(model.to(device, dtype), tokenizer, name="reward", batch_tokens=batch_tokens)
+        model = fresh_model(transformers.AutoModelForSequenceClassification, fresh, dtype, device)
+        return RewardScorer(model, tokenizer, name="reward", batch_tokens=batch_tokens)
     what = f"reward.model = {config.model}"
     with named_load_errors(what):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(

@@ -37,6 +37,7 @@ from bpo_fast.stage_config import SftConfig
 from bpo_fast.stages import (
     TrainingRows,
     fit,
+    fresh_model,
     open_tokenizer,
     plateau_epoch,
     save_model,
@@ -252,7 +253,7 @@ def _open_model(config: SftConfig, data: SftData, device: torch.device) -> Any:
     if config.model is None:
         max_positions = max(config.max_prompt_length + config.max_completion_length, 1024)
         fresh = scratch_config(config, data.tokenizer, max_positions)
-        return transformers.AutoModelForCausalLM.from_config(fresh).to(device, dtype)
+        return fresh_model(transformers.AutoModelForCausalLM, fresh, dtype, device)
     what = f"sft.model = {config.model}"
     with named_load_errors(what):
         model = transformers.AutoModelForCausalLM.from_pretrained(

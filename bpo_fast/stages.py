@@ -74,6 +74,14 @@ def scratch_config(config: StageConfig, tokenizer: Any, max_positions: int, **ex
     )
 
 
+def fresh_model(auto_class: Any, hf_config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model with random weights in `dtype`; buffers, such as RoPE's frequencies, stay float32 as in a loaded one."""
+    model = auto_class.from_config(hf_config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.to(device)
+
+
 def split_by_prompt(prompts: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """(training rows, held-out rows); all rows of one prompt fall on the same side."""
     distinct = list(dict.fromkeys(prompts))

@@ -25,7 +25,15 @@ from bpo_fast.optim import learning_rate
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import Ranks
 from bpo_fast.sft import CompletionNll, Example, SftConfig, encode_examples, train_sft
-from bpo_fast.stages import TrainingRows, fit, optim_config, plateau_epoch, scratch_config, split_by_prompt
+from bpo_fast.stages import (
+    TrainingRows,
+    fit,
+    fresh_model,
+    optim_config,
+    plateau_epoch,
+    scratch_config,
+    split_by_prompt,
+)
 from bpo_fast.tokenizer import train_bpe
 
 THINGS = ["apple", "pear", "plum", "cherry", "melon", "grape", "fig", "lemon"]
@@ -279,6 +287,17 @@ def test_narrow_weights_and_moments_train_almost_the_same(tmp_path, data, dtype,
     assert losses_of(narrow) == pytest.approx(losses_of(wide), rel=0.02)
     weights = load_file(tmp_path / "narrow" / "model.safetensors").values()
     assert {w.dtype for w in weights} == {getattr(torch, dtype)}
+
+
+def test_a_fresh_model_in_bfloat16_is_the_one_that_its_folder_holds(tmp_path):
+    config = settings("x", "y")
+    tokenizer = train_bpe(THINGS, vocab_size=config.vocab)
+    fresh = scratch_config(config, tokenizer, 512)
+    model = fresh_model(AutoModelForCausalLM, fresh, torch.bfloat16, torch.device("cpu")).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ids = torch.randint(len(tokenizer), (1, 300), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(ids).logits, loaded(ids).logits)
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
