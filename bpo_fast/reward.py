@@ -24,6 +24,7 @@ from bpo_fast.stages import (
     fit,
     fresh_model,
     open_tokenizer,
+    pass_tokens,
     plateau_epoch,
     save_model,
     scratch_config,
@@ -238,7 +239,7 @@ def _open_model(config: RewardConfig, train: list[TextPair], device: torch.devic
     tokenizer = open_tokenizer(config, corpus)
     _close_pairs_with_eos(tokenizer)
     limit = config.max_prompt_length + config.max_completion_length + tokenizer.num_special_tokens_to_add(pair=True)
-    dtype, batch_tokens = training_dtype(config, device), 4 * config.batch_tokens
+    dtype, batch_tokens = training_dtype(config, device), pass_tokens(config, device)
     if config.model is None:
         fresh = scratch_config(config, tokenizer, limit, num_labels=1)
         model = fresh_model(transformers.AutoModelForSequenceClassification, fresh, dtype, device)

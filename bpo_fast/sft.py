@@ -39,6 +39,7 @@ from bpo_fast.stages import (
     fit,
     fresh_model,
     open_tokenizer,
+    pass_tokens,
     plateau_epoch,
     save_model,
     scratch_config,
@@ -213,7 +214,7 @@ def _train_member(
 
     def evaluate() -> dict[str, float]:
         mine = ranks.share(held_out, lambda e: len(e.ids)).mine
-        parts = ranks.gather(nll.sum(mine, config.batch_tokens))
+        parts = ranks.gather(nll.sum(mine, pass_tokens(config, device)))
         nats, num_tokens = map(sum, zip(*parts, strict=True))
         return {"loss": nats / num_tokens, "loss_per_sequence": nats / len(held_out)}
 

@@ -227,11 +227,16 @@ def optim_config(config: StageConfig, num_steps: int) -> OptimConfig:
     )
 
 
+def pass_tokens(config: StageConfig, device: torch.device, longest: int = 0) -> int:
+    """Padded tokens of one pass of a device, in training or over held-out rows; a longer row is one by itself."""
+    return config.microbatch_tokens or suitable_tokens(device, longest)
+
+
 def token_budget(config: StageConfig, lengths: Sequence[int], device: torch.device) -> TokenBudget:
-    """Tokens of a micro-batch; a row that is longer is one by itself."""
+    """Tokens of a micro-batch in training."""
     longest = max(lengths)
     return TokenBudget(
-        config.microbatch_tokens or suitable_tokens(device, longest),
+        pass_tokens(config, device, longest),
         longest=longest,
         knob=f"{config.stage}.microbatch_tokens",
         part="one row",

@@ -9,6 +9,8 @@ from fused_runs import fused_and_plain
 from relative import worst_error
 from safetensors.torch import load_file
 from tokenizers import processors
+from torch.nn import Embedding
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,6 +26,7 @@ from bpo_fast.batches import length_batches
 from bpo_fast.optim import learning_rate
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import Ranks
+from bpo_fast.reward import RewardConfig, train_reward
 from bpo_fast.sft import CompletionNll, Example, SftConfig, encode_examples, train_sft
 from bpo_fast.stages import (
     TrainingRows,
@@ -251,6 +254,25 @@ def test_micro_batches_leave_the_weights_as_they_were(tmp_path, data):
         assert found[tokens][0] == pytest.approx(found[0][0], rel=1e-5)
         for name, one in found[0][1].items():
             assert (found[tokens][1][name] - one).norm() <= 1e-3 * one.norm(), name
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_no_pass_is_larger_than_a_micro_batch(tmp_path, stage):
+    rows = [{"prompt": f"Is {i} odd?", "chosen": f"{'yes' * (i % 2)} {i}", "rejected": f"no {i}"} for i in range(40)]
+    data, sizes = tmp_path / "rows.jsonl", []
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    knobs = {"eval_fraction": 0.5, "epochs": 1, "batch_tokens": 4096, "microbatch_tokens": 150}
+    hook = register_module_forward_pre_hook(
+        lambda module, args: sizes.append(args[0].numel()) if isinstance(module, Embedding) else None
+    )
+    try:
+        if stage == "sft":
+            train_sft(settings(data, tmp_path / "out", label_column="chosen", **knobs), progress=QUIET)
+        else:
+            train_reward(RewardConfig(data=str(data), out=str(tmp_path / "out"), **TINY | knobs), progress=QUIET)
+    finally:
+        hook.remove()
+    assert max(sizes) <= 150
 
 
 def test_too_little_memory_halves_the_micro_batches_once(caplog):
