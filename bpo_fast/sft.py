@@ -291,8 +291,8 @@ class CompletionNll:
         rows, inputs = (_packed if self.packed else _padded)(examples, device)
         targets = torch.tensor([i for e in examples for i in e.ids[len(e.ids) - e.num_completion :]]).to(device)
         if not head.fused:
-            logits = model(**inputs).logits.flatten(0, 1).index_select(0, rows)
-            return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+            logits = _logits(model, rows, inputs).float()
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         hidden = trunk_of(model)(**inputs).last_hidden_state.flatten(0, 1).index_select(0, rows)
         weight = model.get_output_embeddings().weight
         return -linear_token_logps(hidden, weight, targets, temperature=1 / head.scale, logit_softcap=head.softcap)
@@ -326,6 +326,16 @@ class CompletionNll:
         if reason:
             log.warning("%s: rows are padded, not packed (%s)", type(model).__name__, reason)
         return not reason
+
+
+def _logits(model: Any, rows: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """[len(rows), V] by the model's own head, which sees these rows of the batch alone."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1).index_select(0, rows),))
+    try:
+        return model(**inputs).logits
+    finally:
+        hook.remove()
 
 
 def _packed(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, dict[str, Any]]:

@@ -20,6 +20,8 @@ from transformers import (
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
 )
 
 from bpo_fast.batches import length_batches
@@ -137,6 +139,20 @@ def test_no_logits_are_made_where_the_head_is_known(tiny):
     tiny.get_output_embeddings().register_forward_hook(lambda *_: made.append(1))
     nll([Example((1, 2, 3), 1)])
     assert not made
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_head_with_a_bias_makes_logits_of_the_completions_alone(packed):
+    torch.manual_seed(0)
+    model = PhiForCausalLM(PhiConfig(**SMALL, vocab_size=50)).eval()
+    model.lm_head.bias.data.normal_()
+    examples = [Example((1, 2, 3, 4, 5), 1), Example((4, 5, 6, 7), 2)]
+    nll, seen = CompletionNll(model, examples if packed else ()), []
+    assert nll.packed == packed
+    model.lm_head.register_forward_hook(lambda _, args, logits: seen.append(logits.shape))
+    nats = nll(examples)
+    assert seen == [(3, 50)]
+    torch.testing.assert_close(nats.double(), torch.cat([reference_nll(model, e) for e in examples]))
 
 
 def test_the_cap_of_the_logits_counts(tiny):
