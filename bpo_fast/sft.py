@@ -31,7 +31,7 @@ from bpo_fast.loading import (
 )
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.progress import Progress
-from bpo_fast.prompts import encode_prompts, read_rows, row_text
+from bpo_fast.prompts import cut_prompt, encode_prompts, read_rows, row_text
 from bpo_fast.ranks import Ranks
 from bpo_fast.stage_config import SftConfig
 from bpo_fast.stages import (
@@ -175,8 +175,7 @@ def encode_examples(
     for prompt, completion in zip(prompts, completions, strict=True):
         if len(prompt) > config.max_prompt_length:
             num_cut_prompts += 1
-            num_bos = int(prompt[0] == tokenizer.bos_token_id)
-            prompt = prompt[:num_bos] + prompt[len(prompt) - config.max_prompt_length + num_bos :]
+            prompt = cut_prompt(prompt, config.max_prompt_length, tokenizer.bos_token_id)
         target = [*completion, tokenizer.eos_token_id]
         num_cut_completions += len(target) > config.max_completion_length
         target = target[: config.max_completion_length]
