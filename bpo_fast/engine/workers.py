@@ -20,9 +20,9 @@ class WorkerProcesses(MultiprocExecutor):
     """vLLM's executor; it keeps what workers write out of sight and says in one line why one does not start."""
 
     def _init_executor(self) -> None:
-        _open.add(self)
         # vLLM leaves the sockets that it talks to its workers by where it has made them
         self._sockets = tempfile.TemporaryDirectory(prefix="bpo-fast-", dir=os.environ.get("VLLM_RPC_BASE_PATH"))
+        _open.add(self)
         os.environ["VLLM_RPC_BASE_PATH"] = self._sockets.name
         seen = os.environ["VLLM_LOGGING_LEVEL"] != "ERROR"
         with tempfile.TemporaryFile() as output:

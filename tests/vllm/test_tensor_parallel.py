@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,15 +41,24 @@ def open_saying(folder, **knobs):
     return policy, engine, said
 
 
-def test_copies_follow_full_fine_tuning_and_nothing_of_the_process_changes(llama_dir, capfd):
+@pytest.fixture
+def temporary(monkeypatch):
+    """Where files go for a while; of a short name, which those of sockets begin with."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+def test_copies_follow_full_fine_tuning_and_nothing_of_the_process_changes(llama_dir, temporary, capfd):
     import bpo_fast.engine.vllm  # noqa: F401
 
     before, in_memory = state(), set(SHARED_MEMORY.iterdir())
-    in_temporary = set(Path(tempfile.gettempdir()).iterdir())
     policy, engine, [line] = open_saying(llama_dir, model__full=True)
     try:
         assert "weights copied at every refresh (vLLM's 2 workers are processes of their own)" in line
         after_start = state()
+        [sockets] = temporary.glob("bpo-fast-*")
+        assert any(path.is_socket() for path in sockets.iterdir())
         assert len(multiprocessing.active_children()) == 2
         engine.refresh(0)
         first = draw(engine, 0)
@@ -66,7 +76,7 @@ def test_copies_follow_full_fine_tuning_and_nothing_of_the_process_changes(llama
         assert after_start[name] == after_sampling[name] == after_close[name] == value, name
     assert not multiprocessing.active_children()
     assert set(SHARED_MEMORY.iterdir()) <= in_memory
-    assert not [path for path in set(Path(tempfile.gettempdir()).iterdir()) - in_temporary if path.is_socket()]
+    assert not [path for path in temporary.iterdir() if path.is_socket() or path.name.startswith("bpo-fast-")]
     out, err = capfd.readouterr()
     assert [line for line in (out + err).splitlines() if line.strip() and "Loading weights" not in line] == []
 
@@ -135,6 +145,14 @@ def test_a_start_that_fails_after_that_of_the_workers_ends_them(llama_dir, monke
     assert not multiprocessing.active_children()
     after = state()
     assert all(after[name] == value for name, value in before.items())
+
+
+def test_sockets_that_have_no_place_are_named(llama_dir, tmp_path, monkeypatch):
+    nowhere = tmp_path / "nowhere"
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(nowhere))
+    with pytest.raises(FileNotFoundError, match=re.escape(str(nowhere))):
+        open_saying(llama_dir)
+    assert not multiprocessing.active_children()
 
 
 def run(arguments: list[str], *, at: str, number: int) -> tuple[int, list[str], set[int]]:
