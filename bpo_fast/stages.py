@@ -150,7 +150,8 @@ def fit(
         ranks: share the rows of every step, and the moments.
 
     Returns:
-        One record an epoch: epoch, steps, train_loss, seconds, tokens_per_s (padding not counted) and held-out numbers.
+        One record an epoch: epoch, steps, bad_steps (left out of training: a gradient that was not finite), train_loss,
+        seconds, tokens_per_s (padding not counted) and held-out numbers.
 
     Raises:
         ValueError: the loss, or the gradient of three steps in a row, is not finite.
@@ -178,6 +179,7 @@ def fit(
             started = time.monotonic()
             model.train()
             total, weight = torch.zeros((), dtype=torch.float64, device=device), 0
+            num_bad = torch.zeros((), dtype=torch.int64, device=device)
             for batch in batches:
                 num_terms = sum(rows.num_terms[row] for row in batch)
                 mine = ranks.share(batch, rows.lengths.__getitem__).mine
@@ -187,6 +189,7 @@ def fit(
                 optimizer.release_gradients()
                 in_a_row = (in_a_row + 1) * ~finite
                 most = most.maximum(in_a_row)
+                num_bad += ~finite
                 step += 1
                 total += loss * num_terms
                 weight += num_terms
@@ -199,8 +202,8 @@ def fit(
             ranks.check_same([p.data for p in parameters])
             seconds = time.monotonic() - started
             num_tokens = sum(rows.lengths[row] for batch in batches for row in batch)
-            record = {"epoch": epoch, "steps": len(batches), "train_loss": train_loss, "seconds": seconds}
-            record["tokens_per_s"] = num_tokens / seconds
+            record = {"epoch": epoch, "steps": len(batches), "bad_steps": int(num_bad), "train_loss": train_loss}
+            record |= {"seconds": seconds, "tokens_per_s": num_tokens / seconds}
             if evaluate is not None:
                 model.eval()
                 record |= evaluate()

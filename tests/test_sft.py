@@ -314,6 +314,26 @@ def test_too_little_memory_halves_the_micro_batches_once(caplog):
         fit(model, model, config, rows, None, name="toy", seed=0, progress=QUIET, ranks=Ranks())
 
 
+def test_steps_without_a_finite_gradient_are_counted_and_three_in_a_row_are_an_error():
+    model, bad = torch.nn.Linear(3, 1), set()
+
+    def loss(rows):
+        total = model(torch.ones(len(rows), 3)).square().sum()
+        return total + (0 * model.bias.sum()).sqrt() if bad & set(rows) else total  # 0, whose root has no slope
+
+    config = settings("x", "y", epochs=1, batch_tokens=2)
+    rows = TrainingRows([1] * 12, [1] * 12, loss)
+    order = length_batches(rows.lengths, 2, torch.Generator().manual_seed(0))
+    for steps, expected in (([], 0), ([0, 2, 3, 5], 4)):
+        bad = {order[step][0] for step in steps}
+        [record] = fit(model, model, config, rows, None, name="toy", seed=0, progress=QUIET, ranks=Ranks())
+        assert (record["steps"], record["bad_steps"]) == (6, expected)
+        assert all(p.isfinite().all() for p in model.parameters())
+    bad = {order[step][0] for step in (1, 2, 3)}
+    with pytest.raises(ValueError, match=r"^toy: loss = [\d.e-]+, no finite gradient in 3 steps in a row, in epoch 1 "):
+        fit(model, model, config, rows, None, name="toy", seed=0, progress=QUIET, ranks=Ranks())
+
+
 @pytest.mark.parametrize(("dtype", "states"), [("bfloat16", "float32"), ("float32", "8bit"), ("bfloat16", "8bit")])
 def test_narrow_weights_and_moments_train_almost_the_same(tmp_path, data, dtype, states):
     common, changes = {"epochs": 8, "learning_rate": 5e-3}, {"dtype": dtype, "states": states}
