@@ -356,7 +356,7 @@ class Devices:
     what: str
 
     def check(self) -> bool:
-        """Whether the ranks have GPUs; ValueError if there are not enough, or if settings forbid several."""
+        """Whether the other ranks have GPUs; ValueError if there are not enough, or if settings forbid several."""
         if self.num == 1:
             return False
         what = f"{self.what}.devices = {self.num}"
@@ -461,7 +461,8 @@ class _Other:
             raise ValueError(last)
         if not errors:  # a crash: its traceback
             print(*lines[-SHOWN_LINES:], sep="\n", file=sys.stderr)
-        raise RuntimeError(f"rank {self._rank} ended with code {code}: {last}")
+        how = f"code {code}" if code >= 0 else f"signal {-code}"
+        raise RuntimeError(f"rank {self._rank} ended with {how}" + (f": {last}" if last else ""))
 
     def wait(self) -> None:
         """For its own end, a while; there are no more orders."""

@@ -216,6 +216,23 @@ def test_one_alone_keeps_everything_as_it_is():
     assert tensor.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ("kill -9 $$", "rank 1 ended with signal 9$"),
+        ("exit 3", "rank 1 ended with code 3$"),
+        ("echo last words >&2; exit 0", "rank 1 ended with code 0: last words$"),
+    ],
+)
+def test_how_another_rank_has_ended_is_said(tmp_path, monkeypatch, end, message):
+    worker = tmp_path / "worker"
+    worker.write_text(f"#!/bin/sh\nread order\n{end}\n")
+    worker.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(worker))
+    with pytest.raises(RuntimeError, match=message), started(Devices(2, "cpu", "run"), {"name": "train"}) as ranks:
+        ranks.connect(torch.device("cpu"))
+
+
 def test_other_ranks_are_told_the_device_and_do_not_look_for_one(tmp_path, monkeypatch):
     worker = tmp_path / "worker"
     worker.write_text(f"#!/bin/sh\ncat > {tmp_path}/order\n")
