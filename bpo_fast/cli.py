@@ -344,6 +344,7 @@ def _stage_command(name: str, config_class: type, run: Callable[[Any], dict[str,
     hints = typing.get_type_hints(config_class)
 
     def command(**values: Any) -> None:
+        check_alone()
         settings = config_class(**values)
         _quiet_libraries()
         result = run(settings)

@@ -126,6 +126,54 @@ class TrainingRows:
         return total
 
 
+class _Steps:
+    """Optimizer steps on rows dealt to the ranks, and what an epoch of them adds up to, on the device."""
+
+    def __init__(self, parameters: list[nn.Parameter], config: StageConfig, rows: TrainingRows, num: int, ranks: Ranks):
+        self._parameters, self._rows, self._ranks = parameters, rows, ranks
+        self._device = parameters[0].device
+        self._optimizer = Optimizer(parameters, optim_config(config, num), num_steps=num, num_members=None, ranks=ranks)
+        self._budget = token_budget(config, rows.lengths, self._device)
+        self._num_taken = 0
+        self._in_a_row = self._most_in_a_row = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._begin_epoch()
+
+    def take(self, batch: list[int]) -> None:
+        """One step."""
+        rows = self._rows
+        num_terms = sum(rows.num_terms[row] for row in batch)
+        mine = self._ranks.share(batch, rows.lengths.__getitem__).mine
+        loss = self._budget.run(partial(rows.gradients, self._parameters, mine, num_terms))
+        (loss,) = sum_gradients(self._parameters, [loss], self._device, self._ranks)
+        bad = ~self._optimizer.step(self._num_taken)[1].to(self._device)
+        self._optimizer.release_gradients()
+        self._num_taken += 1
+        self._in_a_row = (self._in_a_row + 1) * bad
+        self._most_in_a_row = self._most_in_a_row.maximum(self._in_a_row)
+        self._num_bad += bad
+        self._loss += loss * num_terms
+        self._num_terms += num_terms
+
+    def end_epoch(self) -> tuple[float, int]:
+        """(mean loss of the epoch's terms, how many of its steps changed nothing: their gradients were not finite).
+
+        Raises:
+            ValueError: the loss, or the gradient of three steps in a row, is not finite.
+        """
+        loss, num_bad, in_a_row = float(self._loss) / self._num_terms, int(self._num_bad), int(self._most_in_a_row)
+        if not math.isfinite(loss) or in_a_row >= MAX_BAD_STEPS:
+            bad = f", no finite gradient in {in_a_row} steps in a row," if in_a_row else ""
+            raise ValueError(f"loss = {loss}{bad}")
+        self._ranks.check_same([p.data for p in self._parameters])
+        self._begin_epoch()
+        return loss, num_bad
+
+    def _begin_epoch(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._num_bad = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._num_terms = 0
+
+
 def fit(
     model: nn.Module,
     trained: nn.Module,
@@ -162,47 +210,26 @@ def fit(
     epochs = [length_batches(rows.lengths, config.batch_tokens, generator) for _ in range(math.ceil(config.epochs))]
     epochs[-1] = epochs[-1][: math.ceil(len(epochs[-1]) * (config.epochs - len(epochs) + 1))]
     num_steps = sum(len(batches) for batches in epochs)
-    parameters = list(trained.parameters())
-    device = parameters[0].device
-    optimizer = Optimizer(
-        parameters, optim_config(config, num_steps), num_steps=num_steps, num_members=None, ranks=ranks
-    )
-    budget = token_budget(config, rows.lengths, device)
+    steps = _Steps(list(trained.parameters()), config, rows, num_steps, ranks)
     if ranks.size > 1:
         torch.manual_seed(seed + DROPOUT_STREAM * ranks.rank)
     history: list[dict[str, float]] = []
     best: tuple[float, dict[str, Tensor]] | None = None
-    in_a_row = most = torch.zeros((), dtype=torch.int64, device=device)
-    step = 0
     with progress.task(name, num_steps) as task:
         for epoch, batches in enumerate(epochs, 1):
             started = time.monotonic()
             model.train()
-            total, weight = torch.zeros((), dtype=torch.float64, device=device), 0
-            num_bad = torch.zeros((), dtype=torch.int64, device=device)
             for batch in batches:
-                num_terms = sum(rows.num_terms[row] for row in batch)
-                mine = ranks.share(batch, rows.lengths.__getitem__).mine
-                loss = budget.run(partial(rows.gradients, parameters, mine, num_terms))
-                (loss,) = sum_gradients(parameters, [loss], device, ranks)
-                finite = optimizer.step(step)[1].to(device)
-                optimizer.release_gradients()
-                in_a_row = (in_a_row + 1) * ~finite
-                most = most.maximum(in_a_row)
-                num_bad += ~finite
-                step += 1
-                total += loss * num_terms
-                weight += num_terms
+                steps.take(batch)
                 task.advance()
-            train_loss = total.item() / weight
-            if not math.isfinite(train_loss) or most >= MAX_BAD_STEPS:
-                bad = f", no finite gradient in {int(most)} steps in a row," if most else ""
+            try:
+                train_loss, num_bad = steps.end_epoch()
+            except ValueError as error:
                 rate = config.peak_learning_rate
-                raise ValueError(f"{name}: loss = {train_loss}{bad} in epoch {epoch} at learning_rate = {rate}")
-            ranks.check_same([p.data for p in parameters])
+                raise ValueError(f"{name}: {error} in epoch {epoch} at learning_rate = {rate}") from None
             seconds = time.monotonic() - started
             num_tokens = sum(rows.lengths[row] for batch in batches for row in batch)
-            record = {"epoch": epoch, "steps": len(batches), "bad_steps": int(num_bad), "train_loss": train_loss}
+            record = {"epoch": epoch, "steps": len(batches), "bad_steps": num_bad, "train_loss": train_loss}
             record |= {"seconds": seconds, "tokens_per_s": num_tokens / seconds}
             if evaluate is not None:
                 model.eval()

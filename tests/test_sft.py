@@ -141,6 +141,13 @@ def test_no_logits_are_made_where_the_head_is_known(tiny):
     assert not made
 
 
+def test_a_bias_of_zeros_is_a_bias_that_can_be_trained():
+    model = PhiForCausalLM(PhiConfig(**SMALL, vocab_size=50))
+    assert not model.lm_head.bias.any()
+    CompletionNll(model)([Example((1, 2, 3), 2)]).sum().backward()
+    assert model.lm_head.bias.grad.any()
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_head_with_a_bias_makes_logits_of_the_completions_alone(packed):
     torch.manual_seed(0)
