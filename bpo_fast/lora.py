@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 ADAPTER_FILE = "adapter_config.json"
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal")  # of PEFT's names, those that leave the base as it is
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
@@ -288,7 +289,7 @@ def read_adapter_config(folder: Path, named: str) -> dict[str, Any]:
         named: how its user named it, for messages.
 
     Raises:
-        ValueError: no description, or of deltas that are not all alpha / r B A.
+        ValueError: no description, or of deltas that are not all alpha / r B A, or of ones to another base.
     """
     try:
         config = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
@@ -301,6 +302,10 @@ def read_adapter_config(folder: Path, named: str) -> dict[str, Any]:
             raise ValueError(
                 f"{named}: {key} in {ADAPTER_FILE} is not supported; merge the adapter into a model folder"
             )
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init not in PLAIN_STARTS:  # PiSSA, OLoRA and the like take a part out of the base
+        what = f"init_lora_weights = {init} in {ADAPTER_FILE}"
+        raise ValueError(f"{named}: {what} goes with a changed base; merge the adapter into a model folder")
     return config
 
 

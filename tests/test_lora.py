@@ -206,10 +206,15 @@ def test_errors_name_the_knob(tiny_model_dir, tmp_path):
     [
         ("use_rslora", True, "use_rslora in adapter_config.json is not supported; merge the adapter"),
         ("alpha_pattern", {"q_proj": 2}, "alpha_pattern in adapter_config.json is not supported"),
+        (
+            "init_lora_weights",
+            "pissa_niter_4",
+            "init_lora_weights = pissa_niter_4 in adapter_config.json goes with a changed",
+        ),
         ("lora_alpha", None, "adapter_config.json names no r or no lora_alpha"),
     ],
 )
-def test_adapters_with_another_scale_are_refused(tiny_model_dir, tmp_path, key, value, said):
+def test_adapters_with_another_scale_or_base_are_refused(tiny_model_dir, tmp_path, key, value, said):
     lora = ensemble(AutoModelForCausalLM.from_pretrained(tiny_model_dir), members=1)
     lora.save(tmp_path, "base", member=0)
     config = tmp_path / "adapter_config.json"
