@@ -19,19 +19,6 @@ class TinyData:
     eval: Path
 
 
-# files that take a minute or more, the longest first: begun last, one of them would leave the other worker without work
-LONG = (
-    *("test_stand_in", "test_devices", "test_static", "test_interpreter", "test_benches", "test_build"),
-    *("test_memory", "test_allocator", "test_resume", "test_sweep", "test_compile", "test_sweep_report"),
-)
-
-
-def pytest_collection_modifyitems(items):
-    """Files in the order in which workers should take them."""
-    place = {name: i for i, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
-
-
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
