@@ -45,18 +45,18 @@ class OnePassAdamW(torch.optim.Optimizer):
                 grad: float32, bfloat16 or float16.
                 rounded: bfloat16 or float16. what the parameter is a copy of; gets its new values.
         """
-        alike: list[list[Stepped]] = [[] for _ in self.param_groups]
+        names = ("lr", "betas", "eps", "weight_decay")
+        forms = [AdamW(*(group[name] for name in names)) for group in self.param_groups]
+        steps = [Step(form, self.grad_scale, self.found_inf) for form in forms]
+        alike: list[list[Stepped]] = [[] for _ in steps]
         for parameter, grad, rounded in moved:
             state = self.state[parameter]
             if not state:
                 state |= new_state(parameter, self._states)
-            stepped = Stepped(parameter.data, grad, state, rounded)
+            stepped, group = Stepped(parameter.data, grad, state, rounded), self._group_of[parameter]
             if parameter not in self._checked:  # once: a model has hundreds
-                check(stepped, Step(self._form(0), self.grad_scale, self.found_inf))
+                check(stepped, steps[group])
                 self._checked.add(parameter)
-            alike[self._group_of[parameter]].append(stepped)
-        for i, tensors in enumerate(alike):
-            take_(tensors, Step(self._form(i), self.grad_scale, self.found_inf))
-
-    def _form(self, group: int) -> AdamW:
-        return AdamW(*(self.param_groups[group][name] for name in ("lr", "betas", "eps", "weight_decay")))
+            alike[group].append(stepped)
+        for tensors, step in zip(alike, steps, strict=True):
+            take_(tensors, step)

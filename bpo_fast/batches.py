@@ -7,6 +7,9 @@ from typing import TypeVar
 
 import torch
 
+from bpo_fast.config import OptimConfig
+from bpo_fast.stage_config import StageConfig
+
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
@@ -15,9 +18,9 @@ GPU_TOKENS, CPU_TOKENS = 8192, 1536
 POOL_BATCHES = 50
 
 
-def suitable_tokens(device: torch.device, longest: int) -> int:
-    """Tokens of a micro-batch that suit the device, enough for what is longest."""
-    return max(CPU_TOKENS if device.type == "cpu" else GPU_TOKENS, longest)
+def microbatch_tokens(config: OptimConfig | StageConfig, device: torch.device, longest: int = 0) -> int:
+    """`microbatch_tokens` of the settings, or what suits the device if that is 0: enough for what is longest."""
+    return config.microbatch_tokens or max(CPU_TOKENS if device.type == "cpu" else GPU_TOKENS, longest)
 
 
 def length_batches(lengths: Sequence[int], budget: int, generator: torch.Generator | None = None) -> list[list[int]]:

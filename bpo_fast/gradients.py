@@ -11,19 +11,12 @@ import torch
 from bpo_fast_kernels import PairLoss
 from torch import Tensor
 
-from bpo_fast.batches import suitable_tokens
-from bpo_fast.config import MethodConfig, OptimConfig
+from bpo_fast.config import MethodConfig
 from bpo_fast.engine import request_seed
 from bpo_fast.packing import PairBatch, split
 from bpo_fast.policy import Policy
 from bpo_fast.ranks import Ranks, sum_gradients
 from bpo_fast.types import Pair
-
-
-def microbatch_tokens(config: OptimConfig, device: torch.device, longest: int) -> int:
-    """`optim.microbatch_tokens`, or what suits the device if that is 0: enough for the longest pair of all members."""
-    return config.microbatch_tokens or suitable_tokens(device, longest)
-
 
 # what a step reports of each pair
 MEASURED = (

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -24,6 +25,10 @@ class Head:
     fused: bool
     softcap: float | None = None
     scale: float = 1.0
+
+    def options(self, temperature: float = 1.0) -> dict[str, Any]:
+        """What operators on hidden rows take, for logits over this temperature."""
+        return {"temperature": temperature / self.scale, "logit_softcap": self.softcap}
 
 
 @torch.no_grad()

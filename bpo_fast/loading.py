@@ -34,6 +34,13 @@ def pick_device(what: str, name: str, *, main: bool = True) -> torch.device:
     return device
 
 
+def working_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of weights in training: the type called so, or for auto float32 on a CPU and bfloat16 elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, name)
+
+
 # what is said of a path to nothing that could not be a name on the Hub either
 NO_NAMES = ("Repo id must", "Incorrect path_or_model_id")
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bpo_fast.batches import TokenBudget
+from bpo_fast.batches import TokenBudget, microbatch_tokens
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, sampling_params
-from bpo_fast.gradients import microbatch_tokens, microbatches
+from bpo_fast.gradients import microbatches
 from bpo_fast.optim import Optimizer
 from bpo_fast.packing import PairBatch
 from bpo_fast.policy import Policy

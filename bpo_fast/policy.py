@@ -31,7 +31,14 @@ from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.dequantise import dense_, loading_options, quantised_by, quietly
 from bpo_fast.fused_layers import fuse_layers_
 from bpo_fast.head import probe_head
-from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_errors, position_limit, trunk_of
+from bpo_fast.loading import (
+    check_vocabulary,
+    checkpoint_layers_,
+    named_load_errors,
+    position_limit,
+    trunk_of,
+    working_dtype,
+)
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.packing import PairBatch, pack_apart, pack_shared, pair_tokens
 from bpo_fast.types import Completion, Pair, Prompt
@@ -251,9 +258,6 @@ class Policy:
     def _weight(self) -> Tensor:
         return self.model.get_output_embeddings().weight
 
-    def _head_options(self) -> dict[str, float | None]:
-        return {"temperature": self.temperature / self.head.scale, "logit_softcap": self.head.softcap}
-
     def _plain_token_logps(self, batch: PairBatch) -> Tensor:
         """[T] through the model's own logits, for heads that the kernels do not know."""
         logits = self._forward(self.model, batch).logits.flatten(0, 1).index_select(0, batch.rows).float()
@@ -265,6 +269,9 @@ class Policy:
         num_sequences, device = len(batch.lengths), token_logps.device
         segment = torch.arange(num_sequences).repeat_interleave(batch.lengths).to(device, non_blocking=True)
         return torch.zeros(num_sequences, device=device).index_add(0, segment, token_logps)
+
+    def _head_options(self) -> dict[str, Any]:
+        return self.head.options(self.temperature)
 
     @contextmanager
     def _swapped(self, weights: dict[str, Tensor]) -> Iterator[None]:
@@ -320,8 +327,7 @@ def load_policy(
 def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(causal LM on the host, in eval mode and the type for `device`; its tokenizer); ValueError names `model.path`."""
     path = str(config.path)
-    name = config.dtype if config.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-    dtype = getattr(torch, name)
+    dtype = working_dtype(config.dtype, device)
     options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     tokenizer, stored = load_tokenizer(config)
     quantised = quantised_by(stored)
@@ -343,7 +349,9 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedMod
     if drawn:  # at random, by transformers
         raise ValueError(f"model.path = {path}: {len(drawn)} weights are not there or do not fit, such as {drawn[0]}")
     if quantised:
-        log.warning("model.path = %s: its %s weights are dequantised to %s", path, quantised, name)
+        log.warning(
+            "model.path = %s: its %s weights are dequantised to %s", path, quantised, str(dtype).removeprefix("torch.")
+        )
     return model.eval(), tokenizer
 
 

@@ -13,8 +13,9 @@ import transformers
 
 from bpo_fast.annotate.pair_scores import PairScores
 from bpo_fast.annotate.reward_model import RewardScorer
+from bpo_fast.batches import microbatch_tokens
 from bpo_fast.config import DataConfig
-from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_errors, pick_device
+from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_errors, pick_device, working_dtype
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import read_rows, row_label, row_text
 from bpo_fast.ranks import Ranks
@@ -24,14 +25,12 @@ from bpo_fast.stages import (
     fit,
     fresh_model,
     open_tokenizer,
-    pass_tokens,
     plateau_epoch,
     save_model,
     scratch_config,
     split_by_prompt,
     stage_folder,
     stage_ranks,
-    training_dtype,
 )
 from bpo_fast.tasks import get_task
 from bpo_fast.tokenizer import with_leading_space
@@ -239,7 +238,7 @@ def _open_model(config: RewardConfig, train: list[TextPair], device: torch.devic
     tokenizer = open_tokenizer(config, corpus)
     _close_pairs_with_eos(tokenizer)
     limit = config.max_prompt_length + config.max_completion_length + tokenizer.num_special_tokens_to_add(pair=True)
-    dtype, batch_tokens = training_dtype(config, device), pass_tokens(config, device)
+    dtype, batch_tokens = working_dtype(config.dtype, device), microbatch_tokens(config, device)
     if config.model is None:
         fresh = scratch_config(config, tokenizer, limit, num_labels=1)
         model = fresh_model(transformers.AutoModelForSequenceClassification, fresh, dtype, device)

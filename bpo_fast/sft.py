@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from bpo_fast_kernels import linear_token_logps
 from torch import Tensor
 
 from bpo_fast.attention import exchange_attention_, has_attention_dropout, lay_out, packed_arguments
-from bpo_fast.batches import length_batches
+from bpo_fast.batches import length_batches, microbatch_tokens
 from bpo_fast.config import DataConfig
 from bpo_fast.head import probe_head
 from bpo_fast.loading import (
@@ -28,6 +28,7 @@ from bpo_fast.loading import (
     pick_device,
     position_limit,
     trunk_of,
+    working_dtype,
 )
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.progress import Progress
@@ -39,14 +40,12 @@ from bpo_fast.stages import (
     fit,
     fresh_model,
     open_tokenizer,
-    pass_tokens,
     plateau_epoch,
     save_model,
     scratch_config,
     split_by_prompt,
     stage_folder,
     stage_ranks,
-    training_dtype,
 )
 from bpo_fast.tasks import get_task
 from bpo_fast.tokenizer import with_leading_space
@@ -213,7 +212,7 @@ def _train_member(
 
     def evaluate() -> dict[str, float]:
         mine = ranks.share(held_out, lambda e: len(e.ids)).mine
-        parts = ranks.gather(nll.sum(mine, pass_tokens(config, device)))
+        parts = ranks.gather(nll.sum(mine, microbatch_tokens(config, device)))
         nats, num_tokens = map(sum, zip(*parts, strict=True))
         return {"loss": nats / num_tokens, "loss_per_sequence": nats / len(held_out)}
 
@@ -249,7 +248,7 @@ def _summary(history: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def _open_model(config: SftConfig, data: SftData, device: torch.device) -> Any:
-    dtype = training_dtype(config, device)
+    dtype = working_dtype(config.dtype, device)
     if config.model is None:
         max_positions = max(config.max_prompt_length + config.max_completion_length, 1024)
         fresh = scratch_config(config, data.tokenizer, max_positions)
@@ -280,21 +279,23 @@ class CompletionNll:
 
     def __init__(self, model: Any, tried: Sequence[Example] = ()):
         self._model, self._head = model, probe_head(model)
-        self.packed = False
         self.packed = bool(tried) and self._pack(tried)
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """[num completion tokens] float32. nats, in the order of the examples."""
+        return self._nats(examples, _packed if self.packed else _padded)
+
+    def _nats(self, examples: Sequence[Example], lay: Callable[..., tuple[Tensor, dict[str, Any]]]) -> Tensor:
         model, head = self._model, self._head
         device = next(model.parameters()).device
-        rows, inputs = (_packed if self.packed else _padded)(examples, device)
+        rows, inputs = lay(examples, device)
         targets = torch.tensor([i for e in examples for i in e.ids[len(e.ids) - e.num_completion :]]).to(device)
         if not head.fused:
             logits = _logits(model, rows, inputs).float()
             return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         hidden = trunk_of(model)(**inputs).last_hidden_state.flatten(0, 1).index_select(0, rows)
         weight = model.get_output_embeddings().weight
-        return -linear_token_logps(hidden, weight, targets, temperature=1 / head.scale, logit_softcap=head.softcap)
+        return -linear_token_logps(hidden, weight, targets, **head.options())
 
     @torch.no_grad()
     def sum(self, examples: Sequence[Example], batch_tokens: int) -> tuple[float, int]:
@@ -311,17 +312,10 @@ class CompletionNll:
         if has_attention_dropout(model):
             return False
         model.eval()
-
-        def packed() -> Tensor:
-            self.packed = True
-            try:
-                return self(tried)
-            finally:
-                self.packed = False
-
         with torch.no_grad():
             tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-            reason = exchange_attention_(model, lambda: self(tried), packed, tolerance=tolerance)
+            padded, packed = (partial(self._nats, tried, lay) for lay in (_padded, _packed))
+            reason = exchange_attention_(model, padded, packed, tolerance=tolerance)
         if reason:
             log.warning("%s: rows are padded, not packed (%s)", type(model).__name__, reason)
         return not reason

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from bpo_fast.batches import TokenBudget, length_batches, suitable_tokens
+from bpo_fast.batches import TokenBudget, length_batches, microbatch_tokens
 from bpo_fast.config import OptimConfig
 from bpo_fast.files import new_folder
 from bpo_fast.fused_layers import fuse_layers_
@@ -31,12 +31,10 @@ MAX_BAD_STEPS = 3
 DROPOUT_STREAM = 1_000_003  # between the seeds of the ranks
 
 
-@contextmanager
-def stage_ranks(config: StageConfig) -> Iterator[Ranks]:
+def stage_ranks(config: StageConfig) -> AbstractContextManager[Ranks]:
     """Rank 0 of the processes of a stage; the others begin, and end with the block."""
     job = {"name": config.stage, "config": dataclasses.asdict(config)}
-    with started(Devices(config.devices, config.device, config.stage), job) as ranks:
-        yield ranks
+    return started(Devices(config.devices, config.device, config.stage), job)
 
 
 def stage_folder(config: StageConfig, ranks: Ranks) -> AbstractContextManager[Path | None]:
@@ -257,28 +255,16 @@ def optim_config(config: StageConfig, num_steps: int) -> OptimConfig:
     )
 
 
-def pass_tokens(config: StageConfig, device: torch.device, longest: int = 0) -> int:
-    """Padded tokens of one pass of a device, in training or over held-out rows; a longer row is one by itself."""
-    return config.microbatch_tokens or suitable_tokens(device, longest)
-
-
 def token_budget(config: StageConfig, lengths: Sequence[int], device: torch.device) -> TokenBudget:
     """Tokens of a micro-batch in training."""
     longest = max(lengths)
     return TokenBudget(
-        pass_tokens(config, device, longest),
+        microbatch_tokens(config, device, longest),
         longest=longest,
         knob=f"{config.stage}.microbatch_tokens",
         part="one row",
         advice="; try gradient_checkpointing, or states = 8bit",
     )
-
-
-def training_dtype(config: StageConfig, device: torch.device) -> torch.dtype:
-    """Of the weights in training."""
-    if config.dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return getattr(torch, config.dtype)
 
 
 def plateau_epoch(losses: Sequence[float]) -> int | None:

@@ -9,9 +9,9 @@ import torch
 from relative import worst_error
 from tiny_policy import make_pairs, make_policy
 
-from bpo_fast.batches import TokenBudget
+from bpo_fast.batches import TokenBudget, microbatch_tokens
 from bpo_fast.config import MethodConfig, ModelConfig, OptimConfig
-from bpo_fast.gradients import microbatch_tokens, microbatches, step_gradients, sum_over_ranks
+from bpo_fast.gradients import microbatches, step_gradients, sum_over_ranks
 from bpo_fast.optim import Optimizer
 from bpo_fast.ranks import Group
 

@@ -99,11 +99,11 @@ def _ours(case: Case) -> Iterator[Any]:
 
     import torch
 
-    from bpo_fast.batches import TokenBudget
+    from bpo_fast.batches import TokenBudget, microbatch_tokens
     from bpo_fast.collect import with_reference
     from bpo_fast.config import MethodConfig, ModelConfig, OptimConfig
     from bpo_fast.flops import StepFlop
-    from bpo_fast.gradients import microbatch_tokens, step_gradients
+    from bpo_fast.gradients import step_gradients
     from bpo_fast.optim import Optimizer
     from bpo_fast.packing import pair_tokens
     from bpo_fast.pairs import PairCounts, PhasePairs

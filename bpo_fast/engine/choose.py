@@ -75,8 +75,8 @@ class Chooser:
     def _draw(self, hidden: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert self._head, "reads_hidden says so"
         head, weight = self._head
-        temperature = (1.0 if uniforms is None else self._params.temperature) / head.scale
-        tokens, logps = linear_draw(hidden, weight, uniforms, temperature=temperature, logit_softcap=head.softcap)
+        options = head.options(1.0 if uniforms is None else self._params.temperature)
+        tokens, logps = linear_draw(hidden, weight, uniforms, **options)
         self.finite &= logps.isfinite().all()
         return tokens, logps if self._params.logps else None
 

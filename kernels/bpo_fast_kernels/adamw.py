@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bpo_fast_kernels.adamw_moments import Moments, State, kind_of
+from bpo_fast_kernels.adamw_moments import State, kind_of
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import FLOATS, NATIVE_FLOATS, require
 
@@ -152,8 +152,8 @@ def check(tensor: Stepped, step: Step) -> None:
         require(list(own.shape) == shape, f"{part}.shape", list(own.shape), f"expected {shape}")
         require(own.dtype == dtype, f"{part}.dtype", own.dtype, f"expected {dtype}")
         require(own.is_contiguous(), f"{part}.stride", list(own.stride()), "expected a contiguous tensor")
-    scalars = {name: getattr(step, name) for name in ("grad_scale", "found_inf")}
-    given = {"grad": tensor.grad, "rounded": tensor.rounded} | scalars | dict(tensor.state)
+    given = {"grad": tensor.grad, "rounded": tensor.rounded, "grad_scale": step.grad_scale, "found_inf": step.found_inf}
+    given |= tensor.state
     for name, own in given.items():
         if own is not None:
             require(own.device == weight.device, f"{name}.device", own.device, f"expected {weight.device}")
@@ -161,7 +161,7 @@ def check(tensor: Stepped, step: Step) -> None:
 
 def _take_reference(tensor: Stepped, step: Step) -> None:
     weight, state, form, found_inf = tensor.weight, tensor.state, step.form, step.found_inf
-    moments: Moments = kind_of(state)
+    moments = kind_of(state)
     grad = tensor.grad.float() if step.grad_scale is None else tensor.grad.float() / step.grad_scale
     keep = torch.zeros((), dtype=torch.bool, device=weight.device) if found_inf is None else found_inf.bool()
     first, second = moments.read(state, weight.shape)
