@@ -140,13 +140,13 @@ class LoraEnsemble(nn.Module):
             for name, weight in kept.items():
                 self.linears[name].weight.data = weight
 
-    def save(self, folder: Path, base: str, member: int | None = None) -> None:
+    def save(self, folder: Path, base: str, member: int | None = None, *, dtype: torch.dtype = torch.float32) -> None:
         """Writes one member, or the average as one adapter of rank M r, in PEFT's format."""
         tensors = {}
         for name, a, b in zip(self.names, self.a, self.b, strict=True):
             pair = self._averaged(None)[name] if member is None else (a[member], b[member])
             for letter, tensor in zip("AB", pair, strict=True):
-                tensors[f"{_PREFIX}{name}.lora_{letter}.weight"] = tensor.detach().cpu().contiguous()
+                tensors[f"{_PREFIX}{name}.lora_{letter}.weight"] = tensor.detach().to("cpu", dtype).contiguous()
         rank = self.r * (self.num_members if member is None else 1)
         config = {
             "peft_type": "LORA",

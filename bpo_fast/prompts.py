@@ -187,7 +187,7 @@ def row_text(
     if not value or (isinstance(value, str) and not (value.strip() if column != "chosen" else is_turns)):
         raise ValueError(
             f"{source}: row {index + 1} has no prompt (column {data.prompt_column or 'prompt'}); its columns:"
-            f" {', '.join(list(row)[:8]) or 'none'} (data.prompt_column names another)"
+            f" {', '.join(list(row)[:8]) or 'none'} (prompt_column names another)"
         )
     label = row_label(row, data, column)
     if isinstance(value, str) and is_turns:

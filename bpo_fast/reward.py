@@ -19,6 +19,7 @@ from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_er
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import read_rows, row_label, row_text
 from bpo_fast.ranks import Ranks
+from bpo_fast.stage_checkpoint import StageCheckpoint, checkpoint_folder
 from bpo_fast.stage_config import RewardConfig
 from bpo_fast.stages import (
     TrainingRows,
@@ -225,6 +226,7 @@ def _fit(
         measured,
         name="reward",
         seed=config.seed,
+        checkpoint=StageCheckpoint(checkpoint_folder(config), config, pairs, progress, ranks),
         progress=progress,
         ranks=ranks,
     )

@@ -34,6 +34,7 @@ from bpo_fast.lora import LoraEnsemble
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import cut_prompt, encode_prompts, read_rows, row_text
 from bpo_fast.ranks import Ranks
+from bpo_fast.stage_checkpoint import StageCheckpoint, checkpoint_folder
 from bpo_fast.stage_config import SftConfig
 from bpo_fast.stages import (
     TrainingRows,
@@ -216,18 +217,30 @@ def _train_member(
         nats, num_tokens = map(sum, zip(*parts, strict=True))
         return {"loss": nats / num_tokens, "loss_per_sequence": nats / len(held_out)}
 
-    name = "sft" if alone else f"sft member {member}"
-    measured = evaluate if held_out else None
+    name, kept = ("sft", "") if alone else (f"sft member {member}", f"member-{member}")
+    checkpoint = StageCheckpoint(checkpoint_folder(config) / kept, config, (e.ids for e in train), progress, ranks)
     with view:
         history = fit(
-            model, lora or model, config, rows, measured, name=name, seed=seed, progress=progress, ranks=ranks
+            model,
+            lora or model,
+            config,
+            rows,
+            evaluate if held_out else None,
+            name=name,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=progress,
+            ranks=ranks,
         )
+    if member + 1 < config.members:
+        checkpoint.end(history, lora or model)
     if folder:
         out = folder if alone else folder / f"member-{member}"
         if lora is None:
             save_model(model, data.tokenizer, out, config.save_dtype)
         else:
-            lora.save(out, str(config.model), member=0)
+            dtype = torch.float32 if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
+            lora.save(out, str(config.model), member=0, dtype=dtype)
     record = {
         "seed": seed,
         "packed": nll.packed,

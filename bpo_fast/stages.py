@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from bpo_fast.loading import named_load_errors
 from bpo_fast.optim import Optimizer
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import Devices, Ranks, started, sum_gradients
+from bpo_fast.stage_checkpoint import Fitted, StageCheckpoint, checkpoint_folder, put_weights, weights_of
 from bpo_fast.stage_config import StageConfig
 from bpo_fast.tokenizer import train_bpe
 
@@ -37,9 +39,15 @@ def stage_ranks(config: StageConfig) -> AbstractContextManager[Ranks]:
     return started(Devices(config.devices, config.device, config.stage), job)
 
 
-def stage_folder(config: StageConfig, ranks: Ranks) -> AbstractContextManager[Path | None]:
-    """On rank 0 a folder that becomes `out` when the block ends well; None on the others."""
-    return new_folder(check_new(f"{config.stage}.out", config.out)) if ranks.is_main else nullcontext()
+@contextmanager
+def stage_folder(config: StageConfig, ranks: Ranks) -> Iterator[Path | None]:
+    """On rank 0 a folder that becomes `out` when the block ends well, with no checkpoints beside it; None elsewhere."""
+    if not ranks.is_main:
+        yield None
+        return
+    with new_folder(check_new(f"{config.stage}.out", config.out)) as folder:
+        yield folder
+    shutil.rmtree(checkpoint_folder(config), ignore_errors=True)
 
 
 def open_tokenizer(config: StageConfig, corpus: Callable[[], Iterator[str]]) -> Any:
@@ -130,27 +138,42 @@ class _Steps:
     def __init__(self, parameters: list[nn.Parameter], config: StageConfig, rows: TrainingRows, num: int, ranks: Ranks):
         self._parameters, self._rows, self._ranks = parameters, rows, ranks
         self._device = parameters[0].device
-        self._optimizer = Optimizer(parameters, optim_config(config, num), num_steps=num, num_members=None, ranks=ranks)
         self._budget = token_budget(config, rows.lengths, self._device)
-        self._num_taken = 0
-        self._in_a_row = self._most_in_a_row = torch.zeros((), dtype=torch.int64, device=self._device)
-        self._begin_epoch()
+        self.optimizer = Optimizer(parameters, optim_config(config, num), num_steps=num, num_members=None, ranks=ranks)
+        self.num_taken = 0
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._sums = dict.fromkeys(("loss", "num_terms", "num_bad", "in_a_row", "most_in_a_row"), zero)
+
+    def add_to(self, fitted: Fitted, started: float) -> Fitted:
+        """How far it is after the steps that were taken since; they began, or could have, at `started`."""
+        sums = {name: value.item() for name, value in self._sums.items()}
+        seconds = time.monotonic() - started
+        return dataclasses.replace(fitted, num_steps=self.num_taken, seconds=seconds, sums=sums)
+
+    def go_on(self, fitted: Fitted) -> None:
+        """After the steps that were taken before, with what they have added up to."""
+        self.num_taken = fitted.num_steps
+        for name, value in fitted.sums.items():
+            self._sums[name] = torch.full_like(self._sums[name], value)
 
     def take(self, batch: list[int]) -> None:
         """One step."""
-        rows = self._rows
+        rows, sums = self._rows, self._sums
         num_terms = sum(rows.num_terms[row] for row in batch)
         mine = self._ranks.share(batch, rows.lengths.__getitem__).mine
         loss = self._budget.run(partial(rows.gradients, self._parameters, mine, num_terms))
         (loss,) = sum_gradients(self._parameters, [loss], self._device, self._ranks)
-        bad = ~self._optimizer.step(self._num_taken)[1].to(self._device)
-        self._optimizer.release_gradients()
-        self._num_taken += 1
-        self._in_a_row = (self._in_a_row + 1) * bad
-        self._most_in_a_row = self._most_in_a_row.maximum(self._in_a_row)
-        self._num_bad += bad
-        self._loss += loss * num_terms
-        self._num_terms += num_terms
+        bad = ~self.optimizer.step(self.num_taken)[1].to(self._device)
+        self.optimizer.release_gradients()
+        self.num_taken += 1
+        in_a_row = (sums["in_a_row"] + 1) * bad
+        self._sums = {
+            "loss": sums["loss"] + loss * num_terms,
+            "num_terms": sums["num_terms"] + num_terms,
+            "num_bad": sums["num_bad"] + bad,
+            "in_a_row": in_a_row,
+            "most_in_a_row": sums["most_in_a_row"].maximum(in_a_row),
+        }
 
     def end_epoch(self) -> tuple[float, int]:
         """(mean loss of the epoch's terms, how many of its steps changed nothing: their gradients were not finite).
@@ -158,18 +181,15 @@ class _Steps:
         Raises:
             ValueError: the loss, or the gradient of three steps in a row, is not finite.
         """
-        loss, num_bad, in_a_row = float(self._loss) / self._num_terms, int(self._num_bad), int(self._most_in_a_row)
+        sums = {name: value.item() for name, value in self._sums.items()}
+        loss, in_a_row = sums["loss"] / sums["num_terms"], int(sums["most_in_a_row"])
         if not math.isfinite(loss) or in_a_row >= MAX_BAD_STEPS:
             bad = f", no finite gradient in {in_a_row} steps in a row," if in_a_row else ""
             raise ValueError(f"loss = {loss}{bad}")
         self._ranks.check_same([p.data for p in self._parameters])
-        self._begin_epoch()
-        return loss, num_bad
-
-    def _begin_epoch(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._num_bad = torch.zeros((), dtype=torch.int64, device=self._device)
-        self._num_terms = 0
+        for name in ("loss", "num_terms", "num_bad"):
+            self._sums[name] = torch.zeros_like(self._sums[name])
+        return loss, int(sums["num_bad"])
 
 
 def fit(
@@ -181,6 +201,7 @@ def fit(
     *,
     name: str,
     seed: int,
+    checkpoint: StageCheckpoint,
     progress: Progress,
     ranks: Ranks,
 ) -> list[dict[str, float]]:
@@ -193,6 +214,8 @@ def fit(
         evaluate: held-out numbers with the key `loss`, the same on all ranks, or None.
         name: what the progress lines call this.
         seed: order of the rows.
+        checkpoint: from which a training that was stopped goes on, on a CPU to the same bits.
+        progress: shows the steps.
         ranks: share the rows of every step, and the moments.
 
     Returns:
@@ -200,8 +223,9 @@ def fit(
         seconds, tokens_per_s (padding not counted) and held-out numbers.
 
     Raises:
-        ValueError: the loss, or the gradient of three steps in a row, is not finite.
+        ValueError: the loss, or the gradient of three steps in a row, is not finite; or the checkpoint is another's.
         RuntimeError: out of memory with the longest row, or with half of the tokens of a micro-batch.
+        KeyboardInterrupt: after a checkpoint was written; at once for the second interrupt.
     """
     fuse_layers_(model.train())  # a layer with dropout is tried with it, and stays
     generator = torch.Generator().manual_seed(seed)
@@ -211,15 +235,21 @@ def fit(
     steps = _Steps(list(trained.parameters()), config, rows, num_steps, ranks)
     if ranks.size > 1:
         torch.manual_seed(seed + DROPOUT_STREAM * ranks.rank)
-    history: list[dict[str, float]] = []
-    best: tuple[float, dict[str, Tensor]] | None = None
-    with progress.task(name, num_steps) as task:
+    fitted = checkpoint.load(trained, steps.optimizer)
+    steps.go_on(fitted)
+    with progress.task(name, num_steps, done=steps.num_taken) as task, checkpoint.heeds_interrupts():
+        begin = 0  # of the steps of an epoch
         for epoch, batches in enumerate(epochs, 1):
-            started = time.monotonic()
+            if epoch <= len(fitted.history):
+                begin += len(batches)
+                continue
+            started = time.monotonic() - fitted.seconds
             model.train()
-            for batch in batches:
+            for batch in batches[steps.num_taken - begin :]:
                 steps.take(batch)
                 task.advance()
+                checkpoint.keep(partial(steps.add_to, fitted, started), trained, steps.optimizer)
+            begin += len(batches)
             try:
                 train_loss, num_bad = steps.end_epoch()
             except ValueError as error:
@@ -233,12 +263,13 @@ def fit(
                 model.eval()
                 record |= evaluate()
                 task.advance(0, note=f"held-out loss {record['loss']:.4f}")
-                if best is None or record["loss"] < best[0]:
-                    best = (record["loss"], {k: v.detach().cpu().clone() for k, v in trained.state_dict().items()})
-            history.append(record)
-    if best is not None and best[0] < history[-1]["loss"]:
-        trained.load_state_dict(best[1])
-    return history
+                if fitted.best is None or record["loss"] < fitted.best[0]:
+                    fitted.best = (record["loss"], weights_of(trained))
+            fitted.history.append(record)
+            checkpoint.keep(partial(steps.add_to, fitted, time.monotonic()), trained, steps.optimizer)
+    if fitted.best is not None and fitted.best[0] < fitted.history[-1]["loss"]:
+        put_weights(trained, fitted.best[1])
+    return fitted.history
 
 
 def optim_config(config: StageConfig, num_steps: int) -> OptimConfig:

@@ -30,6 +30,7 @@ from bpo_fast.progress import Progress
 from bpo_fast.ranks import Ranks
 from bpo_fast.reward import RewardConfig, train_reward
 from bpo_fast.sft import CompletionNll, Example, SftConfig, encode_examples, train_sft
+from bpo_fast.stage_checkpoint import StageCheckpoint
 from bpo_fast.stages import (
     TrainingRows,
     fit,
@@ -298,7 +299,11 @@ def test_no_pass_is_larger_than_a_micro_batch(tmp_path, stage):
     assert max(sizes) <= 150
 
 
-def test_too_little_memory_halves_the_micro_batches_once(caplog):
+def checkpoint(tmp_path, config):
+    return StageCheckpoint(tmp_path / "toy.checkpoint", config, [], QUIET, Ranks())
+
+
+def test_too_little_memory_halves_the_micro_batches_once(tmp_path, caplog):
     model, passes = torch.nn.Linear(3, 1), []
 
     def loss(rows):
@@ -309,7 +314,18 @@ def test_too_little_memory_halves_the_micro_batches_once(caplog):
 
     config = settings("x", "y", epochs=2, microbatch_tokens=6, batch_tokens=8)
     rows = TrainingRows([1] * 8, [1] * 8, loss)
-    fit(model, model, config, rows, None, name="toy", seed=0, progress=QUIET, ranks=Ranks())
+    fit(
+        model,
+        model,
+        config,
+        rows,
+        None,
+        name="toy",
+        seed=0,
+        progress=QUIET,
+        checkpoint=checkpoint(tmp_path, config),
+        ranks=Ranks(),
+    )
     assert passes == [6, 3, 3, 2, 3, 3, 2]
     assert caplog.text.count("sft.microbatch_tokens is 3 from here on") == 1
 
@@ -318,10 +334,21 @@ def test_too_little_memory_halves_the_micro_batches_once(caplog):
     with pytest.raises(
         RuntimeError, match=r"sft\.microbatch_tokens = 4, which one row takes, .*gradient_checkpointing"
     ):
-        fit(model, model, config, rows, None, name="toy", seed=0, progress=QUIET, ranks=Ranks())
+        fit(
+            model,
+            model,
+            config,
+            rows,
+            None,
+            name="toy",
+            seed=0,
+            progress=QUIET,
+            checkpoint=checkpoint(tmp_path, config),
+            ranks=Ranks(),
+        )
 
 
-def test_steps_without_a_finite_gradient_are_counted_and_three_in_a_row_are_an_error():
+def test_steps_without_a_finite_gradient_are_counted_and_three_in_a_row_are_an_error(tmp_path):
     model, bad = torch.nn.Linear(3, 1), set()
 
     def loss(rows):
@@ -333,12 +360,34 @@ def test_steps_without_a_finite_gradient_are_counted_and_three_in_a_row_are_an_e
     order = length_batches(rows.lengths, 2, torch.Generator().manual_seed(0))
     for steps, expected in (([], 0), ([0, 2, 3, 5], 4)):
         bad = {order[step][0] for step in steps}
-        [record] = fit(model, model, config, rows, None, name="toy", seed=0, progress=QUIET, ranks=Ranks())
+        [record] = fit(
+            model,
+            model,
+            config,
+            rows,
+            None,
+            name="toy",
+            seed=0,
+            progress=QUIET,
+            checkpoint=checkpoint(tmp_path, config),
+            ranks=Ranks(),
+        )
         assert (record["steps"], record["bad_steps"]) == (6, expected)
         assert all(p.isfinite().all() for p in model.parameters())
     bad = {order[step][0] for step in (1, 2, 3)}
     with pytest.raises(ValueError, match=r"^toy: loss = [\d.e-]+, no finite gradient in 3 steps in a row, in epoch 1 "):
-        fit(model, model, config, rows, None, name="toy", seed=0, progress=QUIET, ranks=Ranks())
+        fit(
+            model,
+            model,
+            config,
+            rows,
+            None,
+            name="toy",
+            seed=0,
+            progress=QUIET,
+            checkpoint=checkpoint(tmp_path, config),
+            ranks=Ranks(),
+        )
 
 
 @pytest.mark.parametrize(("dtype", "states"), [("bfloat16", "float32"), ("float32", "8bit"), ("bfloat16", "8bit")])
@@ -392,7 +441,7 @@ def test_continued_training_starts_from_the_given_weights(tmp_path, data):
 
 
 @pytest.mark.parametrize(("losses", "kept"), [([3.0, 1.0, 2.0], 1), ([3.0, 2.0, 1.0], 2)])
-def test_the_weights_of_the_best_epoch_are_kept(losses, kept):
+def test_the_weights_of_the_best_epoch_are_kept(tmp_path, losses, kept):
     model = torch.nn.Linear(3, 1)
     seen = []
 
@@ -405,7 +454,18 @@ def test_the_weights_of_the_best_epoch_are_kept(losses, kept):
 
     config = settings("x", "y", epochs=3, learning_rate=0.1)
     rows = TrainingRows([1] * 8, [1] * 8, loss)
-    history = fit(model, model, config, rows, evaluate, name="toy", seed=0, progress=QUIET, ranks=Ranks())
+    history = fit(
+        model,
+        model,
+        config,
+        rows,
+        evaluate,
+        name="toy",
+        seed=0,
+        progress=QUIET,
+        checkpoint=checkpoint(tmp_path, config),
+        ranks=Ranks(),
+    )
     assert [h["loss"] for h in history] == losses
     assert torch.equal(model.weight, seen[kept])
     assert not torch.equal(seen[0], seen[1])
@@ -451,6 +511,11 @@ def test_half_precision_on_disk(tmp_path, data):
     train_sft(settings(data, tmp_path / "a", epochs=0.5, save_dtype="float16"), progress=QUIET)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype="auto")
     assert {p.dtype for p in model.parameters()} == {torch.float16}
+    for dtype, expected in (("float16", torch.float16), ("auto", torch.float32)):
+        knobs = {"model": str(tmp_path / "a"), "lora_r": 2, "epochs": 0.5, "save_dtype": dtype}
+        train_sft(settings(data, tmp_path / dtype, **knobs), progress=QUIET)
+        adapter = load_file(tmp_path / dtype / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in adapter.values()} == {expected}
 
 
 def test_conversations_go_through_the_chat_template(tmp_path):
@@ -548,6 +613,8 @@ def test_bad_data_and_models_are_named_and_leave_nothing(tmp_path, data):
     empty.mkdir()
     cases = [
         (settings(no_label, tmp_path / "o"), "no.jsonl: row 2 has no completion"),
+        (settings(data, tmp_path / "o", prompt_column="ask"), r"no prompt \(column ask\).* \(prompt_column names"),
+        (settings(data, tmp_path / "o", chat_template=True), "chat_template = true: the tokenizer has no chat"),
         (settings(tmp_path / "none.jsonl", tmp_path / "o"), "none.jsonl: no such file"),
         (settings(data, tmp_path / "o", model=str(empty)), "sft.model = .*folder: cannot be loaded as a tokenizer"),
         (settings(data, tmp_path / "o", tokenizer=str(empty)), "sft.tokenizer = .*folder: cannot be loaded"),

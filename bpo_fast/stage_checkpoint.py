@@ -1,0 +1,258 @@
+"""Checkpoints of the stages before the loop, from which the command that was stopped goes on when it is given again.
+
+OUT.checkpoint/[member-<m>/]step-<n>/
+  weights.safetensors                         what is in training
+  best.safetensors                            the same at the best epoch so far, if that is not the last
+  optimizer[-<rank>-of-<N>].safetensors       moments and masters; not there once the training has ended
+  random-<rank>-of-<N>.safetensors            states of the generators that dropout draws from
+  state.json                                  settings, which rows, how far
+
+A folder is whole or not there; the newest replaces the one before. All of them go when OUT is there.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bpo_fast.checkpoint import moment_files, save_moments
+from bpo_fast.files import errors_name, new_folder, remove_temporaries
+from bpo_fast.interrupts import interrupts_call
+from bpo_fast.optim import Optimizer
+from bpo_fast.progress import Progress
+from bpo_fast.ranks import Ranks
+from bpo_fast.stage_config import StageConfig
+
+# settings that change how the work is done, not what comes of it but for the order of sums
+MAY_CHANGE = {
+    *("device", "devices", "microbatch_tokens", "gradient_checkpointing"),
+    *("save_dtype", "save_minutes"),
+}
+STATE, WEIGHTS, BEST = "state.json", "weights.safetensors", "best.safetensors"
+GO_ON, SAVE, STOP = range(3)
+
+
+@dataclass
+class Fitted:
+    """How far a training is.
+
+    Attributes:
+        num_steps: taken.
+        history: a record for every epoch that has been measured.
+        seconds: of the epoch that has begun.
+        sums: of the epoch that has begun, by name.
+        best: (lowest held-out loss so far, the weights of then, by name, on the host), if there is held-out data.
+    """
+
+    num_steps: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    best: tuple[float, dict[str, Tensor]] | None = None
+
+
+def checkpoint_folder(config: StageConfig) -> Path:
+    """Where the checkpoints of a stage are while it runs: beside what it will write."""
+    out = Path(config.out).absolute()
+    return out.with_name(f"{out.name}.checkpoint")
+
+
+class StageCheckpoint:
+    """Where one training of a stage is kept while it runs.
+
+    Args:
+        folder: of its checkpoints.
+        config: settings of the stage, kept and compared.
+        rows: what it trains on, as numbers in lists or tuples; a digest of them is kept and compared.
+        progress: told where the checkpoint of an interrupted training is.
+        ranks: of the stage; rank 0 decides when to save, all of them do.
+    """
+
+    def __init__(self, folder: Path, config: StageConfig, rows: Iterable[Any], progress: Progress, ranks: Ranks):
+        self._folder, self._config, self._progress, self._ranks = folder, config, progress, ranks
+        self._rows = _digest(rows)
+        self._saved_at, self._is_asked = time.monotonic(), False
+
+    def load(self, trained: nn.Module, optimizer: Optimizer) -> Fitted:
+        """Puts weights, moments and generators back, in place, and says how far it was.
+
+        Raises:
+            ValueError: the checkpoint is of other settings or rows.
+        """
+        path = self._ranks.gather(str(self._find() or ""))[0] if self._ranks.is_main else self._ranks.gather("")[0]
+        if not path:
+            return Fitted()
+        folder = Path(path)
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        put_weights(trained, load_file(folder / WEIGHTS))
+        if not state["ended"]:
+            optimizer.load_state_dict([load_file(file) for file in moment_files(folder)])
+        generators = folder / self._random_name()
+        if generators.exists():
+            _put_generators(load_file(generators))
+        best = None
+        if state["best_loss"] is not None:
+            file = folder / BEST
+            best = (state["best_loss"], load_file(file) if file.exists() else weights_of(trained))
+        return Fitted(state["num_steps"], state["history"], state["seconds"], state["sums"], best)
+
+    def keep(self, fitted: Callable[[], Fitted], trained: nn.Module, optimizer: Optimizer) -> None:
+        """Between two steps: saves if it is time to.
+
+        Args:
+            fitted: how far it is, asked for when it is saved.
+            trained: what is in training.
+            optimizer: of its weights.
+
+        Raises:
+            KeyboardInterrupt: on rank 0, after saving, if there was an interrupt.
+        """
+        wish = self._ranks.gather(self._wish())[0]
+        if wish == GO_ON:
+            return
+        state = fitted()
+        self._save(state, trained, optimizer)
+        self._saved_at = time.monotonic()
+        if wish == STOP and self._ranks.is_main:
+            self._progress.print(f"interrupted at step {state.num_steps}: the same command goes on from {self._folder}")
+            raise KeyboardInterrupt
+
+    def end(self, history: list[dict[str, float]], trained: nn.Module) -> None:
+        """Keeps what has come of a training whose stage has more of them to do."""
+        self._save(Fitted(int(sum(record["steps"] for record in history)), history), trained, None)
+
+    @contextmanager
+    def heeds_interrupts(self) -> Iterator[None]:
+        """Inside, an interrupt is one for `keep`; a second one does not wait."""
+        if not self._ranks.is_main or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        with interrupts_call(self._ask):
+            yield
+        if self._is_asked:
+            raise KeyboardInterrupt
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self._is_asked:
+            raise KeyboardInterrupt
+        self._is_asked = True
+        if not self._progress.quiet:  # not through it: this can come in the middle of its own line
+            os.write(2, b"stopping after this step, with a checkpoint; a second interrupt stops at once\n")
+
+    def _wish(self) -> int:
+        if not self._ranks.is_main:
+            return GO_ON
+        if self._is_asked:
+            return STOP
+        minutes = self._config.save_minutes
+        return SAVE if minutes and time.monotonic() - self._saved_at >= 60 * minutes else GO_ON
+
+    def _find(self) -> Path | None:
+        """The newest checkpoint, if there is one and it is of this training."""
+        if not self._folder.is_dir():
+            return None
+        remove_temporaries(self._folder)
+        found = max(self._folder.glob("step-*"), key=_step_of, default=None)
+        if found is None:
+            return None
+        state = json.loads((found / STATE).read_text(encoding="utf-8"))
+        stage, now = self._config.stage, dataclasses.asdict(self._config)
+        for name, value in now.items():
+            old = state["config"].get(name)
+            if value != old and name not in MAY_CHANGE:
+                raise ValueError(f"{stage}.{name} = {value}: {self._advice(f'was begun with {old}')}")
+        if state["rows"] != self._rows:
+            raise ValueError(f"{stage}.data = {self._config.data}: {self._advice('was begun with other rows')}")
+        return found
+
+    def _advice(self, what: str) -> str:
+        return f"{self._folder} {what}; go on with those, or remove it to begin anew"
+
+    def _save(self, fitted: Fitted, trained: nn.Module, optimizer: Optimizer | None) -> None:
+        """By all ranks: each its moments and generators, rank 0 the rest."""
+        ranks = self._ranks
+        if not ranks.is_main:
+            self._save_own(Path(ranks.gather("")[0]), optimizer)
+            ranks.wait()
+            return
+        path = self._folder / f"step-{fitted.num_steps}"
+        with new_folder(path) as folder:
+            ranks.gather(str(folder.absolute()))
+            self._save_own(folder, optimizer)
+            weights = weights_of(trained)
+            save_file(weights, folder / WEIGHTS)
+            best_loss, best = fitted.best or (None, {})
+            if best and any(not torch.equal(best[name], weight) for name, weight in weights.items()):
+                save_file(best, folder / BEST)
+            state = {
+                "config": dataclasses.asdict(self._config),
+                "rows": self._rows,
+                "num_steps": fitted.num_steps,
+                "ended": optimizer is None,
+                "history": fitted.history,
+                "seconds": fitted.seconds,
+                "sums": fitted.sums,
+                "best_loss": best_loss,
+            }
+            (folder / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            ranks.wait()
+        for old in self._folder.glob("step-*"):
+            if old != path:
+                shutil.rmtree(old)
+
+    def _save_own(self, folder: Path, optimizer: Optimizer | None) -> None:
+        if optimizer is None:
+            return
+        save_moments(folder, optimizer, self._ranks)
+        path = folder / self._random_name()
+        with errors_name(path):
+            save_file(_generators(), path)
+
+    def _random_name(self) -> str:
+        return f"random-{self._ranks.rank}-of-{self._ranks.size}.safetensors"
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's parameters on the host, by name; what is tied is there once."""
+    return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in module.named_parameters()}
+
+
+@torch.no_grad()
+def put_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copies `weights_of` a module back into its parameters, in place."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def _digest(rows: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row}\n".encode())
+    return digest.hexdigest()
+
+
+def _generators() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+
+
+def _put_generators(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.partition("-")[2])

@@ -1,0 +1,272 @@
+"""A stage that was stopped goes on with the same command, and ends as if it had not been."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bpo_fast import stages
+from bpo_fast.progress import Progress
+from bpo_fast.reward import RewardConfig, train_reward
+from bpo_fast.sft import CompletionNll, SftConfig, train_sft
+from bpo_fast.stage_checkpoint import checkpoint_folder
+from bpo_fast.tokenizer import train_bpe
+
+ANSWERS = ["an apple", "a pear and a plum", "a cherry, a melon and a grape"]
+SMALL = {
+    "hidden": 32,
+    "layers": 2,
+    "heads": 2,
+    "vocab": 300,
+    "device": "cpu",
+    "batch_tokens": 200,
+    "eval_fraction": 0.2,
+}
+NUM_STEPS = 6  # two epochs of three
+QUIET = Progress(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"Number {i}?", "chosen": ANSWERS[i % 3], "rejected": ANSWERS[i % 2]} for i in range(41)]
+    path.write_text("".join(json.dumps(row | {"label": row["chosen"]}) + "\n" for row in rows))
+    return path
+
+
+def run(stage, data, out, **changes):
+    config_class, train = (SftConfig, train_sft) if stage == "sft" else (RewardConfig, train_reward)
+    return train(config_class(data=str(data), out=str(out), **SMALL | {"epochs": 2} | changes), progress=QUIET)
+
+
+@contextmanager
+def interrupted_after(num, monkeypatch, signals=1):
+    """SIGINT comes in the middle of step `num` of a process, as often as that."""
+    take, taken = stages._Steps.take, []
+
+    def counted(steps, batch):
+        taken.append(batch)
+        if len(taken) == num:
+            for _ in range(signals):
+                signal.raise_signal(signal.SIGINT)
+        take(steps, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages._Steps, "take", counted)
+        yield taken
+
+
+def outcome(out):
+    """All that must not depend on interrupts: weights, and what was measured."""
+    weights = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.safetensors")}
+    [record] = [json.loads(path.read_text()) for path in out.glob("*.json") if path.name in ("sft.json", "reward.json")]
+
+    def timeless(value):
+        if isinstance(value, dict):
+            timing = ("seconds", "tokens_per_s", "config")
+            return {k: timeless(v) for k, v in value.items() if k not in timing}
+        return [timeless(v) for v in value] if isinstance(value, list) else value
+
+    return weights, timeless(record)
+
+
+FORMS = {
+    "sft": ("sft", {}),
+    "reward": ("reward", {}),
+    "narrow": ("sft", {"dtype": "bfloat16", "states": "8bit"}),
+    "without held-out rows": ("sft", {"eval_fraction": 0}),
+    "half an epoch": ("sft", {"epochs": 1.5}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_interrupted_at_any_step_it_ends_bit_for_bit(tmp_path, data, form, monkeypatch):
+    stage, knobs = FORMS[form]
+    run(stage, data, tmp_path / "whole", **knobs)
+    expected = outcome(tmp_path / "whole")
+    num_steps = sum(h["steps"] for h in (expected[1]["members"][0] if stage == "sft" else expected[1])["history"])
+    assert num_steps > 3
+    for step in (1, 3, 4, num_steps):
+        out = tmp_path / f"stopped-{step}"
+        with interrupted_after(step, monkeypatch), pytest.raises(KeyboardInterrupt):
+            run(stage, data, out, **knobs)
+        assert not out.exists()
+        with interrupted_after(0, monkeypatch) as taken:
+            run(stage, data, out, **knobs)
+        assert len(taken) == num_steps - step
+        assert outcome(out) == expected
+        assert not checkpoint_folder(SftConfig(data="x", out=str(out))).exists()
+
+
+def test_the_best_epoch_is_remembered(tmp_path, data, monkeypatch):
+    def norms(nll, examples, batch_tokens):
+        return sum(p.norm().item() for p in nll._model.parameters()), 1
+
+    monkeypatch.setattr(CompletionNll, "sum", norms)  # which grow
+    knobs = {"epochs": 3, "learning_rate": 0.01}
+    result = run("sft", data, tmp_path / "whole", **knobs)
+    assert result["members"][0]["best_epoch"] == 1
+    with interrupted_after(NUM_STEPS + 1, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run("sft", data, tmp_path / "out", **knobs)
+    run("sft", data, tmp_path / "out", **knobs)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_adapters_go_on(tmp_path, data, monkeypatch):
+    tokenizer = train_bpe([" ".join(ANSWERS), "Number 0123456789?"], vocab_size=300)
+    base = tmp_path / "base"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    knobs = {"model": str(base), "lora_r": 4, "members": 2}
+    first, _ = run("sft", data, tmp_path / "whole", **knobs)["members"]
+    num_steps = sum(h["steps"] for h in first["history"])
+    with interrupted_after(num_steps + 2, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run("sft", data, tmp_path / "out", **knobs)
+    with interrupted_after(0, monkeypatch) as taken:
+        run("sft", data, tmp_path / "out", **knobs)
+    assert len(taken) == num_steps - 2  # the first member has ended, and is not trained again
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_dropout_draws_on(tmp_path, data, monkeypatch):
+    tokenizer = train_bpe([" ".join(ANSWERS), "Number 0123456789?"], vocab_size=300)
+    base = tmp_path / "base"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, attention_dropout=0.3)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    run("sft", data, tmp_path / "whole", model=str(base), learning_rate=0.01)
+    with interrupted_after(2, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run("sft", data, tmp_path / "out", model=str(base), learning_rate=0.01)
+    torch.manual_seed(7)
+    run("sft", data, tmp_path / "out", model=str(base), learning_rate=0.01)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_an_interrupt_while_it_is_measured_waits_for_the_numbers(tmp_path, data, monkeypatch):
+    run("sft", data, tmp_path / "whole")
+    end, num = stages._Steps.end_epoch, []
+
+    def interrupted(steps):
+        num.append(steps.num_taken)
+        if len(num) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return end(steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages._Steps, "end_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("sft", data, tmp_path / "out")
+    with interrupted_after(0, monkeypatch) as taken:
+        run("sft", data, tmp_path / "out")
+    assert not taken
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path, data, monkeypatch, capfd):
+    with interrupted_after(2, monkeypatch, signals=2) as taken, pytest.raises(KeyboardInterrupt):
+        run("sft", data, tmp_path / "out")
+    assert len(taken) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+    with interrupted_after(2, monkeypatch), pytest.raises(KeyboardInterrupt):
+        train_sft(SftConfig(data=str(data), out=str(tmp_path / "out"), **SMALL))  # which prints
+    said = capfd.readouterr().err
+    assert "stopping after this step, with a checkpoint; a second interrupt stops at once" in said
+    assert f"interrupted at step 2: the same command goes on from {tmp_path / 'out.checkpoint'}" in said
+
+
+def test_a_checkpoint_of_something_else_is_named(tmp_path, data, monkeypatch):
+    out = tmp_path / "out"
+    with interrupted_after(2, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run("sft", data, out)
+    begun = f"{out}.checkpoint was begun with"
+    with pytest.raises(ValueError, match=rf"^sft\.learning_rate = 0.5: {begun} None; go on with those, or remove it"):
+        run("sft", data, out, learning_rate=0.5)
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join([*lines[:-1], lines[0]]))
+    with pytest.raises(ValueError, match=rf"^sft\.data = {data}: {begun} other rows; go on"):
+        run("sft", data, out)
+    data.write_text("".join(lines))
+    result = run("sft", data, out, microbatch_tokens=60, gradient_checkpointing=True, save_dtype="bfloat16")
+    assert sum(h["steps"] for h in result["members"][0]["history"]) == NUM_STEPS
+    assert load_file(out / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_checkpoints_come_by_the_clock_and_replace_each_other(tmp_path, data, monkeypatch):
+    out, seen = tmp_path / "out", []
+    take = stages._Steps.take
+
+    def watched(steps, batch):
+        seen.append(sorted(path.name for path in tmp_path.glob("out.checkpoint/*")))
+        take(steps, batch)
+
+    monkeypatch.setattr(stages._Steps, "take", watched)
+    run("sft", data, out, save_minutes=1e-9)
+    assert seen == [[], *([f"step-{num}"] for num in range(1, NUM_STEPS))]
+    seen.clear()
+    shutil.rmtree(out)
+    run("sft", data, out, save_minutes=0)
+    assert not any(seen)
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path, data):
+    def start(out):
+        knobs = SMALL | {"epochs": 8, "save_minutes": 1e-9}
+        flags = [part for name, value in knobs.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        command = [sys.executable, "-m", "bpo_fast", "sft", "--data", str(data), "--out", str(out), *flags]
+        return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    out, reached = tmp_path / "out", 0
+    for _ in range(3):
+        process, deadline = start(out), time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            steps = [int(path.name[5:]) for path in tmp_path.glob("out.checkpoint/step-*")]
+            if max(steps, default=0) >= reached + 4:
+                break
+        process.kill()
+        process.wait()
+        steps = [int(path.name[5:]) for path in tmp_path.glob("out.checkpoint/step-*")]
+        assert max(steps) > reached
+        reached = max(steps)
+    assert start(out).wait() == 0
+    assert outcome(out) == outcome(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl", "whole"]
+
+
+@pytest.mark.parametrize("devices", [2, 1])
+def test_two_devices_are_interrupted_and_go_on(tmp_path, data, devices, monkeypatch):
+    knobs = {"epochs": 3}
+    run("sft", data, tmp_path / "whole", devices=2, **knobs)
+    with interrupted_after(4, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run("sft", data, tmp_path / "out", devices=2, **knobs)
+    [kept] = (tmp_path / "out.checkpoint").iterdir()
+    assert sorted(path.name for path in kept.glob("optimizer*")) == [
+        "optimizer-0-of-2.safetensors",
+        "optimizer-1-of-2.safetensors",
+    ]
+    run("sft", data, tmp_path / "out", devices=devices, **knobs)
+    (weights, record), (whole, expected) = outcome(tmp_path / "out"), outcome(tmp_path / "whole")
+    if devices == 2:
+        assert (weights, record) == (whole, expected)
+    else:
+        assert record["members"][0]["held_out_loss"] == pytest.approx(expected["members"][0]["held_out_loss"], rel=1e-4)
