@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The GPU tests and benches: `bench/gpu_all.sh [PART...]`, tests, kernels, step, step-others, loop, sampling; all by default.
+# The GPU tests and benches: `bench/gpu_all.sh [PART...]`, tests, kernels, step, step-others, stages, loop, sampling; all by default.
 # `first` is for a card at hand for a quarter of an hour: a little of every part, what matters most first.
 # A part is cut off after $PART_S seconds (540), so that a call with one part fits in 10 minutes; a bench of steps or loops
 # has written its rows until then. Results go to ./gpu-results, and after every step as one archive to $OUT if it is set.
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 out=gpu-results
 mkdir -p "$out"
 status=0
-all=(tests kernels step step-others loop sampling)
+all=(tests kernels step step-others stages loop sampling)
 main_shape=4096x2048x128256
 bpo=(bpo-fast)
 if ! command -v bpo-fast >/dev/null; then
@@ -79,6 +79,9 @@ for part in "$@"; do
       ;;
     step-others)
       run step-others "${bpo[@]}" bench step --device cuda --lengths helpfulness --lengths long --form lora --form full --rounds 3 --json "$out/step.json"
+      ;;
+    stages)
+      run stages "${bpo[@]}" bench stages --device cuda --rounds 3 --json "$out/stages.json"
       ;;
     loop)
       run loop "${bpo[@]}" bench loop --device cuda --lengths helpfulness --lengths tldr --form lora --rounds 2 --json "$out/loop.json"

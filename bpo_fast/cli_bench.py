@@ -125,6 +125,27 @@ def bench_loop(
     run(_bench_options(LoopOptions, PEERS, peers, lengths, form, shape, json_path, options))
 
 
+@bench.command("stages")
+@reports_errors
+def bench_stages(
+    peers: Annotated[str, PEERS] = "auto",
+    lengths: Annotated[list[str] | None, typer.Option(help="tldr, helpfulness, long; the first two by default")] = None,
+    form: Annotated[list[str] | None, typer.Option(help="sft, sft-lora, reward; all by default")] = None,
+    device: Annotated[str, DEVICE] = "auto",
+    dtype: Annotated[str | None, DTYPE] = None,
+    shape: Annotated[str | None, SHAPE] = None,
+    pairs: Annotated[int | None, PAIRS] = None,
+    rounds: Annotated[int, typer.Option(help="blocks of each contender", min=1)] = 5,
+    threads: Annotated[int, typer.Option(help="CPU threads of each contender", min=1)] = 2,
+    json_path: Annotated[Path | None, typer.Option("--json", help="measurements; rows are added")] = None,
+) -> None:
+    """Time a step of SFT and of a reward model against TRL's SFTTrainer and RewardTrainer."""
+    from bpo_fast_bench.stages import PEERS, StageOptions, run
+
+    options = {"device": device, "dtype": dtype, "pairs": pairs, "rounds": rounds, "threads": threads}
+    run(_bench_options(StageOptions, PEERS, peers, lengths, form, shape, json_path, options))
+
+
 def _bench_options(
     options: Any, known: tuple[str, ...], peers: str, lengths: Any, forms: Any, shape: str | None, out: Any, others: Any
 ) -> Any:

@@ -189,6 +189,20 @@ def _by_length(pairs: Sequence[TextPair], margins: torch.Tensor) -> dict[str, An
     return {name: proportion(margins[group] > 0) for name, group in groups.items() if bool(group.any())}
 
 
+def training_rows(model: RewardScorer, pairs: Sequence[TextPair]) -> TrainingRows:
+    """Pairs with their loss -log sigmoid(r(x, chosen) - r(x, rejected)); a prompt is encoded once for both."""
+    chosen = model.encode([(p.prompt, p.chosen) for p in pairs])
+    rejected = model.encode([(p.prompt, p.rejected) for p in pairs])
+    encoded = list(zip(chosen, rejected, strict=True))
+    score_pairs = PairScores(model, encoded)
+
+    def loss(rows: list[int]) -> torch.Tensor:
+        better, worse = score_pairs([encoded[i] for i in rows]).float()
+        return torch.nn.functional.softplus(worse - better).sum()
+
+    return TrainingRows([score_pairs.num_tokens(pair) for pair in encoded], [1] * len(pairs), loss)
+
+
 def _fit(
     model: RewardScorer,
     config: RewardConfig,
@@ -197,18 +211,9 @@ def _fit(
     progress: Progress,
     ranks: Ranks,
 ) -> list[dict[str, float]]:
-    chosen = model.encode([(p.prompt, p.chosen) for p in train])
-    rejected = model.encode([(p.prompt, p.rejected) for p in train])
-    pairs = list(zip(chosen, rejected, strict=True))
-    score_pairs = PairScores(model, pairs)
+    rows = training_rows(model, train)
     if config.gradient_checkpointing:
         checkpoint_layers_(model.model)
-
-    def loss(rows: list[int]) -> torch.Tensor:
-        better, worse = score_pairs([pairs[i] for i in rows]).float()
-        return torch.nn.functional.softplus(worse - better).sum()
-
-    rows = TrainingRows([score_pairs.num_tokens(pair) for pair in pairs], [1] * len(pairs), loss)
 
     def evaluate() -> dict[str, float]:
         texts = [(p.prompt, p.chosen) for p in held_out] + [(p.prompt, p.rejected) for p in held_out]
@@ -226,7 +231,7 @@ def _fit(
         measured,
         name="reward",
         seed=config.seed,
-        checkpoint=StageCheckpoint(checkpoint_folder(config), config, pairs, progress, ranks),
+        checkpoint=StageCheckpoint(checkpoint_folder(config), config, train, progress, ranks),
         progress=progress,
         ranks=ranks,
     )
@@ -238,7 +243,7 @@ def _open_model(config: RewardConfig, train: list[TextPair], device: torch.devic
             yield from (pair.prompt, pair.chosen, pair.rejected)
 
     tokenizer = open_tokenizer(config, corpus)
-    _close_pairs_with_eos(tokenizer)
+    close_pairs_with_eos(tokenizer)
     limit = config.max_prompt_length + config.max_completion_length + tokenizer.num_special_tokens_to_add(pair=True)
     dtype, batch_tokens = working_dtype(config.dtype, device), microbatch_tokens(config, device)
     if config.model is None:
@@ -254,7 +259,7 @@ def _open_model(config: RewardConfig, train: list[TextPair], device: torch.devic
     return RewardScorer(model.to(device), tokenizer, name=what, batch_tokens=batch_tokens, max_length=limit)
 
 
-def _close_pairs_with_eos(tokenizer: Any) -> None:
+def close_pairs_with_eos(tokenizer: Any) -> None:
     """Makes a decoder's tokenizer join pairs as `prompt completion EOS`, so that the head reads the EOS position."""
     if tokenizer.chat_template is not None or tokenizer.sep_token_id is not None or not tokenizer.is_fast:
         return

@@ -205,11 +205,6 @@ def _train_member(
         lora = LoraEnsemble(model, num_members=1, r=config.lora_r, alpha=alpha, seed=seed)
         view = lora.member(0)
     train, held_out = data.train, data.held_out
-    rows = TrainingRows(
-        lengths=[len(e.ids) for e in train],
-        num_terms=[e.num_completion for e in train],
-        loss=lambda chosen: nll([train[i] for i in chosen]).sum(),
-    )
 
     def evaluate() -> dict[str, float]:
         mine = ranks.share(held_out, lambda e: len(e.ids)).mine
@@ -224,7 +219,7 @@ def _train_member(
             model,
             lora or model,
             config,
-            rows,
+            training_rows(nll, train),
             evaluate if held_out else None,
             name=name,
             seed=seed,
@@ -342,6 +337,15 @@ def _logits(model: Any, rows: Tensor, inputs: dict[str, Any]) -> Tensor:
         return model(**inputs).logits
     finally:
         hook.remove()
+
+
+def training_rows(nll: CompletionNll, examples: Sequence[Example]) -> TrainingRows:
+    """Examples with the loss of their completion tokens."""
+    return TrainingRows(
+        lengths=[len(e.ids) for e in examples],
+        num_terms=[e.num_completion for e in examples],
+        loss=lambda rows: nll([examples[i] for i in rows]).sum(),
+    )
 
 
 def _packed(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, dict[str, Any]]:

@@ -75,7 +75,7 @@ class StageCheckpoint:
     Args:
         folder: of its checkpoints.
         config: settings of the stage, kept and compared.
-        rows: what it trains on, as numbers in lists or tuples; a digest of them is kept and compared.
+        rows: what it trains on; a digest of them, as they are printed, is kept and compared.
         progress: told where the checkpoint of an interrupted training is.
         ranks: of the stage; rank 0 decides when to save, all of them do.
     """

@@ -132,7 +132,7 @@ class TrainingRows:
         return total
 
 
-class _Steps:
+class Steps:
     """Optimizer steps on rows dealt to the ranks, and what an epoch of them adds up to, on the device."""
 
     def __init__(self, parameters: list[nn.Parameter], config: StageConfig, rows: TrainingRows, num: int, ranks: Ranks):
@@ -232,7 +232,7 @@ def fit(
     epochs = [length_batches(rows.lengths, config.batch_tokens, generator) for _ in range(math.ceil(config.epochs))]
     epochs[-1] = epochs[-1][: math.ceil(len(epochs[-1]) * (config.epochs - len(epochs) + 1))]
     num_steps = sum(len(batches) for batches in epochs)
-    steps = _Steps(list(trained.parameters()), config, rows, num_steps, ranks)
+    steps = Steps(list(trained.parameters()), config, rows, num_steps, ranks)
     if ranks.size > 1:
         torch.manual_seed(seed + DROPOUT_STREAM * ranks.rank)
     fitted = checkpoint.load(trained, steps.optimizer)

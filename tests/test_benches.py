@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from bpo_fast_bench import contenders, loop, step
+from bpo_fast_bench import contenders, loop, stages, step
 from bpo_fast_bench.contenders import Work, compare, line, measure, pick_peers, write_rows
 from bpo_fast_bench.shapes import SHAPES, Shape, make_model, parse_shape
+
+from bpo_fast.stages import Steps
 
 TOY = {"peers": (), "lengths": ("helpfulness",), "pairs": 2, "rounds": 1, "threads": 1, "shape": Shape(32, 1, 400)}
 TOY |= {"device": "cpu", "dtype": "float32"}
@@ -44,6 +46,40 @@ def test_a_toy_run_writes_a_row(bench, dtype, tmp_path, monkeypatch):
             new["ours"]["pairs_per_s"] / new["compiled"]["pairs_per_s"], abs=0.01
         )
         assert "; compiled " in said[0]
+
+
+def test_stages_are_rows_of_their_own(tmp_path):
+    options = TOY | {"forms": ("sft", "sft-lora", "reward"), "out": str(tmp_path / "out.json")}
+    said = []
+    stages.run(stages.StageOptions(**options), said.append)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["form"] for row in rows] == ["sft", "sft-lora", "reward"]
+    assert all(row["ours"]["pairs_per_s"] > 0 for row in rows)
+    assert [line.split(":")[0] for line in said] == [f"helpfulness {form}" for form in options["forms"]]
+
+
+@pytest.mark.parametrize("form", ["sft", "sft-lora", "reward"])
+def test_a_stage_is_timed_on_the_rows_that_trl_has(form, tmp_path, monkeypatch):
+    """As many tokens a row, and as many that the loss looks at."""
+    make_model(Shape(32, 1, 21000), tmp_path, "float32")
+    options = stages.StageOptions(**TOY)
+    case = options.contender("stages", f"ours {form}", "helpfulness", stages.STAGES[form], str(tmp_path)).case
+    seen = []
+
+    class Seen(Steps):
+        def __init__(self, parameters, config, rows, num, ranks):
+            seen.append(rows)
+            super().__init__(parameters, config, rows, num, ranks)
+
+    monkeypatch.setattr("bpo_fast.stages.Steps", Seen)
+    blocks = stages._ours(case, form)
+    next(blocks)
+    assert next(blocks) > 0
+    blocks.close()
+    [rows] = seen
+    prompt, completion = contenders.LENGTHS["helpfulness"]
+    assert set(rows.lengths) == {prompt + (2 if form == "reward" else 1) * completion}
+    assert set(rows.num_terms) == {1 if form == "reward" else completion}
 
 
 def test_who_fails_leaves_a_reason_and_the_others_go_on(tmp_path):

@@ -56,7 +56,7 @@ def run(stage, data, out, **changes):
 @contextmanager
 def interrupted_after(num, monkeypatch, signals=1):
     """SIGINT comes in the middle of step `num` of a process, as often as that."""
-    take, taken = stages._Steps.take, []
+    take, taken = stages.Steps.take, []
 
     def counted(steps, batch):
         taken.append(batch)
@@ -66,7 +66,7 @@ def interrupted_after(num, monkeypatch, signals=1):
         take(steps, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages._Steps, "take", counted)
+        patch.setattr(stages.Steps, "take", counted)
         yield taken
 
 
@@ -160,7 +160,7 @@ def test_dropout_draws_on(tmp_path, data, monkeypatch):
 
 def test_an_interrupt_while_it_is_measured_waits_for_the_numbers(tmp_path, data, monkeypatch):
     run("sft", data, tmp_path / "whole")
-    end, num = stages._Steps.end_epoch, []
+    end, num = stages.Steps.end_epoch, []
 
     def interrupted(steps):
         num.append(steps.num_taken)
@@ -169,7 +169,7 @@ def test_an_interrupt_while_it_is_measured_waits_for_the_numbers(tmp_path, data,
         return end(steps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages._Steps, "end_epoch", interrupted)
+        patch.setattr(stages.Steps, "end_epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run("sft", data, tmp_path / "out")
     with interrupted_after(0, monkeypatch) as taken:
@@ -209,13 +209,13 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path, data, monkeypatch):
 
 def test_checkpoints_come_by_the_clock_and_replace_each_other(tmp_path, data, monkeypatch):
     out, seen = tmp_path / "out", []
-    take = stages._Steps.take
+    take = stages.Steps.take
 
     def watched(steps, batch):
         seen.append(sorted(path.name for path in tmp_path.glob("out.checkpoint/*")))
         take(steps, batch)
 
-    monkeypatch.setattr(stages._Steps, "take", watched)
+    monkeypatch.setattr(stages.Steps, "take", watched)
     run("sft", data, out, save_minutes=1e-9)
     assert seen == [[], *([f"step-{num}"] for num in range(1, NUM_STEPS))]
     seen.clear()

@@ -7,6 +7,7 @@ high-water mark of resident memory after loading, minus what was resident then.
 import json
 import os
 import queue
+import random
 import re
 import statistics
 import subprocess
@@ -21,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bpo_fast_bench.shapes import SHAPES, Shape
+from bpo_fast_bench.shapes import SHAPES, Shape, words
 
 LENGTHS = {"tldr": (300, 40), "helpfulness": (24, 45), "long": (512, 128)}
 FORMS = {"full": 0, "lora": 1, "lora5": 5}  # members
@@ -307,13 +308,29 @@ def compare(
     return row
 
 
-def trl_blocks(case: Case, make_trainer: Callable[..., Any]) -> Iterator[Any]:
+def make_texts(case: Case) -> list[dict[str, str]]:
+    """Rows {prompt, chosen, rejected} of random words; TRL adds the EOS, so completions have one word less."""
+    draw = random.Random(0)
+    return [
+        {
+            "prompt": words(draw, case.prompt_tokens),
+            "chosen": " " + words(draw, case.completion_tokens - 1),
+            "rejected": " " + words(draw, case.completion_tokens - 1),
+        }
+        for _ in range(case.num_blocks * case.steps * case.pairs)
+    ]
+
+
+def trl_blocks(
+    case: Case, make_trainer: Callable[..., Any], model_class: Any = None, **model_options: Any
+) -> Iterator[Any]:
     """TRL trains in its own loop, on a thread of its own; a callback holds it at every block.
 
     Args:
         case: what to do.
         make_trainer: called with the arguments that all of TRL's trainers share here: model, processing_class,
             peft_config, callbacks, and `settings` of its configuration.
+        model_class, model_options: what the model is loaded as; a causal LM if none is given.
     """
     import transformers
 
@@ -344,9 +361,7 @@ def trl_blocks(case: Case, make_trainer: Callable[..., Any]) -> Iterator[Any]:
             "per_device_train_batch_size": case.pairs,
             "max_steps": case.num_blocks * case.steps,
             "learning_rate": 1e-5,
-            "beta": 0.1,
             "gradient_checkpointing": False,
-            "disable_dropout": True,
             "bf16": case.dtype == "bfloat16",
             "use_cpu": case.device == "cpu",
             "report_to": [],
@@ -356,7 +371,9 @@ def trl_blocks(case: Case, make_trainer: Callable[..., Any]) -> Iterator[Any]:
         }
         trainer = make_trainer(
             settings,
-            model=transformers.AutoModelForCausalLM.from_pretrained(case.model, dtype=case.dtype),
+            model=(model_class or transformers.AutoModelForCausalLM).from_pretrained(
+                case.model, dtype=case.dtype, **model_options
+            ),
             processing_class=transformers.AutoTokenizer.from_pretrained(case.model, padding_side="left"),
             peft_config=_peft_config(case),
             callbacks=[Gate()],

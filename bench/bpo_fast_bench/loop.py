@@ -147,7 +147,7 @@ def _trl(case: Case) -> Iterator[Any]:
     def make_trainer(settings: dict[str, Any], **parts: Any) -> Any:
         length = case.prompt_tokens + case.completion_tokens
         sampling = {"max_new_tokens": case.completion_tokens, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-        args = OnlineDPOConfig(**settings, **sampling, max_length=length)
+        args = OnlineDPOConfig(**settings, **sampling, beta=0.1, disable_dropout=True, max_length=length)
         rows = Dataset.from_list([{"prompt": p} for p in _prompts(case)])
         return OnlineDPOTrainer(args=args, train_dataset=rows, reward_funcs=reward, **parts)
 

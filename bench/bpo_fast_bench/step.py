@@ -7,7 +7,6 @@ GPU both train bf16 weights, ours with float32 masters, TRL without; so they do 
 """
 
 import json
-import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from bpo_fast_bench.contenders import (
     check_ours,
     compare,
     line,
+    make_texts,
     measure,
     now,
     resolved,
@@ -33,7 +33,7 @@ from bpo_fast_bench.contenders import (
     trl_blocks,
     write_rows,
 )
-from bpo_fast_bench.shapes import make_model, words
+from bpo_fast_bench.shapes import make_model
 
 PEERS = ("trl", "trl-precomputed")
 
@@ -148,7 +148,7 @@ def _pairs(case: Case, policy: Any) -> list[Any]:
     from bpo_fast.types import Completion, Pair, Prompt
 
     pairs = []
-    for i, row in enumerate(_texts(case)):
+    for i, row in enumerate(make_texts(case)):
         ids = {k: tuple(policy.tokenizer(row[k], add_special_tokens=False)["input_ids"]) for k in row}
         sides = [
             Completion(i, k, (*ids[side], policy.eos_ids[0]), "", False, 0, 0)
@@ -163,23 +163,13 @@ def _trl(case: Case) -> Iterator[Any]:
     from trl import DPOConfig, DPOTrainer
 
     def make_trainer(settings: dict[str, Any], **parts: Any) -> Any:
-        args = DPOConfig(**settings, max_length=None, precompute_ref_log_probs=case.who == "trl-precomputed")
-        return DPOTrainer(args=args, train_dataset=Dataset.from_list(_texts(case)), **parts)
+        precomputed = case.who == "trl-precomputed"
+        args = DPOConfig(
+            **settings, beta=0.1, disable_dropout=True, max_length=None, precompute_ref_log_probs=precomputed
+        )
+        return DPOTrainer(args=args, train_dataset=Dataset.from_list(make_texts(case)), **parts)
 
     return trl_blocks(case, make_trainer)
-
-
-def _texts(case: Case) -> list[dict[str, str]]:
-    """Rows of random words; TRL adds the EOS, so completions have one word less."""
-    draw = random.Random(0)
-    return [
-        {
-            "prompt": words(draw, case.prompt_tokens),
-            "chosen": " " + words(draw, case.completion_tokens - 1),
-            "rejected": " " + words(draw, case.completion_tokens - 1),
-        }
-        for _ in range(case.num_blocks * case.steps * case.pairs)
-    ]
 
 
 if __name__ == "__main__":
