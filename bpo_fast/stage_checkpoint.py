@@ -95,8 +95,12 @@ class StageCheckpoint:
         if not path:
             return Fitted()
         folder = Path(path)
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        put_weights(trained, load_file(folder / WEIGHTS))
+        state, weights = json.loads((folder / STATE).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+        for name, parameter in trained.named_parameters():  # auto is another type on another device
+            if weights[name].dtype != parameter.dtype:
+                begun = self._advice(f"was begun with {str(weights[name].dtype).removeprefix('torch.')}")
+                raise ValueError(f"{self._config.stage}.dtype = {self._config.dtype}: {begun}")
+        put_weights(trained, weights)
         if not state["ended"]:
             optimizer.load_state_dict([load_file(file) for file in moment_files(folder)])
         generators = folder / self._random_name()

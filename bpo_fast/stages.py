@@ -144,7 +144,7 @@ class Steps:
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
         self._sums = dict.fromkeys(("loss", "num_terms", "num_bad", "in_a_row", "most_in_a_row"), zero)
 
-    def add_to(self, fitted: Fitted, started: float) -> Fitted:
+    def so_far(self, fitted: Fitted, started: float) -> Fitted:
         """How far it is after the steps that were taken since; they began, or could have, at `started`."""
         sums = {name: value.item() for name, value in self._sums.items()}
         seconds = time.monotonic() - started
@@ -248,7 +248,7 @@ def fit(
             for batch in batches[steps.num_taken - begin :]:
                 steps.take(batch)
                 task.advance()
-                checkpoint.keep(partial(steps.add_to, fitted, started), trained, steps.optimizer)
+                checkpoint.keep(partial(steps.so_far, fitted, started), trained, steps.optimizer)
             begin += len(batches)
             try:
                 train_loss, num_bad = steps.end_epoch()
@@ -266,7 +266,7 @@ def fit(
                 if fitted.best is None or record["loss"] < fitted.best[0]:
                     fitted.best = (record["loss"], weights_of(trained))
             fitted.history.append(record)
-            checkpoint.keep(partial(steps.add_to, fitted, time.monotonic()), trained, steps.optimizer)
+            checkpoint.keep(partial(steps.so_far, fitted, time.monotonic()), trained, steps.optimizer)
     if fitted.best is not None and fitted.best[0] < fitted.history[-1]["loss"]:
         put_weights(trained, fitted.best[1])
     return fitted.history

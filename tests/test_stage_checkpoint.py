@@ -197,6 +197,10 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path, data, monkeypatch):
     begun = f"{out}.checkpoint was begun with"
     with pytest.raises(ValueError, match=rf"^sft\.learning_rate = 0.5: {begun} None; go on with those, or remove it"):
         run("sft", data, out, learning_rate=0.5)
+    with monkeypatch.context() as patch:  # as auto is on a GPU
+        patch.setattr("bpo_fast.sft.working_dtype", lambda dtype, device: torch.bfloat16)
+        with pytest.raises(ValueError, match=rf"^sft\.dtype = auto: {begun} float32; go on with those"):
+            run("sft", data, out)
     lines = data.read_text().splitlines(keepends=True)
     data.write_text("".join([*lines[:-1], lines[0]]))
     with pytest.raises(ValueError, match=rf"^sft\.data = {data}: {begun} other rows; go on"):
