@@ -266,6 +266,7 @@ def fit(
                 if fitted.best is None or record["loss"] < fitted.best[0]:
                     fitted.best = (record["loss"], weights_of(trained))
             fitted.history.append(record)
+            fitted.seconds = 0.0
             checkpoint.keep(partial(steps.so_far, fitted, time.monotonic()), trained, steps.optimizer)
     if fitted.best is not None and fitted.best[0] < fitted.history[-1]["loss"]:
         put_weights(trained, fitted.best[1])

@@ -126,6 +126,17 @@ def test_the_best_epoch_is_remembered(tmp_path, data, monkeypatch):
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
+def test_seconds_are_of_the_epoch_that_had_begun(tmp_path, data, monkeypatch):
+    with interrupted_after(2, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run("sft", data, tmp_path / "out")
+    path = tmp_path / "out.checkpoint" / "step-2" / "state.json"
+    state = json.loads(path.read_text())
+    assert 0 < state["seconds"] < 60
+    path.write_text(json.dumps(state | {"seconds": 1000.0}))
+    first, second = run("sft", data, tmp_path / "out")["members"][0]["history"]
+    assert first["seconds"] > 1000 > 60 > second["seconds"]
+
+
 def test_adapters_go_on(tmp_path, data, monkeypatch):
     tokenizer = train_bpe([" ".join(ANSWERS), "Number 0123456789?"], vocab_size=300)
     base = tmp_path / "base"
