@@ -33,7 +33,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         OSError: naming `path`, whatever class the library that wrote into the folder gave it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary, before = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "before.tmp"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -41,11 +41,15 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for file in [*temporary.rglob("*"), temporary]:
                 _sync(file)
-            if path.exists():
-                shutil.rmtree(path)
+            if path.exists():  # aside first: a kill while it is removed must not leave half of it at `path`
+                shutil.rmtree(before, ignore_errors=True)
+                path.rename(before)
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if before.exists() and not path.exists():
+            before.rename(path)
+        shutil.rmtree(before, ignore_errors=True)
     _sync(path.parent)
 
 

@@ -35,10 +35,10 @@ from bpo_fast.progress import Progress
 from bpo_fast.ranks import Ranks
 from bpo_fast.stage_config import StageConfig
 
-# settings that change how the work is done, not what comes of it but for the order of sums
+# settings that change how the work is done or how OUT is spelled, not what comes of it but for the order of sums
 MAY_CHANGE = {
     *("device", "devices", "microbatch_tokens", "gradient_checkpointing"),
-    *("save_dtype", "save_minutes"),
+    *("out", "save_dtype", "save_minutes"),
 }
 STATE, WEIGHTS, BEST = "state.json", "weights.safetensors", "best.safetensors"
 GO_ON, SAVE, STOP = range(3)
@@ -96,7 +96,11 @@ class StageCheckpoint:
             return Fitted()
         folder = Path(path)
         state, weights = json.loads((folder / STATE).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
-        for name, parameter in trained.named_parameters():  # auto is another type on another device
+        for name, parameter in trained.named_parameters():
+            if name not in weights or weights[name].shape != parameter.shape:
+                begun = self._advice(f"was begun with another {name}")
+                raise ValueError(f"{self._config.stage}.model = {self._config.model}: {begun}")
+            # auto is another type on another device
             if weights[name].dtype != parameter.dtype:
                 begun = self._advice(f"was begun with {str(weights[name].dtype).removeprefix('torch.')}")
                 raise ValueError(f"{self._config.stage}.dtype = {self._config.dtype}: {begun}")
@@ -165,24 +169,27 @@ class StageCheckpoint:
 
     def _find(self) -> Path | None:
         """The newest checkpoint, if there is one and it is of this training."""
-        if not self._folder.is_dir():
-            return None
-        remove_temporaries(self._folder)
+        root = checkpoint_folder(self._config)
+        remove_temporaries(root)
+        for path in root.rglob(STATE):  # those of other members too: all of them go when OUT is there
+            self._check_config(json.loads(path.read_text(encoding="utf-8"))["config"])
         found = max(self._folder.glob("step-*"), key=_step_of, default=None)
         if found is None:
             return None
-        state = json.loads((found / STATE).read_text(encoding="utf-8"))
-        stage, now = self._config.stage, dataclasses.asdict(self._config)
-        for name, value in now.items():
-            old = state["config"].get(name)
-            if value != old and name not in MAY_CHANGE:
-                raise ValueError(f"{stage}.{name} = {value}: {self._advice(f'was begun with {old}')}")
-        if state["rows"] != self._rows:
-            raise ValueError(f"{stage}.data = {self._config.data}: {self._advice('was begun with other rows')}")
+        if json.loads((found / STATE).read_text(encoding="utf-8"))["rows"] != self._rows:
+            advice = self._advice("was begun with other rows")
+            raise ValueError(f"{self._config.stage}.data = {self._config.data}: {advice}")
         return found
 
+    def _check_config(self, begun: Mapping[str, Any]) -> None:
+        for name, value in dataclasses.asdict(self._config).items():
+            old = begun.get(name)
+            if value != old and name not in MAY_CHANGE:
+                advice = self._advice(f"was begun with {old}")
+                raise ValueError(f"{self._config.stage}.{name} = {value}: {advice}")
+
     def _advice(self, what: str) -> str:
-        return f"{self._folder} {what}; go on with those, or remove it to begin anew"
+        return f"{checkpoint_folder(self._config)} {what}; go on with those, or remove it to begin anew"
 
     def _save(self, fitted: Fitted, trained: nn.Module, optimizer: Optimizer | None) -> None:
         """By all ranks: each its moments and generators, rank 0 the rest."""

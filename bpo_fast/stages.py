@@ -1,6 +1,7 @@
 """What the stages before the loop share: tokenizer and model, batches, fitting, saving."""
 
 import dataclasses
+import fcntl
 import math
 import shutil
 import time
@@ -45,9 +46,26 @@ def stage_folder(config: StageConfig, ranks: Ranks) -> Iterator[Path | None]:
     if not ranks.is_main:
         yield None
         return
-    with new_folder(check_new(f"{config.stage}.out", config.out)) as folder:
+    out = check_new(f"{config.stage}.out", config.out).resolve()  # a link stays, and leads to the new folder
+    with _alone(out, f"{config.stage}.out = {config.out}"), new_folder(out) as folder:
         yield folder
     shutil.rmtree(checkpoint_folder(config), ignore_errors=True)
+
+
+@contextmanager
+def _alone(out: Path, what: str) -> Iterator[None]:
+    """ValueError if another command writes the same folder: each would remove what the other has half written."""
+    path = out.with_name(f".{out.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{what}: another command is writing it") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def open_tokenizer(config: StageConfig, corpus: Callable[[], Iterator[str]]) -> Any:

@@ -1,5 +1,7 @@
 import errno
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +74,41 @@ def test_a_failed_folder_vanishes_and_the_old_one_stays(error, tmp_path):
         fill()
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
     assert (path / "old").read_text() == "old"
+
+
+def test_what_is_replaced_is_whole_until_it_has_gone(tmp_path, monkeypatch):
+    path, seen, remove = tmp_path / "made", [], shutil.rmtree
+
+    def watched(folder, **options):
+        assert folder != path, "a kill would leave half of it there"
+        seen.append(sorted(file.name for file in path.iterdir()))
+        remove(folder, **options)
+
+    for names in (["a", "b"], ["c", "d"]):
+        with new_folder(path) as folder:
+            for name in names:
+                (folder / name).touch()
+            monkeypatch.setattr(shutil, "rmtree", watched)
+        monkeypatch.setattr(shutil, "rmtree", remove)
+    assert {"".join(names) for names in seen} == {"ab", "cd"}
+    assert [item.name for item in tmp_path.iterdir()] == ["made"]
+
+
+def test_what_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    path, rename = tmp_path / "made", Path.rename
+    with new_folder(path) as folder:
+        (folder / "old").touch()
+
+    def fails_for_new(folder, target):
+        if (folder / "new").exists():
+            raise OSError(errno.EIO, "I/O error")
+        return rename(folder, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_new)
+    with pytest.raises(OSError, match="made"), new_folder(path) as folder:
+        (folder / "new").touch()
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert [item.name for item in tmp_path.iterdir()] == ["made"]
 
 
 def test_a_folder_that_does_not_reach_the_disk_vanishes(tmp_path, monkeypatch):

@@ -222,6 +222,56 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path, data, monkeypatch):
     assert load_file(out / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
+def test_members_and_one_model_do_not_take_each_others_checkpoint_away(tmp_path, data, monkeypatch):
+    for kept, other in ((1, 2), (2, 1)):
+        out = tmp_path / f"out-{kept}"
+        with interrupted_after(2, monkeypatch), pytest.raises(KeyboardInterrupt):
+            run("sft", data, out, members=kept)
+        with pytest.raises(
+            ValueError, match=rf"^sft\.members = {other}: {out}.checkpoint was begun with {kept}; go on"
+        ):
+            run("sft", data, out, members=other)
+
+
+def test_a_model_that_was_exchanged_is_named(tmp_path, data, monkeypatch):
+    base, out = tmp_path / "base", tmp_path / "out"
+    run("sft", data, base, epochs=1)
+    with interrupted_after(2, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run("reward", data, out, model=str(base))
+    shutil.rmtree(base)
+    run("sft", data, base, epochs=1, layers=3)
+    with pytest.raises(
+        ValueError, match=rf"^reward\.model = {base}: {out}.checkpoint was begun with another model.layers"
+    ):
+        run("reward", data, out, model=str(base))
+
+
+def test_out_may_be_spelled_anew_and_be_a_link(tmp_path, data, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with interrupted_after(2, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run("sft", data, tmp_path / "link")
+    with interrupted_after(0, monkeypatch) as taken:
+        run("sft", data, f"{tmp_path}/./link/")
+    assert len(taken) == NUM_STEPS - 2
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").exists()
+
+
+def test_a_second_command_does_not_disturb_the_first(tmp_path, data, monkeypatch):
+    out, take = tmp_path / "out", stages.Steps.take
+
+    def with_another(steps, batch):
+        monkeypatch.setattr(stages.Steps, "take", take)
+        with pytest.raises(ValueError, match=rf"^sft\.out = {out}: another command is writing it$"):
+            run("sft", data, out)
+        take(steps, batch)
+
+    monkeypatch.setattr(stages.Steps, "take", with_another)
+    run("sft", data, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+
+
 def test_checkpoints_come_by_the_clock_and_replace_each_other(tmp_path, data, monkeypatch):
     out, seen = tmp_path / "out", []
     take = stages.Steps.take
