@@ -192,9 +192,11 @@ class Group(Ranks):
             options = nccl.Options()
             options._timeout = NO_LIMIT
             self._device = nccl(distributed.PrefixStore("device", store), self.rank, self.size, options)
-            # while all are here: NCCL would begin with the first sum, deaf to signals and to the end of others
+            # while all are here: NCCL would begin with the first sum, deaf to signals and to the end of others; a
+            # connection is kept by the number of its device, and "cuda", the current one, has none
+            numbered = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
             with Threads(1) as thread:
-                connected = thread.submit(self._device.eager_connect_single_device, device)
+                connected = thread.submit(self._device.eager_connect_single_device, numbered)
                 self._until(connected.done)
                 connected.result()
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from bpo_fast import config as configs
 from bpo_fast.loop import Loop
-from bpo_fast.ranks import Devices, Ranks, started
+from bpo_fast.ranks import Devices, Group, Ranks, started
 from bpo_fast.setup import devices_of
 
 RANK = """
@@ -270,3 +271,25 @@ def test_moments_are_saved_once_their_step_is_taken(monkeypatch, tmp_path):
     loop.num_steps = 3
     thread.join(10)
     assert saved == [3]
+
+
+@pytest.mark.parametrize(("name", "number"), [("cuda", 0), ("cuda:1", 1)])
+def test_connections_between_gpus_are_of_numbered_devices(monkeypatch, tmp_path, name, number):
+    """That of a device without a number would be found by no sum, which would connect once more."""
+
+    class Nccl:
+        Options = SimpleNamespace
+
+        def __init__(self, *args):
+            self.eager_connect_single_device = connected.append
+
+        def abort(self):
+            pass
+
+    connected = []
+    monkeypatch.setattr("torch.distributed.ProcessGroupNCCL", Nccl, raising=False)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    with closing(Group(0, 1, tmp_path / "meeting")) as group:
+        group.connect(torch.device(name))
+    assert connected == [torch.device("cuda", number)]
