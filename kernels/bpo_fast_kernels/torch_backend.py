@@ -39,11 +39,12 @@ def mm_f32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
-def add_mm_f32(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """total + a @ b in float32."""
+def add_mm_f32_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b in float32, by the product itself: apart, product and sum would pass over memory twice more."""
     if a.is_cuda and a.dtype != torch.float32:
-        return torch.addmm(total, a, b, out_dtype=torch.float32)
-    return total.addmm_(a.float(), b.float())
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
 
 
 def scale_rows(hidden: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -108,7 +109,7 @@ def columns(vocab: int) -> Iterator[slice]:
 def add_dw_(dw: torch.Tensor, e: torch.Tensor, scaled: torch.Tensor) -> None:
     """dW += E.T @ scaled."""
     for cols in columns(len(dw)):
-        dw[cols] += mm_f32(e[:, cols].T, scaled)
+        add_mm_f32_(dw[cols], e[:, cols].T, scaled)
 
 
 def blocks(num_rows: int) -> Iterator[slice]:
@@ -226,7 +227,7 @@ class TorchBackend:
             shifts.append(sweep.shift)
             if pull is not None:
                 self.shrink_(pull, factor)
-                pull = add_mm_f32(pull, e, w.to(e.dtype))
+                add_mm_f32_(pull, e, w.to(e.dtype))
             del z, e  # before the next tile
         stats = self.finish(sweep)
         if kept is not None:
@@ -311,7 +312,7 @@ class TorchBackend:
                 z = mm_f32(x, head.weight[cols].T)
                 e = self.room_for_e(z, right.dtype)
                 self.exp_tile_(z, e, sweep, cols.start, head, factor[block])
-                sums.total[cols] += mm_f32(e.T, right)
+                add_mm_f32_(sums.total[cols], e.T, right)
             self.push_dw_(sums.total, part, push[block])
 
     def kept_bytes(self, num_rows: int, head: Head) -> int:

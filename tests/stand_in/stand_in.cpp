@@ -352,11 +352,16 @@ at::Tensor mm_dtype(const at::Tensor& a, const at::Tensor& b, at::ScalarType dty
   return on_gpu(at::mm(on_host(a).to(dtype), on_host(b).to(dtype)));
 }
 
-at::Tensor addmm_dtype(const at::Tensor& to, const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
-                       const at::Scalar& beta, const at::Scalar& alpha) {
+at::Tensor host_addmm(const at::Tensor& to, const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
+                      const at::Scalar& beta, const at::Scalar& alpha) {
   check_out_dtype(a, b, dtype);
   TORCH_CHECK(to.scalar_type() == dtype || to.scalar_type() == a.scalar_type(), "self dtype must match out_dtype or mat1");
-  return on_gpu(at::addmm(on_host(to).to(dtype), on_host(a).to(dtype), on_host(b).to(dtype), beta, alpha));
+  return at::addmm(on_host(to).to(dtype), on_host(a).to(dtype), on_host(b).to(dtype), beta, alpha);
+}
+
+at::Tensor addmm_dtype(const at::Tensor& to, const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
+                       const at::Scalar& beta, const at::Scalar& alpha) {
+  return on_gpu(host_addmm(to, a, b, dtype, beta, alpha));
 }
 
 template <at::Tensor (*call)(const at::Tensor&, int64_t, bool)>
@@ -369,9 +374,12 @@ at::Tensor& mm_dtype_out(const at::Tensor& a, const at::Tensor& b, at::ScalarTyp
   return out.copy_(mm_dtype(a, b, dtype));
 }
 
+// as cuBLAS adds, with no memory of the device beside `out`
 at::Tensor& addmm_dtype_out(const at::Tensor& to, const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
                             const at::Scalar& beta, const at::Scalar& alpha, at::Tensor& out) {
-  return out.copy_(addmm_dtype(to, a, b, dtype, beta, alpha));
+  TORCH_CHECK(out.scalar_type() == dtype, "out_dtype must be that of out");
+  on_host(out).copy_(host_addmm(to, a, b, dtype, beta, alpha));
+  return out;
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
