@@ -42,6 +42,7 @@ from bpo_fast.loading import (
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.packing import PairBatch, pack_apart, pack_shared, pair_tokens
 from bpo_fast.types import Completion, Pair, Prompt
+from bpo_fast.varlen import varlen_operator
 
 log = logging.getLogger(__name__)
 
@@ -391,7 +392,9 @@ def _checkpoint_activations(model: PreTrainedModel, how: str) -> None:
     """Lets the backward pass recompute whole layers ("full"), or of a layer what is cheap to ("selective")."""
     options: dict[str, Any] = {}
     if how == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, list(_COSTLY_OPS))
+        on_gpu = model.device.type == "cuda"
+        costly = [*_COSTLY_OPS, varlen_operator()] if on_gpu else list(_COSTLY_OPS)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, costly)
     if how != "none":
         checkpoint_layers_(model, **options)
 

@@ -89,6 +89,13 @@ def pick_varlen(q: Tensor, v: Tensor, softcap: float | None) -> Varlen | None:
     return _torch_varlen if softcap is None and q.shape[-1] % 8 == 0 else None
 
 
+def varlen_operator() -> Any:
+    """As which torch's own kernel is seen by what follows operators; those in it are not."""
+    import torch.nn.attention.varlen
+
+    return torch.ops.torch_attn._varlen_attn.default
+
+
 def varlen_reference(
     q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
