@@ -297,7 +297,8 @@ class CompletionNll:
         model, head = self._model, self._head
         device = next(model.parameters()).device
         rows, inputs = lay(examples, device)
-        targets = torch.tensor([i for e in examples for i in e.ids[len(e.ids) - e.num_completion :]]).to(device)
+        targets = torch.tensor([i for e in examples for i in e.ids[len(e.ids) - e.num_completion :]])
+        targets = targets.to(device, non_blocking=True)
         if not head.fused:
             logits = _logits(model, rows, inputs).float()
             return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -354,7 +355,8 @@ def _packed(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, 
     ids = torch.tensor([[i for e in examples for i in e.ids]])
     ends = accumulate(len(e.ids) for e in examples)
     rows = _places((end, e) for end, e in zip(ends, examples, strict=True))
-    return rows.to(device), {"input_ids": ids.to(device), **packed_arguments(layout, positions[None])}
+    inputs = {"input_ids": ids.to(device, non_blocking=True), **packed_arguments(layout, positions[None])}
+    return rows.to(device, non_blocking=True), inputs
 
 
 def _padded(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, dict[str, Any]]:
@@ -365,7 +367,8 @@ def _padded(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, 
     for row, e in enumerate(examples):
         ids[row, : len(e.ids)] = torch.tensor(e.ids)
     rows = _places((row * longest + len(e.ids), e) for row, e in enumerate(examples))
-    return rows.to(device), {"input_ids": ids.to(device), "use_cache": False}
+    inputs = {"input_ids": ids.to(device, non_blocking=True), "use_cache": False}
+    return rows.to(device, non_blocking=True), inputs
 
 
 def _places(ended: Iterable[tuple[int, Example]]) -> Tensor:

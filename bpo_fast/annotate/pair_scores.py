@@ -81,8 +81,9 @@ class PairScores:
             last[1].append(total - 1)
         layout, positions = lay_out(lengths, device)
         arguments = packed_arguments(layout, positions[None])
-        states = model.base_model(input_ids=torch.tensor([ids]).to(device), **arguments).last_hidden_state[0]
-        rows = torch.tensor([*last[0], *last[1]]).to(device)
+        inputs = torch.tensor([ids]).to(device, non_blocking=True)
+        states = model.base_model(input_ids=inputs, **arguments).last_hidden_state[0]
+        rows = torch.tensor([*last[0], *last[1]]).to(device, non_blocking=True)
         return model.score(states.index_select(0, rows)).view(2, -1)
 
 

@@ -150,7 +150,7 @@ class RewardScorer:
         if "token_type_ids" in self.tokenizer.model_input_names:
             inputs["token_type_ids"] = types
         device = next(self.model.parameters()).device
-        return self.model(**{k: v.to(device) for k, v in inputs.items()}).logits[:, 0]
+        return self.model(**{k: v.to(device, non_blocking=True) for k, v in inputs.items()}).logits[:, 0]
 
     def _render(self, prompt: str, completion: str) -> str:
         question = _CLOSING.sub("", prompt)

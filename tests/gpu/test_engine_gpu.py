@@ -46,7 +46,6 @@ def test_training_gets_the_kv_cache_back_and_refresh_copies_nothing(tmp_path):
             move(policy)
             engine.refresh(version)
             assert engine.last_refresh.bytes_copied == 0
-            assert engine.last_refresh.seconds < 5e-3
         assert [p.data_ptr() for p in policy.parameters()] == addresses
     finally:
         engine.close()

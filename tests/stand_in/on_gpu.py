@@ -10,13 +10,17 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from bpo_fast_kernels import triton_adamw
+from bpo_fast_kernels.torch_backend import add_dw_
 from memory_parts import make_parts
 from relative import relative_error
 from test_attention import EXACT, alone, make_model, make_pairs
+from test_pair_scores import encoded
+from test_reward import llama_scorer
 from tiny_policy import Tokens
 from waits import nothing_waits
 
 from bpo_fast import varlen
+from bpo_fast.annotate.pair_scores import PairScores
 from bpo_fast.batches import TokenBudget
 from bpo_fast.config import MethodConfig, ModelConfig, OptimConfig
 from bpo_fast.dryrun import _try_steps
@@ -26,6 +30,10 @@ from bpo_fast.gradients import step_gradients
 from bpo_fast.memory import make_ledger
 from bpo_fast.optim import Optimizer
 from bpo_fast.policy import Policy
+from bpo_fast.ranks import Ranks
+from bpo_fast.sft import CompletionNll, Example
+from bpo_fast.stage_config import SftConfig
+from bpo_fast.stages import Steps, TrainingRows
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LORA = {"lora_r": 4, "lora_alpha": 8.0}
@@ -116,6 +124,16 @@ def test_the_device_counts_bytes_and_ends():
         y + 1
 
 
+def test_products_are_added_where_the_sum_is():
+    e, x = torch.rand(64, 5000, device="cuda").bfloat16(), torch.rand(64, 32, device="cuda").bfloat16()
+    total = torch.ones(5000, 32, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    add_dw_(total, e, x)
+    assert torch.cuda.max_memory_allocated() == before
+    torch.testing.assert_close(total, 1 + e.float().T @ x.float())
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_architectures_share_prompts(name, monkeypatch):
     """Log-probs and gradients of packed pairs in bfloat16, near those of sequences alone in float64."""
@@ -164,6 +182,43 @@ def test_a_training_step_waits_for_nothing(form):
             _, finite = optimizer.step(step, sums["loss"])
         assert finite
     assert any(not torch.equal(a, b) for a, b in zip(start, policy.parameters(), strict=True))
+
+
+def sft_loss():
+    examples = [Example(tuple(range(2, 2 + length)), 3) for length in (9, 5, 7, 4)]
+    nll = CompletionNll(make_model("llama", torch.bfloat16).cuda(), examples[:2])
+    assert nll.packed
+    return nll._model, [len(e.ids) for e in examples], lambda rows: nll([examples[i] for i in rows]).sum()
+
+
+def reward_loss():
+    scorer = llama_scorer()
+    pairs = encoded(scorer)
+    scorer.model.cuda().bfloat16()
+    scores = PairScores(scorer, pairs)
+    assert scores.packed
+    return scorer.model, [scores.num_tokens(p) for p in pairs], lambda rows: scores([pairs[i] for i in rows]).sum()
+
+
+@pytest.mark.parametrize("make", [sft_loss, reward_loss])
+def test_a_step_of_a_stage_waits_for_nothing(make):
+    model, lengths, loss = make()
+    rows = TrainingRows(lengths, [1] * len(lengths), loss)
+    config = SftConfig(data="rows", out="out", microbatch_tokens=max(lengths))
+    steps = Steps(list(model.train().parameters()), config, rows, 9, Ranks())
+    for step in range(2):
+        with nothing_waits() if step else nullcontext():
+            steps.take(list(range(len(lengths))))
+    assert steps.end_epoch()[1] == 0
+
+
+@pytest.mark.parametrize(("how", "num"), [("none", 2), ("selective", 2), ("full", 3)])
+def test_selective_checkpointing_keeps_attention(how, num, caplog):
+    policy, pairs = make_policy(full=True, activation_checkpointing=how), make_pairs()
+    with caplog.at_level(logging.INFO, logger="torch.nn.attention.varlen"):
+        step_gradients(pairs, policy, MethodConfig(), max_tokens=10**6)
+    calls = [line for line in caplog.messages if "varlen_attn" in line]  # forward and backward, of each layer
+    assert len(calls) == num * policy.model.config.num_hidden_layers
 
 
 def test_too_little_memory_halves_the_budget_once(caplog):
