@@ -11,6 +11,8 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from bpo_fast.engine.host_state import main_hidden, redirected
 
+# a socket's path has at most 107 bytes; those of vLLM end with /bpo-fast-XXXXXXXX/ and 36 letters
+LONGEST_FOLDER, SHORT_FOLDER = 107 - 55, "/tmp"
 REASON = "bpo_fast: the worker does not start: "  # in front of what a worker writes before it ends
 
 _open: "WeakSet[WorkerProcesses]" = WeakSet()
@@ -21,7 +23,7 @@ class WorkerProcesses(MultiprocExecutor):
 
     def _init_executor(self) -> None:
         # vLLM leaves the sockets that it talks to its workers by where it has made them
-        self._sockets = tempfile.TemporaryDirectory(prefix="bpo-fast-", dir=os.environ.get("VLLM_RPC_BASE_PATH"))
+        self._sockets = tempfile.TemporaryDirectory(prefix="bpo-fast-", dir=_folder_of_sockets())
         _open.add(self)
         os.environ["VLLM_RPC_BASE_PATH"] = self._sockets.name
         seen = os.environ["VLLM_LOGGING_LEVEL"] != "ERROR"
@@ -68,6 +70,13 @@ def close_all() -> None:
     """Ends the workers of an engine that did not come to be, which nothing else holds."""
     for executor in list(_open):
         executor.shutdown()
+
+
+def _folder_of_sockets() -> str:
+    """What the user has named, else where temporary files go, if the paths of sockets there are not too long."""
+    usual = tempfile.gettempdir()
+    too_long = len(os.fsencode(usual)) > LONGEST_FOLDER and os.access(SHORT_FOLDER, os.W_OK | os.X_OK)
+    return os.environ.get("VLLM_RPC_BASE_PATH") or (SHORT_FOLDER if too_long else usual)
 
 
 def _reason(output: IO[bytes]) -> Exception | None:

@@ -155,6 +155,24 @@ def test_sockets_that_have_no_place_are_named(llama_dir, tmp_path, monkeypatch):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("length", [52, 53, 120])
+def test_sockets_have_short_paths_where_temporary_files_have_long_ones(llama_dir, monkeypatch, length):
+    with tempfile.TemporaryDirectory(prefix="t" * (length - len(tempfile.gettempdir()) - 9)) as folder:
+        assert len(folder) == length
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        before = set(Path("/tmp").glob("bpo-fast-*"))
+        _, engine, _ = open_saying(llama_dir)
+        try:
+            [sockets] = [*Path(folder).glob("bpo-fast-*"), *(set(Path("/tmp").glob("bpo-fast-*")) - before)]
+            assert str(sockets.parent) == (folder if length == 52 else "/tmp")
+            assert any(path.is_socket() for path in sockets.iterdir())
+            engine.refresh(0)
+            assert draw(engine, 0)
+        finally:
+            engine.close()
+        assert not sockets.exists()
+
+
 def run(arguments: list[str], *, at: str, number: int) -> tuple[int, list[str], set[int]]:
     """(exit code, lines of standard error, processes below it at that line) of `bpo-fast train`.
 
