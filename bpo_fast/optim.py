@@ -48,7 +48,7 @@ class _Piece:
     """What a rank steps of a parameter: all of it, or a run of its elements.
 
     Args:
-        parameter: contiguous where it is cut.
+        parameter: it is cut in the order of its elements, wherever they lie.
         bounds: of all pieces, see `cut`.
         rank: whose piece this is.
         offload: moments live in host memory.
@@ -65,7 +65,6 @@ class _Piece:
     def __init__(self, parameter: nn.Parameter, bounds: list[int], rank: int, *, offload: bool):
         self.parameter, self._is_whole = parameter, len(bounds) == 2
         self.start, self.stop = bounds[rank], bounds[rank + 1]
-        assert self._is_whole or parameter.is_contiguous(), "its elements are a row"
         self.is_copy = offload or parameter.dtype != torch.float32 or not parameter.is_contiguous()
         self.rounds = self.is_copy and not offload and has_kernels(parameter)
         if offload:
@@ -109,16 +108,20 @@ class _Piece:
     @property
     def rounded(self) -> Tensor | None:
         """What the master is rounded to by its step, if that does it."""
-        own = self.of(self.parameter.data)
-        return own if self.rounds and own.is_contiguous() else None
+        return self.of(self.parameter.data) if self.rounds and self.parameter.is_contiguous() else None
 
     def put(self) -> None:
         """The master's values are in the parameter after this, and its gradient is forgotten."""
-        own = self.of(self.parameter.data)
+        weight = self.parameter.data
         if not self.is_copy:
-            assert own.data_ptr() == self.master.data_ptr(), "the parameter has moved since"
-        elif self.rounded is None:
-            own.copy_(self.master)
+            assert self.of(weight).data_ptr() == self.master.data_ptr(), "the parameter has moved since"
+        elif self._is_whole or weight.is_contiguous():
+            if self.rounded is None:
+                self.of(weight).copy_(self.master)
+        else:  # there is no view of the piece, such as where vLLM holds the transpose
+            row = weight.contiguous()
+            self.of(row).copy_(self.master)
+            weight.copy_(row)
         if self.master is not self.parameter:
             self.master.grad = None
 

@@ -122,8 +122,8 @@ class Ranks:
         """Brings each rank's piece of every tensor to all of them, in place.
 
         Args:
-            tensors: contiguous, of any type.
-            bounds: of each: rank r has brought the elements bounds[r] to bounds[r + 1] up to date.
+            tensors: of any type.
+            bounds: of each: rank r has brought the elements bounds[r] to bounds[r + 1] up to date, in their order.
         """
 
     def on_save(self, save: Callable[[Path, int], None]) -> None:
@@ -232,8 +232,7 @@ class Group(Ranks):
         bucket: list[tuple[Tensor, Sequence[int]]] = []
         num_bytes = 0
         for tensor, ends in zip(tensors, bounds, strict=True):
-            width = tensor.element_size()
-            bucket.append((tensor.view(-1).view(torch.uint8), [end * width for end in ends]))
+            bucket.append((tensor, ends))
             num_bytes += tensor.nbytes
             if num_bytes >= EXCHANGED_BYTES:
                 self._exchange(bucket)
@@ -241,7 +240,20 @@ class Group(Ranks):
         if bucket:
             self._exchange(bucket)
 
-    def _exchange(self, bucket: list[tuple[Tensor, Sequence[int]]]) -> None:
+    def _exchange(self, tensors: list[tuple[Tensor, Sequence[int]]]) -> None:
+        """Of (tensor, bounds)."""
+        held = [tensor.contiguous() for tensor, _ in tensors]  # themselves, but for those that are not
+        self._exchange_bytes(
+            [
+                (whole.view(-1).view(torch.uint8), [end * whole.element_size() for end in ends])
+                for whole, (_, ends) in zip(held, tensors, strict=True)
+            ]
+        )
+        for whole, (tensor, _) in zip(held, tensors, strict=True):
+            if whole is not tensor:
+                tensor.copy_(whole)
+
+    def _exchange_bytes(self, bucket: list[tuple[Tensor, Sequence[int]]]) -> None:
         """Of (bytes, bounds); bytes go as they are, whatever the type."""
         longest = max(sum(ends[r + 1] - ends[r] for _, ends in bucket) for r in range(self.size))
         mine = torch.cat([row[ends[self.rank] : ends[self.rank + 1]] for row, ends in bucket])

@@ -231,7 +231,9 @@ class Together:
                 for rank, (tensor, bounds) in enumerate(tensors):
                     if rank != mine.rank:
                         own = slice(bounds[rank], bounds[rank + 1])
-                        tensors[mine.rank][0].view(-1)[own] = tensor.view(-1)[own]
+                        row = tensors[mine.rank][0].flatten()  # a copy of what is not contiguous
+                        row[own] = tensor.flatten()[own]
+                        tensors[mine.rank][0].copy_(row.view_as(tensor))
         return norm, finite
 
 
@@ -254,6 +256,7 @@ def test_pieces_of_ranks_end_as_the_whole_and_go_on_with_another_number_of_ranks
     torch.manual_seed(0)
     config = dataclasses.replace(CONFIG, **knobs)
     start = [nn.Parameter(torch.randn(num_members or 1, *shape).to(dtype)) for shape in SHARDED]
+    start.append(nn.Parameter(torch.randn(num_members or 1, 40, 30).to(dtype).transpose(1, 2)))
     whole, pieces = Together(start, config, 1, num_members), Together(start, config, size, num_members)
     for step in range(6):
         without = 1 if step == 2 else None
