@@ -194,10 +194,12 @@ def evaluate(
     max_prompt_tokens: Annotated[str | None, _flag("--max-prompt-tokens", "data.max_prompt_length")] = None,
     engine: Annotated[str | None, _flag("--engine", "sampling.engine")] = None,
     device: Annotated[str | None, _flag("--device", "run.device")] = None,
+    devices: Annotated[str | None, _flag("--devices", "run.devices")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="any knob, as NAME=VALUE; see bpo-fast knobs")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="folder to write; none: evals/<time>")] = None,
 ) -> None:
     """Judge greedy answers of a model against the reference text, or two models against each other."""
+    check_alone()
     if (source is None) == (outputs is None):
         raise ValueError("eval: name a model or run, or --outputs FILE, and not both")
     if outputs is not None and not Path(outputs).is_file():
@@ -211,6 +213,7 @@ def evaluate(
         "data.max_prompt_length": max_prompt_tokens,
         "sampling.engine": engine,
         "run.device": device,
+        "run.devices": devices,
     }
     given = configs.parse_assignments(set_ or []) | {k: v for k, v in flags.items() if v is not None}
     _quiet_libraries()
@@ -305,10 +308,12 @@ def sample(
     max_prompt_tokens: Annotated[str | None, _flag("--max-prompt-tokens", "data.max_prompt_length")] = None,
     engine: Annotated[str | None, _flag("--engine", "sampling.engine")] = None,
     device: Annotated[str | None, _flag("--device", "run.device")] = None,
+    devices: Annotated[str | None, _flag("--devices", "run.devices")] = None,
     seed: Annotated[str | None, _flag("--seed", "run.seed")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="any knob, as NAME=VALUE; see bpo-fast knobs")] = None,
 ) -> None:
     """Sample completions of a model to prompts; a run's own settings hold where no flag says otherwise."""
+    check_alone()
     flags = {
         "task": task,
         "data.path": data,
@@ -316,6 +321,7 @@ def sample(
         "data.max_prompt_length": max_prompt_tokens,
         "sampling.engine": engine,
         "run.device": device,
+        "run.devices": devices,
         "run.seed": seed,
     }
     given = configs.parse_assignments(set_ or []) | {k: v for k, v in flags.items() if v is not None}

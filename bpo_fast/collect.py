@@ -13,9 +13,9 @@ from bpo_fast.annotate import Checked
 from bpo_fast.batches import TokenBudget
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, sampling_params
-from bpo_fast.evaluate import prompt_tokens, shape
+from bpo_fast.evaluate import prompt_tokens, sample_share, shape
 from bpo_fast.gradients import microbatches
-from bpo_fast.pairs import PairCounts, PhasePairs, both_from_row, both_row, make_pairs
+from bpo_fast.pairs import PairCounts, PhasePairs, make_pairs
 from bpo_fast.plan import Phase, deal
 from bpo_fast.policy import Policy
 from bpo_fast.progress import Progress
@@ -79,10 +79,10 @@ class Collector:
                     task.advance(len(done))
                     scorer.add(done)
 
-                mine = self._engine.generate(
-                    share.mine, sampling_params(config), run_seed=config.run.seed, policy_version=version, on_done=take
+                params, seed = sampling_params(config), config.run.seed
+                completions = sample_share(
+                    self._engine, share, params, run_seed=seed, policy_version=version, on_done=take
                 )
-                completions = [both_from_row(row) for row in share.gather([both_row(both) for both in mine])]
             start = time.perf_counter()
             with self._run.timed("annotate"), self._progress.task(title + "scoring", num) as task:
                 scores = scorer.scores()

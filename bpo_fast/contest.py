@@ -9,22 +9,25 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from bpo_fast import config as configs
 from bpo_fast import prompts as data
 from bpo_fast.annotate import Checked
 from bpo_fast.config import Config
 from bpo_fast.engine import SamplingParams
-from bpo_fast.evaluate import against_labels, whole
+from bpo_fast.evaluate import against_labels
 from bpo_fast.files import write_atomic
 from bpo_fast.loading import pick_device
 from bpo_fast.progress import Progress
+from bpo_fast.ranks import HOST, Ranks, Share, started
 from bpo_fast.run import check_free, saved_config
-from bpo_fast.setup import check_scorer, held_out_prompts, judge_specs, load_scorer, train_prompts
+from bpo_fast.sample import sample_all
+from bpo_fast.setup import check_scorer, devices_of, held_out_prompts, judge_specs, load_scorer, train_prompts
 from bpo_fast.source import check_source, load_source, resolved, run_of
 from bpo_fast.stats import bootstrap, length_controlled
 from bpo_fast.tasks import get_task
@@ -71,31 +74,44 @@ class Verdicts:
     """What the judges have said so far, on disk after every piece of work: one contestant, or head to head.
 
     Args:
-        path: JSONL, a row a prompt; missing there are judges that were not reached.
+        path: JSONL, a row a prompt; missing there are judges that were not reached. None: beside rank 0.
         sides: one or two contestants.
         ids: the prompts that count.
+        ranks: that share the judging.
 
     Attributes:
         judged: by name of the judge, the contestants that it is done with.
         duels: by name of the judge.
     """
 
-    def __init__(self, path: Path, sides: Sequence[Contestant], ids: Sequence[int]):
-        self._path, self._sides, self._ids = path, sides, ids
+    def __init__(self, path: Path | None, sides: Sequence[Contestant], ids: Sequence[int], ranks: Ranks):
+        self._path, self._sides, self._ids, self._ranks = path, sides, ids, ranks
         self.judged: dict[str, list[Judged]] = {}
         self.duels: dict[str, list[tuple[Score, Score]]] = {}
 
     def ask(self, judge: Checked) -> None:
         """Lets a judge judge every contestant, then the two against each other."""
+        ranks = self._ranks
+        if judge.is_pairwise:  # an endpoint: rank 0 asks it as fast as all would, and its notes are of all pairs
+            if not ranks.is_main:
+                return
+            ranks = Ranks()
+        share = ranks.share(self._ids, self._length)
         for side in self._sides:
-            found = _judge(judge, side, self._ids)
+            found = _judge(judge, side, share)
             self.judged.setdefault(judge.name, []).append(found)
             self._write()
         if len(self._sides) == 2:
             self.duels[judge.name] = _duel(judge, self._sides, self.judged[judge.name], self._ids)
             self._write()
 
+    def _length(self, i: int) -> int:
+        """What prompts are dealt to ranks by: characters."""
+        return sum(len(side.prompts[i].text) + len(side.outputs[i].text) for side in self._sides)
+
     def _write(self) -> None:
+        if self._path is None:
+            return
         rows = [_row(i, at, self._sides, self.judged, self.duels) for at, i in enumerate(self._ids)]
         write_atomic(self._path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
@@ -104,7 +120,7 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
     """Decodes, judges and compares.
 
     Args:
-        config: judges, data, lengths; see `source.base_config`.
+        config: judges, data, lengths, devices; see `source.base_config`.
         source: a run folder, a checkpoint, a model or adapter folder, a Hub id, or a file of outputs: text with a line
             a row of the data, or JSONL with `completion` (null: not judged).
         against: the same, for a head-to-head comparison.
@@ -119,6 +135,18 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
     config = resolved(config, source)
     out = out or Path("evals") / time.strftime("%Y%m%d-%H%M%S")
     _check_out(out)
+    options: dict[str, Any] = {"source": source, "against": against}
+    job = {"name": "eval", "config": configs.to_flat(config)} | options
+    with Progress() as progress, started(devices_of(config), job) as ranks:
+        found = evaluate_rank(config, ranks, progress, out=out, **options)
+    write_atomic(out / RESULT_FILE, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    return found | {"out": str(out)}
+
+
+def evaluate_rank(
+    config: Config, ranks: Ranks, progress: Progress, *, source: str, against: str | None, out: Path | None = None
+) -> Summary:
+    """What every process of `evaluate` does; rank 0, which has `out`, writes it down and returns what was found."""
     device = pick_device("run.device", config.run.device)
     rows = _rows(config)
     sources = [s for s in (source, against) if s is not None]
@@ -131,25 +159,34 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
         raise ValueError("eval.judges: no judge; name one with --judge")
     for spec in specs:
         check_scorer(spec, config)
-    with Progress() as progress, _kept(out, config, progress):
+    ranks.connect(HOST)
+    with _kept(out, config, progress) if out else nullcontext():
         sides = []
         for name, file in zip(sources, OUTPUT_FILES, strict=False):
-            sides.append(published.get(name) or _decoded(name, config, progress))
-            _write_outputs(out / file, sides[-1], len(rows))
+            sides.append(published.get(name) or _decoded(name, config, ranks, progress))
+            if out:
+                _write_outputs(out / file, sides[-1], len(rows))
         ids = _common(sides, config)
         progress.print(f"answers: {out}")
-        judges = [load_scorer(j, config, device) for j in specs]
-        verdicts = Verdicts(out / ROWS_FILE, sides, ids)
+        judges = {spec: load_scorer(spec, config, device) for spec in specs}
+        verdicts = Verdicts(out / ROWS_FILE if out else None, sides, ids, ranks)
         with progress.task("judging", len(judges)) as task:
-            for judge in judges:
+            for judge in judges.values():
                 verdicts.ask(judge)
                 task.advance()
+    return _result(config, judges, sides, ids, verdicts) if out else {}
+
+
+def _result(
+    config: Config, judges: Mapping[str, Checked], sides: Sequence[Contestant], ids: Sequence[int], verdicts: Verdicts
+) -> Summary:
+    """What EVAL/eval.json holds; judges go by their spec."""
     judged, duels = verdicts.judged, verdicts.duels
     found = {
         "data": config.data.eval_path,
         "task": config.task,
         "num_prompts": len(ids),
-        "judges": {j.name: {"spec": spec, "notes": j.notes()} for j, spec in zip(judges, specs, strict=True)},
+        "judges": {judge.name: {"spec": spec, "notes": judge.notes()} for spec, judge in judges.items()},
         "contestants": [
             {
                 "name": side.name,
@@ -162,8 +199,7 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
     }
     if len(sides) == 2:
         found["head_to_head"] = {n: head_to_head(duels[n], judged[n], sides, ids) for n in duels}
-    write_atomic(out / RESULT_FILE, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    return found | {"out": str(out)}
+    return found
 
 
 def shape(side: Contestant, ids: Sequence[int]) -> Summary:
@@ -269,7 +305,7 @@ def _published(source: str, rows: Sequence[data.Row], config: Config) -> Contest
     return Contestant(Path(source).name, prompts, outputs, sampled=False)
 
 
-def _decoded(source: str, config: Config, progress: Progress) -> Contestant:
+def _decoded(source: str, config: Config, ranks: Ranks, progress: Progress) -> Contestant:
     name = Path(source).name or source
     policy, engine = load_source(source, config, progress.print)
     run = run_of(source)
@@ -280,13 +316,7 @@ def _decoded(source: str, config: Config, progress: Progress) -> Contestant:
     sampling = config.sampling
     assert sampling.max_new_tokens, "resolve() has set it"
     params = SamplingParams(max_new_tokens=sampling.max_new_tokens, temperature=0.0, stop=sampling.stop or ())
-    engine.refresh(0)
-    with progress.task(f"decoding {name}", len(prompts)) as task:
-        sampled = engine.generate(
-            prompts, params, run_seed=0, policy_version=0, on_done=lambda done: task.advance(len(done))
-        )
-    engine.close()
-    answered, outputs = whole(prompts, sampled)
+    answered, outputs = sample_all(engine, prompts, params, ranks, progress, title=f"decoding {name}", run_seed=0)
     if len(answered) < len(prompts):
         progress.print(f"{name}: left out: {len(prompts) - len(answered)} that the engine gave up")
     return Contestant(name, {p.id: p for p in answered}, {c.prompt_id: c for c in outputs}, sampled=True)
@@ -312,8 +342,9 @@ def _common(sides: Sequence[Contestant], config: Config) -> list[int]:
     return ids if any(side.sampled for side in sides) else ids[: config.eval.prompts or None]
 
 
-def _judge(judge: Checked, side: Contestant, ids: Sequence[int]) -> Judged:
-    return Judged(against_labels(judge, [side.prompts[i] for i in ids], [side.outputs[i] for i in ids]))
+def _judge(judge: Checked, side: Contestant, share: Share[int]) -> Judged:
+    mine = against_labels(judge, [side.prompts[i] for i in share.mine], [side.outputs[i] for i in share.mine])
+    return Judged([(score, label_score) for score, label_score in share.gather(mine)])
 
 
 def _duel(

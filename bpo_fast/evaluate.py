@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from bpo_fast.annotate import Checked
-from bpo_fast.engine import Engine, SamplingParams
+from bpo_fast.engine import Engine, OnDone, SamplingParams
 from bpo_fast.ranks import Share
 from bpo_fast.types import Completion, Prompt
 
@@ -71,6 +71,21 @@ def judge_greedy(
 def prompt_tokens(prompt: Prompt) -> int:
     """What prompts are dealt to ranks by."""
     return len(prompt.ids)
+
+
+def sample_share(
+    engine: Engine,
+    share: Share[Prompt],
+    params: SamplingParams,
+    *,
+    run_seed: int,
+    policy_version: int,
+    on_done: OnDone,
+) -> list[list[Completion]]:
+    """The completions of all prompts, as `Engine.generate` gives them; every rank samples its share."""
+    mine = engine.generate(share.mine, params, run_seed=run_seed, policy_version=policy_version, on_done=on_done)
+    rows = share.gather([[vars(completion) for completion in group] for group in mine])
+    return [[Completion.from_row(row) for row in group] for group in rows]
 
 
 def whole(prompts: Sequence[Prompt], sampled: Sequence[Sequence[Completion]]) -> tuple[list[Prompt], list[Completion]]:

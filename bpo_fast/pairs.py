@@ -110,16 +110,6 @@ def make_pairs(
     return pairs, dropped
 
 
-def both_row(both: Sequence[Completion]) -> list[dict[str, Any]]:
-    """Two completions as JSON between processes; `both_from_row` takes them back."""
-    return [vars(side) for side in both]
-
-
-def both_from_row(row: Sequence[dict[str, Any]]) -> list[Completion]:
-    """See `both_row`."""
-    return [_from_side(side) for side in row]
-
-
 def write_pairs(path: Path, phase: PhasePairs) -> None:
     """Writes a phase's pairs and what it dropped, all or nothing."""
     header = {
@@ -270,20 +260,15 @@ def _to_prompt_row(prompt: Prompt) -> dict[str, Any]:
 
 def _from_row(row: dict[str, Any]) -> Pair:
     ref_logps = None if row["ref_logps"] is None else tuple(row["ref_logps"])
-    sides = _from_side(row["chosen"]), _from_side(row["rejected"])
+    sides = Completion.from_row(row["chosen"]), Completion.from_row(row["rejected"])
     return Pair(_from_prompt_row(row["prompt"]), *sides, row["chosen_score"], row["rejected_score"], ref_logps)
 
 
 def _from_dropped_row(row: dict[str, Any]) -> Dropped:
     (first, second), (a, b) = row["completions"], row["scores"]
     prompt = _from_prompt_row(row["prompt"])
-    return Dropped(prompt, (_from_side(first), _from_side(second)), (a, b), row["dropped"])
+    return Dropped(prompt, (Completion.from_row(first), Completion.from_row(second)), (a, b), row["dropped"])
 
 
 def _from_prompt_row(row: dict[str, Any]) -> Prompt:
     return Prompt(**row | {"ids": tuple(row["ids"])})
-
-
-def _from_side(side: dict[str, Any]) -> Completion:
-    logps = None if side["logps"] is None else tuple(side["logps"])
-    return Completion(**side | {"ids": tuple(side["ids"]), "logps": logps})

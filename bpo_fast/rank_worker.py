@@ -1,4 +1,4 @@
-"""A rank of a run, or of a stage before it, beside rank 0: what to do comes in as lines of JSON; nothing goes out.
+"""A rank of a run, or of another command, beside rank 0: what to do comes in as lines of JSON; nothing goes out.
 
 It ends when rank 0 does, which alone is interrupted: SIGINT and SIGTERM to the whole job leave this one at its work. An
 error is one line in the log, which rank 0 reads when the process has ended.
@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,16 @@ from bpo_fast.threads import call_when_orphaned, leaves_threads, share_cores
 if TYPE_CHECKING:
     from bpo_fast.progress import Progress
     from bpo_fast.ranks import Ranks
+
+# what all processes of a command call with its settings, their ranks and a progress
+PARTS = {
+    "train": "bpo_fast.train:run_rank",
+    "sft": "bpo_fast.sft:train_rank",
+    "reward": "bpo_fast.reward:train_rank",
+    "eval": "bpo_fast.contest:evaluate_rank",
+    "sample": "bpo_fast.sample:sample_rank",
+}
+STAGES = {config.stage: config for config in (SftConfig, RewardConfig)}
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -49,20 +60,14 @@ def work() -> None:
 
 def _take_part(job: dict[str, Any], device: str, ranks: "Ranks", progress: "Progress") -> None:
     """What rank 0 does, by the name of its command."""
-    if job["name"] == "train":
-        from bpo_fast.train import run_rank
-
-        config = configs.replace(Config(), job["config"] | {"run.device": device})
-        resume = Path(job["resume"]) if job["resume"] else None
-        run_rank(config, ranks, progress, resume=resume, from_pairs=job["from_pairs"])
-    elif job["name"] == "sft":
-        from bpo_fast.sft import train_rank
-
-        train_rank(SftConfig(**job["config"] | {"device": device}), ranks, progress)
+    name, values = job["name"], job["config"]
+    options = {key: value for key, value in job.items() if key not in ("name", "config")}
+    module, function = PARTS[name].split(":")
+    if name in STAGES:
+        config = STAGES[name](**values | {"device": device})
     else:
-        from bpo_fast.reward import train_rank
-
-        train_rank(RewardConfig(**job["config"] | {"device": device}), ranks, progress)
+        config = configs.replace(Config(), values | {"run.device": device})
+    getattr(import_module(module), function)(config, ranks, progress, **options)
 
 
 def _orders() -> Iterator[dict[str, Any]]:

@@ -36,6 +36,7 @@ ENDED_S = 5.0  # a process is seen to have ended so long after its connections
 SHOWN_LINES = 40  # of what a rank said that crashed
 EXCHANGED_BYTES = 2**26  # of tensors that go from rank to rank in one piece
 DONE_S = 60.0  # for the others to end by themselves after rank 0
+HOST = torch.device("cpu")  # of ranks that exchange no tensors
 NO_LIMIT = timedelta(days=365)  # one rank may wait for another's sampling
 # on the path of rank 0, which no file of the working folder gets in front of
 WORKER = """import sys

@@ -51,14 +51,10 @@ def train(
     if resume is not None:
         left_open = {"method.pairs", "sampling.engine"} if config.sampling.engine == "auto" else {"method.pairs"}
         check_same(config, resume, but=left_open)  # these are settled, and checked, with the data and the model
-    job = {
-        "name": "train",
-        "config": configs.to_flat(config),
-        "resume": str(resume) if resume else None,
-        "from_pairs": from_pairs,
-    }
+    options = {"resume": str(resume) if resume else None, "from_pairs": from_pairs}
+    job = {"name": "train", "config": configs.to_flat(config)} | options
     with Progress(quiet=quiet) as progress, started(devices_of(config), job) as ranks:
-        run, summary = run_rank(config, ranks, progress, resume=resume, from_pairs=from_pairs)
+        run, summary = run_rank(config, ranks, progress, **options)
     if not quiet and not run.was_finished:
         console = Console()
         report.print_summary(summary, console)
@@ -68,7 +64,7 @@ def train(
 
 
 def run_rank(
-    config: Config, ranks: Ranks, progress: Progress, *, resume: Path | None, from_pairs: str | None
+    config: Config, ranks: Ranks, progress: Progress, *, resume: str | None, from_pairs: str | None
 ) -> tuple[Run, dict[str, Any]]:
     """What every process of a run does; rank 0 writes it down.
 
@@ -76,7 +72,7 @@ def run_rank(
         config: resolved settings.
         ranks: of the run.
         progress: where progress is shown.
-        resume, from_pairs: as `train` takes them.
+        resume, from_pairs: as `train` takes them; a path is text.
 
     Returns:
         (the run, what summary.json holds)
@@ -86,7 +82,7 @@ def run_rank(
     ranks.check_alike("sampling.engine", parts.engine.name)
     shares = "shared prompts" if parts.policy.shares_prompts else "the model's own"  # by which pairs are dealt
     ranks.check_alike("model.attn_implementation", shares)
-    config, run = open_run(parts.config, resume=resume, command=sys.argv, ranks=ranks)
+    config, run = open_run(parts.config, resume=Path(resume) if resume else None, command=sys.argv, ranks=ranks)
     if run.was_finished:
         progress.print(f"{run.path}: this run has finished")
         return run, run.read_summary() or {}

@@ -56,6 +56,12 @@ class Completion:
     stopped: bool = False
     member: int | None = None
 
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Completion":
+        """The completion whose `vars` have been JSON."""
+        logps = None if row["logps"] is None else tuple(row["logps"])
+        return cls(**{**row, "ids": tuple(row["ids"]), "logps": logps})
+
     @property
     def aborted(self) -> bool:
         """Whether the engine gave it up, twice: what it sampled to an end has ids, or a stop string came first."""

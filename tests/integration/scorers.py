@@ -4,6 +4,7 @@ import atexit
 import os
 import resource
 import sys
+import time
 
 
 def by_id_sum(prompts, completions, completion_ids, **columns):
@@ -30,6 +31,12 @@ def dies_beside_rank_0(prompts, completions, completion_ids, **columns):
     if _is_worker():
         print("the last words", file=sys.stderr, flush=True)
         os._exit(7)
+    return by_id_sum(prompts, completions, completion_ids)
+
+
+def sleeps(prompts, completions, completion_ids, **columns):
+    """Takes its time."""
+    time.sleep(60)
     return by_id_sum(prompts, completions, completion_ids)
 
 

@@ -434,8 +434,8 @@ def test_several_processes_of_a_launcher_are_refused(tiny_args, tmp_path, monkey
         "WORLD_SIZE = 2: a run starts its processes itself",
     )
     assert not (tmp_path / "run").exists()
-    for stage in ("sft", "reward"):
-        refused([stage, "--data", "rows.jsonl", "--out", "run"], "WORLD_SIZE = 2: a run starts its processes itself")
+    for command in (["sft"], ["reward"], ["sample", "--model", "model"], ["eval", "model"]):
+        refused([*command, "--data", "rows.jsonl", "--out", "run"], "WORLD_SIZE = 2: a run starts its processes itself")
 
 
 def test_a_knob_by_its_name_in_vllm_is_refused(tiny_args):

@@ -149,13 +149,15 @@ def test_eval_decodes_what_the_run_has_trained(llama_dir, tiny_data, tmp_path):
     run = tmp_path / "run"
     knobs_ = knobs(tiny_data, run, model__members=2, optim__learning_rate=3e-2, eval__judges=("toy_annotator:letters",))
     train(settings(llama_dir, **knobs_), quiet=True)
-    evaluate(base_config(str(run)), str(run), None, tmp_path / "eval")
     answers = {
         when: [r["output"] for r in Run(run, resume=True).read_eval() if r["when"] == when]
         for when in ("before", "after")
     }
-    again = [json.loads(line)["output"] for line in (tmp_path / "eval" / "rows.jsonl").read_text().splitlines()]
-    assert again == answers["after"] != answers["before"]
+    for num in (1, 2):
+        out, config = tmp_path / f"eval-{num}", replace(base_config(str(run)), {"run.devices": num})
+        evaluate(config, str(run), None, out)
+        again = [json.loads(line)["output"] for line in (out / "rows.jsonl").read_text().splitlines()]
+        assert again == answers["after"] != answers["before"]
 
 
 def test_a_run_that_was_killed_outright_resumes_to_the_same_bits(llama_dir, tiny_data, tmp_path):
