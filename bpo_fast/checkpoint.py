@@ -12,11 +12,13 @@ The moments of N devices are in N files, optimizer-<rank>-of-<N>.safetensors; ho
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from bpo_fast.files import errors_name, new_folder
 from bpo_fast.optim import Optimizer
@@ -108,7 +110,7 @@ def save_weights(folder: Path, policy: Policy) -> None:
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = [p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted((p for p in found if (p / COMPLETE).exists()), key=_step)
+    return sorted((p for p in found if (p / COMPLETE).exists()), key=step_of)
 
 
 def read_state(path: Path) -> TrainerState:
@@ -149,10 +151,16 @@ def load_full(path: Path, policy: Policy) -> None:
     It is loaded as a model: in its files weights can have other names and forms, such as an expert each.
     """
     saved, _ = load_model(replace(policy.config, path=str(path)), policy.device)
-    weights = dict(saved.named_parameters())
-    for name, parameter in policy.model.named_parameters():
-        parameter.data.copy_(weights[name])
+    put_weights(policy.model, dict(saved.named_parameters()))
 
 
-def _step(path: Path) -> int:
+@torch.no_grad()
+def put_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copies weights by name into a module's parameters, in place."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named after: checkpoint-<step>, step-<step>."""
     return int(path.name.partition("-")[2])

@@ -78,6 +78,10 @@ SHAPE = typer.Option(help="toy, 0.5b, 1.5b or HIDDENxLAYERSxVOCABULARY; toy on a
 DTYPE = typer.Option(help="float32 or bfloat16, of all contenders; float32 on a CPU, bfloat16 on a GPU by default")
 PAIRS = typer.Option(help="pairs an optimizer step; 8 on a CPU, 16 on a GPU by default", min=1)
 PEERS = typer.Option(help="trl, none, or auto: trl if it is installed")
+FIRST_LENGTHS = typer.Option(help="tldr, helpfulness, long; the first two by default")
+BLOCKS = typer.Option(help="blocks of each contender", min=1)
+THREADS = typer.Option(help="CPU threads of each contender", min=1)
+ROWS = typer.Option("--json", help="measurements; rows are added")
 
 
 @bench.command("step")
@@ -91,9 +95,9 @@ def bench_step(
     shape: Annotated[str | None, SHAPE] = None,
     pairs: Annotated[int | None, PAIRS] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="ours with a compiled trunk beside ours")] = False,
-    rounds: Annotated[int, typer.Option(help="blocks of each contender", min=1)] = 5,
-    threads: Annotated[int, typer.Option(help="CPU threads of each contender", min=1)] = 2,
-    json_path: Annotated[Path | None, typer.Option("--json", help="measurements; rows are added")] = None,
+    rounds: Annotated[int, BLOCKS] = 5,
+    threads: Annotated[int, THREADS] = 2,
+    json_path: Annotated[Path | None, ROWS] = None,
 ) -> None:
     """Time one optimizer step on preference pairs against TRL's DPOTrainer."""
     from bpo_fast_bench.step import PEERS, StepOptions, run
@@ -107,7 +111,7 @@ def bench_step(
 @reports_errors
 def bench_loop(
     peers: Annotated[str, PEERS] = "auto",
-    lengths: Annotated[list[str] | None, typer.Option(help="tldr, helpfulness, long; the first two by default")] = None,
+    lengths: Annotated[list[str] | None, FIRST_LENGTHS] = None,
     form: Annotated[list[str] | None, typer.Option(help="full, lora, lora5; the first two by default")] = None,
     device: Annotated[str, DEVICE] = "auto",
     dtype: Annotated[str | None, DTYPE] = None,
@@ -115,8 +119,8 @@ def bench_loop(
     pairs: Annotated[int | None, PAIRS] = None,
     steps: Annotated[int, typer.Option(help="optimizer steps of a phase", min=1)] = 4,
     rounds: Annotated[int, typer.Option(help="phases of each contender", min=1)] = 3,
-    threads: Annotated[int, typer.Option(help="CPU threads of each contender", min=1)] = 2,
-    json_path: Annotated[Path | None, typer.Option("--json", help="measurements; rows are added")] = None,
+    threads: Annotated[int, THREADS] = 2,
+    json_path: Annotated[Path | None, ROWS] = None,
 ) -> None:
     """Time whole online phases (sample, score, train) against TRL's OnlineDPOTrainer."""
     from bpo_fast_bench.loop import PEERS, LoopOptions, run
@@ -129,15 +133,15 @@ def bench_loop(
 @reports_errors
 def bench_stages(
     peers: Annotated[str, PEERS] = "auto",
-    lengths: Annotated[list[str] | None, typer.Option(help="tldr, helpfulness, long; the first two by default")] = None,
+    lengths: Annotated[list[str] | None, FIRST_LENGTHS] = None,
     form: Annotated[list[str] | None, typer.Option(help="sft, sft-lora, reward; all by default")] = None,
     device: Annotated[str, DEVICE] = "auto",
     dtype: Annotated[str | None, DTYPE] = None,
     shape: Annotated[str | None, SHAPE] = None,
     pairs: Annotated[int | None, PAIRS] = None,
-    rounds: Annotated[int, typer.Option(help="blocks of each contender", min=1)] = 5,
-    threads: Annotated[int, typer.Option(help="CPU threads of each contender", min=1)] = 2,
-    json_path: Annotated[Path | None, typer.Option("--json", help="measurements; rows are added")] = None,
+    rounds: Annotated[int, BLOCKS] = 5,
+    threads: Annotated[int, THREADS] = 2,
+    json_path: Annotated[Path | None, ROWS] = None,
 ) -> None:
     """Time a step of SFT and of a reward model against TRL's SFTTrainer and RewardTrainer."""
     from bpo_fast_bench.stages import PEERS, StageOptions, run

@@ -5,10 +5,9 @@ RUN/config.toml  env.json  metrics.jsonl  pairs/phase-00.jsonl  checkpoint-<step
 """
 
 import json
-import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +84,9 @@ class Run:
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
+    def interruptible(self) -> AbstractContextManager[None]:
         """SIGINT and SIGTERM raise KeyboardInterrupt inside, but never within `critical`."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        with interrupts_call(self._interrupt):
-            yield
+        return interrupts_call(self._interrupt)
 
     @contextmanager
     def critical(self) -> Iterator[None]:

@@ -15,11 +15,11 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bpo_fast.checkpoint import moment_files, save_moments
+from bpo_fast.checkpoint import moment_files, put_weights, save_moments, step_of
 from bpo_fast.files import errors_name, new_folder, remove_temporaries
 from bpo_fast.interrupts import interrupts_call
 from bpo_fast.optim import Optimizer
@@ -81,8 +81,7 @@ class StageCheckpoint:
     """
 
     def __init__(self, folder: Path, config: StageConfig, rows: Iterable[Any], progress: Progress, ranks: Ranks):
-        self._folder, self._config, self._progress, self._ranks = folder, config, progress, ranks
-        self._rows = _digest(rows)
+        self._folder, self._config, self._rows, self._progress, self._ranks = folder, config, rows, progress, ranks
         self._saved_at, self._is_asked = time.monotonic(), False
 
     def load(self, trained: nn.Module, optimizer: Optimizer) -> Fitted:
@@ -91,7 +90,7 @@ class StageCheckpoint:
         Raises:
             ValueError: the checkpoint is of other settings or rows.
         """
-        path = self._ranks.gather(str(self._find() or ""))[0] if self._ranks.is_main else self._ranks.gather("")[0]
+        path = self._ranks.gather(str(self._find() or "") if self._ranks.is_main else "")[0]
         if not path:
             return Fitted()
         folder = Path(path)
@@ -144,7 +143,7 @@ class StageCheckpoint:
     @contextmanager
     def heeds_interrupts(self) -> Iterator[None]:
         """Inside, an interrupt is one for `keep`; a second one does not wait."""
-        if not self._ranks.is_main or threading.current_thread() is not threading.main_thread():
+        if not self._ranks.is_main:
             yield
             return
         with interrupts_call(self._ask):
@@ -173,13 +172,21 @@ class StageCheckpoint:
         remove_temporaries(root)
         for path in root.rglob(STATE):  # those of other members too: all of them go when OUT is there
             self._check_config(json.loads(path.read_text(encoding="utf-8"))["config"])
-        found = max(self._folder.glob("step-*"), key=_step_of, default=None)
+        found = max(self._folder.glob("step-*"), key=step_of, default=None)
         if found is None:
             return None
-        if json.loads((found / STATE).read_text(encoding="utf-8"))["rows"] != self._rows:
+        if json.loads((found / STATE).read_text(encoding="utf-8"))["rows"] != self._digest:
             advice = self._advice("was begun with other rows")
             raise ValueError(f"{self._config.stage}.data = {self._config.data}: {advice}")
         return found
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of the rows; most trainings end before their first checkpoint, and need none."""
+        digest = hashlib.sha256()
+        for row in self._rows:
+            digest.update(f"{row}\n".encode())
+        return digest.hexdigest()
 
     def _check_config(self, begun: Mapping[str, Any]) -> None:
         for name, value in dataclasses.asdict(self._config).items():
@@ -209,7 +216,7 @@ class StageCheckpoint:
                 save_file(best, folder / BEST)
             state = {
                 "config": dataclasses.asdict(self._config),
-                "rows": self._rows,
+                "rows": self._digest,
                 "num_steps": fitted.num_steps,
                 "ended": optimizer is None,
                 "history": fitted.history,
@@ -236,22 +243,8 @@ class StageCheckpoint:
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of a module's parameters on the host, by name; what is tied is there once."""
+    """Copies of a module's parameters on the host, by name, as `put_weights` takes them; what is tied is there once."""
     return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in module.named_parameters()}
-
-
-@torch.no_grad()
-def put_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copies `weights_of` a module back into its parameters, in place."""
-    for name, parameter in module.named_parameters():
-        parameter.copy_(weights[name])
-
-
-def _digest(rows: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(f"{row}\n".encode())
-    return digest.hexdigest()
 
 
 def _generators() -> dict[str, Tensor]:
@@ -263,7 +256,3 @@ def _put_generators(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.partition("-")[2])

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from bpo_fast.batches import TokenBudget, length_batches, microbatch_tokens
+from bpo_fast.checkpoint import put_weights
 from bpo_fast.config import OptimConfig
 from bpo_fast.files import new_folder
 from bpo_fast.fused_layers import fuse_layers_
@@ -24,7 +25,7 @@ from bpo_fast.loading import named_load_errors
 from bpo_fast.optim import Optimizer
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import Devices, Ranks, started, sum_gradients
-from bpo_fast.stage_checkpoint import Fitted, StageCheckpoint, checkpoint_folder, put_weights, weights_of
+from bpo_fast.stage_checkpoint import Fitted, StageCheckpoint, checkpoint_folder, weights_of
 from bpo_fast.stage_config import StageConfig
 from bpo_fast.tokenizer import train_bpe
 
@@ -164,9 +165,8 @@ class Steps:
 
     def so_far(self, fitted: Fitted, started: float) -> Fitted:
         """How far it is after the steps that were taken since; they began, or could have, at `started`."""
-        sums = {name: value.item() for name, value in self._sums.items()}
         seconds = time.monotonic() - started
-        return dataclasses.replace(fitted, num_steps=self.num_taken, seconds=seconds, sums=sums)
+        return dataclasses.replace(fitted, num_steps=self.num_taken, seconds=seconds, sums=self._read_sums())
 
     def go_on(self, fitted: Fitted) -> None:
         """After the steps that were taken before, with what they have added up to."""
@@ -199,7 +199,7 @@ class Steps:
         Raises:
             ValueError: the loss, or the gradient of three steps in a row, is not finite.
         """
-        sums = {name: value.item() for name, value in self._sums.items()}
+        sums = self._read_sums()
         loss, in_a_row = sums["loss"] / sums["num_terms"], int(sums["most_in_a_row"])
         if not math.isfinite(loss) or in_a_row >= MAX_BAD_STEPS:
             bad = f", no finite gradient in {in_a_row} steps in a row," if in_a_row else ""
@@ -208,6 +208,9 @@ class Steps:
         for name in ("loss", "num_terms", "num_bad"):
             self._sums[name] = torch.zeros_like(self._sums[name])
         return loss, int(sums["num_bad"])
+
+    def _read_sums(self) -> dict[str, float]:
+        return {name: value.item() for name, value in self._sums.items()}
 
 
 def fit(

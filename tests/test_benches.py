@@ -94,11 +94,11 @@ def test_who_fails_leaves_a_reason_and_the_others_go_on(tmp_path):
     assert row["trl"] == found["trl"]
     assert not any(key.endswith("/trl") for key in row)
     assert line(row).endswith(f"; trl failed ({found['trl']['failed']})")
-    step.check_ours([row])
+    contenders.check_ours([row])
     row = compare(found, "trl", ("full",), runs=1, lengths="tldr", form="full")
     assert line(row).startswith("tldr full: ours failed (exit code 1: ")
     with pytest.raises(ValueError, match=r"^bench\.lengths = tldr, bench\.form = full: ours failed, exit code 1: "):
-        step.check_ours([row])
+        contenders.check_ours([row])
 
 
 def test_what_failed_does_not_replace_what_was_measured(tmp_path):

@@ -299,8 +299,11 @@ def test_no_pass_is_larger_than_a_micro_batch(tmp_path, stage):
     assert max(sizes) <= 150
 
 
-def checkpoint(tmp_path, config):
-    return StageCheckpoint(tmp_path / "toy.checkpoint", config, [], QUIET, Ranks())
+def fit_toy(tmp_path, model, config, rows, evaluate=None):
+    ranks = Ranks()
+    checkpoint = StageCheckpoint(tmp_path / "toy.checkpoint", config, [], QUIET, ranks)
+    parts = {"checkpoint": checkpoint, "progress": QUIET, "ranks": ranks}
+    return fit(model, model, config, rows, evaluate, name="toy", seed=0, **parts)
 
 
 def test_too_little_memory_halves_the_micro_batches_once(tmp_path, caplog):
@@ -314,18 +317,7 @@ def test_too_little_memory_halves_the_micro_batches_once(tmp_path, caplog):
 
     config = settings("x", "y", epochs=2, microbatch_tokens=6, batch_tokens=8)
     rows = TrainingRows([1] * 8, [1] * 8, loss)
-    fit(
-        model,
-        model,
-        config,
-        rows,
-        None,
-        name="toy",
-        seed=0,
-        progress=QUIET,
-        checkpoint=checkpoint(tmp_path, config),
-        ranks=Ranks(),
-    )
+    fit_toy(tmp_path, model, config, rows)
     assert passes == [6, 3, 3, 2, 3, 3, 2]
     assert caplog.text.count("sft.microbatch_tokens is 3 from here on") == 1
 
@@ -334,18 +326,7 @@ def test_too_little_memory_halves_the_micro_batches_once(tmp_path, caplog):
     with pytest.raises(
         RuntimeError, match=r"sft\.microbatch_tokens = 4, which one row takes, .*gradient_checkpointing"
     ):
-        fit(
-            model,
-            model,
-            config,
-            rows,
-            None,
-            name="toy",
-            seed=0,
-            progress=QUIET,
-            checkpoint=checkpoint(tmp_path, config),
-            ranks=Ranks(),
-        )
+        fit_toy(tmp_path, model, config, rows)
 
 
 def test_steps_without_a_finite_gradient_are_counted_and_three_in_a_row_are_an_error(tmp_path):
@@ -360,34 +341,12 @@ def test_steps_without_a_finite_gradient_are_counted_and_three_in_a_row_are_an_e
     order = length_batches(rows.lengths, 2, torch.Generator().manual_seed(0))
     for steps, expected in (([], 0), ([0, 2, 3, 5], 4)):
         bad = {order[step][0] for step in steps}
-        [record] = fit(
-            model,
-            model,
-            config,
-            rows,
-            None,
-            name="toy",
-            seed=0,
-            progress=QUIET,
-            checkpoint=checkpoint(tmp_path, config),
-            ranks=Ranks(),
-        )
+        [record] = fit_toy(tmp_path, model, config, rows)
         assert (record["steps"], record["bad_steps"]) == (6, expected)
         assert all(p.isfinite().all() for p in model.parameters())
     bad = {order[step][0] for step in (1, 2, 3)}
     with pytest.raises(ValueError, match=r"^toy: loss = [\d.e-]+, no finite gradient in 3 steps in a row, in epoch 1 "):
-        fit(
-            model,
-            model,
-            config,
-            rows,
-            None,
-            name="toy",
-            seed=0,
-            progress=QUIET,
-            checkpoint=checkpoint(tmp_path, config),
-            ranks=Ranks(),
-        )
+        fit_toy(tmp_path, model, config, rows)
 
 
 @pytest.mark.parametrize(("dtype", "states"), [("bfloat16", "float32"), ("float32", "8bit"), ("bfloat16", "8bit")])
@@ -454,18 +413,7 @@ def test_the_weights_of_the_best_epoch_are_kept(tmp_path, losses, kept):
 
     config = settings("x", "y", epochs=3, learning_rate=0.1)
     rows = TrainingRows([1] * 8, [1] * 8, loss)
-    history = fit(
-        model,
-        model,
-        config,
-        rows,
-        evaluate,
-        name="toy",
-        seed=0,
-        progress=QUIET,
-        checkpoint=checkpoint(tmp_path, config),
-        ranks=Ranks(),
-    )
+    history = fit_toy(tmp_path, model, config, rows, evaluate)
     assert [h["loss"] for h in history] == losses
     assert torch.equal(model.weight, seen[kept])
     assert not torch.equal(seen[0], seen[1])

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_world import rows_of_stages, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bpo_fast import stages
@@ -21,7 +22,6 @@ from bpo_fast.sft import CompletionNll, SftConfig, train_sft
 from bpo_fast.stage_checkpoint import checkpoint_folder
 from bpo_fast.tokenizer import train_bpe
 
-ANSWERS = ["an apple", "a pear and a plum", "a cherry, a melon and a grape"]
 SMALL = {
     "hidden": 32,
     "layers": 2,
@@ -42,10 +42,17 @@ def _one_thread():
 
 @pytest.fixture
 def data(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"Number {i}?", "chosen": ANSWERS[i % 3], "rejected": ANSWERS[i % 2]} for i in range(41)]
-    path.write_text("".join(json.dumps(row | {"label": row["chosen"]}) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path / "rows.jsonl", rows_of_stages())
+
+
+def make_base(folder, **options):
+    """A random model with a tokenizer of these rows."""
+    tokenizer = train_bpe([text for row in rows_of_stages() for text in row.values()], vocab_size=300)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **options)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def run(stage, data, out, **changes):
@@ -138,13 +145,7 @@ def test_seconds_are_of_the_epoch_that_had_begun(tmp_path, data, monkeypatch):
 
 
 def test_adapters_go_on(tmp_path, data, monkeypatch):
-    tokenizer = train_bpe([" ".join(ANSWERS), "Number 0123456789?"], vocab_size=300)
-    base = tmp_path / "base"
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    knobs = {"model": str(base), "lora_r": 4, "members": 2}
+    knobs = {"model": make_base(tmp_path / "base"), "lora_r": 4, "members": 2}
     first, _ = run("sft", data, tmp_path / "whole", **knobs)["members"]
     num_steps = sum(h["steps"] for h in first["history"])
     with interrupted_after(num_steps + 2, monkeypatch), pytest.raises(KeyboardInterrupt):
@@ -156,16 +157,12 @@ def test_adapters_go_on(tmp_path, data, monkeypatch):
 
 
 def test_dropout_draws_on(tmp_path, data, monkeypatch):
-    tokenizer = train_bpe([" ".join(ANSWERS), "Number 0123456789?"], vocab_size=300)
-    base = tmp_path / "base"
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, attention_dropout=0.3)).save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    run("sft", data, tmp_path / "whole", model=str(base), learning_rate=0.01)
+    knobs = {"model": make_base(tmp_path / "base", attention_dropout=0.3), "learning_rate": 0.01}
+    run("sft", data, tmp_path / "whole", **knobs)
     with interrupted_after(2, monkeypatch), pytest.raises(KeyboardInterrupt):
-        run("sft", data, tmp_path / "out", model=str(base), learning_rate=0.01)
+        run("sft", data, tmp_path / "out", **knobs)
     torch.manual_seed(7)
-    run("sft", data, tmp_path / "out", model=str(base), learning_rate=0.01)
+    run("sft", data, tmp_path / "out", **knobs)
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 

@@ -20,6 +20,13 @@ def answer(i: int) -> str:
     return f"You {VERBS[i % 8]} the {NOUNS[i // 8 % 8]} with care."
 
 
+def rows_of_stages() -> list[dict[str, str]]:
+    """Rows that SFT and a reward model can be trained on: 41 prompts, answers of three lengths."""
+    answers = ["an apple", "a pear and a plum", "a cherry, a melon and a grape"]
+    sides = [(answers[i % 3], answers[i % 2]) for i in range(41)]
+    return [{"prompt": f"Number {i}?", "chosen": a, "rejected": b, "label": a} for i, (a, b) in enumerate(sides)]
+
+
 def write_rows(path: Path, rows) -> Path:
     """Rows as JSONL."""
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")

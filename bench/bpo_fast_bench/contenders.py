@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bpo_fast_bench.shapes import SHAPES, Shape, words
+from bpo_fast_bench.shapes import SHAPES, Shape, make_model, words
 
 LENGTHS = {"tldr": (300, 40), "helpfulness": (24, 45), "long": (512, 128)}
 FORMS = {"full": 0, "lora": 1, "lora5": 5}  # members
@@ -396,6 +396,40 @@ def _peft_config(case: Case) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def run_rows(
+    options: AnyOptions,
+    known: Mapping[str, Sequence[str]],
+    groups: Sequence[Sequence[str]],
+    measure_forms: Callable[[AnyOptions, str, Sequence[str], str], list[dict[str, Any]]],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Measures every case; says, writes and returns a row each.
+
+    Args:
+        options: what to measure.
+        known: the names that `options` may hold, see `check_names`.
+        groups: forms that are measured together.
+        measure_forms: (options, lengths, forms of a group, folder of the model) -> rows.
+        say: takes a line for people.
+
+    Raises:
+        ValueError: an unknown name, a peer that is not installed, or ours failed.
+    """
+    check_names(options, known)
+    options, rows = resolved(options), []
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(options.shape, Path(folder), options.dtype)
+        for lengths in options.lengths:
+            for forms in groups:
+                new = measure_forms(options, lengths, forms, folder)
+                rows += new
+                say("\n".join(line(row) for row in new))
+                if options.out:
+                    write_rows(Path(options.out), options, new, say)
+    check_ours(rows)
+    return rows
 
 
 def check_names(options: Any, known: Mapping[str, Sequence[str]]) -> None:

@@ -11,7 +11,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,14 @@ from bpo_fast_bench.contenders import (
     Case,
     Options,
     Work,
-    check_names,
-    check_ours,
     compare,
-    line,
     measure,
     now,
-    resolved,
+    run_rows,
     serve,
     trl_blocks,
-    write_rows,
 )
-from bpo_fast_bench.shapes import make_model, words
+from bpo_fast_bench.shapes import words
 
 PEERS = ("trl",)
 OURS = {"ours": {}, "ours by sampler": {"method.ref_logps": "sampler"}, "ours in 8 bits": {"optim.states": "8bit"}}
@@ -53,27 +49,13 @@ class LoopOptions(Options):
 
 
 def run(options: LoopOptions, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Measures every case; returns (and writes) a row each.
-
-    Raises:
-        ValueError: an unknown name, a peer that is not installed, or ours failed.
-    """
-    check_names(options, {"lengths": tuple(LENGTHS), "forms": tuple(FORMS), "peers": PEERS})
-    options, rows = resolved(options), []
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(options.shape, Path(folder), options.dtype)
-        for lengths in options.lengths:
-            for form in options.forms:
-                new = _measure(options, lengths, form, folder)
-                rows += new
-                say("\n".join(line(row) for row in new))
-                if options.out:
-                    write_rows(Path(options.out), options, new, say)
-    check_ours(rows)
-    return rows
+    """Measures every case; see `run_rows`."""
+    known = {"lengths": tuple(LENGTHS), "forms": tuple(FORMS), "peers": PEERS}
+    return run_rows(options, known, [[form] for form in options.forms], _measure, say)
 
 
-def _measure(options: LoopOptions, lengths: str, form: str, folder: str) -> list[dict[str, Any]]:
+def _measure(options: LoopOptions, lengths: str, forms: Sequence[str], folder: str) -> list[dict[str, Any]]:
+    (form,) = forms
     contenders, ours = {}, [who for who in OURS if form == "full" or who not in OF_FULL]
     for who in (*ours, *options.peers):
         members = FORMS[form] if who in OURS else min(1, FORMS[form])

@@ -8,11 +8,9 @@ masters, TRL's have none.
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bpo_fast_bench.contenders import (
@@ -21,19 +19,14 @@ from bpo_fast_bench.contenders import (
     Case,
     Options,
     Work,
-    check_names,
-    check_ours,
     compare,
-    line,
     make_texts,
     measure,
     now,
-    resolved,
+    run_rows,
     serve,
     trl_blocks,
-    write_rows,
 )
-from bpo_fast_bench.shapes import make_model
 
 STAGES = {"sft": 0, "sft-lora": 1, "reward": 0}  # members
 PEERS = ("trl", "trl-chunked")
@@ -50,30 +43,19 @@ class StageOptions(Options):
 
 
 def run(options: StageOptions, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Measures every case; returns (and writes) a row each.
+    """Measures every case; see `run_rows`."""
+    known = {"lengths": tuple(LENGTHS), "forms": tuple(STAGES), "peers": PEERS}
+    return run_rows(options, known, [[form] for form in options.forms], _measure, say)
 
-    Raises:
-        ValueError: an unknown name, a peer that is not installed, or ours failed.
-    """
-    check_names(options, {"lengths": tuple(LENGTHS), "forms": tuple(STAGES), "peers": PEERS})
-    options, rows = resolved(options), []
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(options.shape, Path(folder), options.dtype)
-        for lengths in options.lengths:
-            for form in options.forms:
-                peers = [peer for peer in options.peers if form != "reward" or peer == "trl"]
-                contenders = {
-                    who: options.contender("stages", f"{who} {form}", lengths, STAGES[form], folder)
-                    for who in ("ours", *peers)
-                }
-                found = measure(contenders, options.rounds)
-                row = compare(found, "ours", peers, runs=1, lengths=lengths, form=options.row_form(form))
-                say(line(row))
-                rows.append(row)
-                if options.out:
-                    write_rows(Path(options.out), options, [row], say)
-    check_ours(rows)
-    return rows
+
+def _measure(options: StageOptions, lengths: str, forms: Sequence[str], folder: str) -> list[dict[str, Any]]:
+    (form,) = forms
+    peers = [peer for peer in options.peers if form != "reward" or peer == "trl"]
+    contenders = {
+        who: options.contender("stages", f"{who} {form}", lengths, STAGES[form], folder) for who in ("ours", *peers)
+    }
+    found = measure(contenders, options.rounds)
+    return [compare(found, "ours", peers, runs=1, lengths=lengths, form=options.row_form(form))]
 
 
 def _ours(case: Case, form: str) -> Iterator[Any]:

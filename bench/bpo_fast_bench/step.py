@@ -8,10 +8,8 @@ GPU both train bf16 weights, ours with float32 masters, TRL without; so they do 
 
 import json
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bpo_fast_bench.contenders import (
@@ -21,19 +19,14 @@ from bpo_fast_bench.contenders import (
     Case,
     Options,
     Work,
-    check_names,
-    check_ours,
     compare,
-    line,
     make_texts,
     measure,
     now,
-    resolved,
+    run_rows,
     serve,
     trl_blocks,
-    write_rows,
 )
-from bpo_fast_bench.shapes import make_model
 
 PEERS = ("trl", "trl-precomputed")
 
@@ -51,30 +44,14 @@ class StepOptions(Options):
 
 
 def run(options: StepOptions, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Measures every case; returns (and writes) a row each.
-
-    Raises:
-        ValueError: an unknown name, a peer that is not installed, or ours failed.
-    """
-    check_names(options, {"lengths": tuple(LENGTHS), "forms": tuple(FORMS), "peers": PEERS})
-    options, rows = resolved(options), []
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(options.shape, Path(folder), options.dtype)
-        for lengths in options.lengths:
-            # the members' peers are measured once: one member's step, and as often as there are members
-            for kind in (("full",), ("lora", "lora5")):
-                forms = [f for f in kind if f in options.forms]
-                if forms:
-                    new = _measure(options, lengths, forms, folder)
-                    rows += new
-                    say("\n".join(line(row) for row in new))
-                    if options.out:
-                        write_rows(Path(options.out), options, new, say)
-    check_ours(rows)
-    return rows
+    """Measures every case; see `run_rows`."""
+    known = {"lengths": tuple(LENGTHS), "forms": tuple(FORMS), "peers": PEERS}
+    # the members' peers are measured once: one member's step, and as often as there are members
+    groups = [[f for f in kind if f in options.forms] for kind in (("full",), ("lora", "lora5"))]
+    return run_rows(options, known, [forms for forms in groups if forms], _measure, say)
 
 
-def _measure(options: StepOptions, lengths: str, forms: list[str], folder: str) -> list[dict[str, Any]]:
+def _measure(options: StepOptions, lengths: str, forms: Sequence[str], folder: str) -> list[dict[str, Any]]:
     contenders = {form: options.contender("step", "ours", lengths, FORMS[form], folder) for form in forms}
     for form in forms if options.compiled else ():
         contenders[f"{form} compiled"] = options.contender("step", "ours compiled", lengths, FORMS[form], folder)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from test_resume import HERE, contents, environment, settings
+from tiny_world import rows_of_stages, write_rows
 
 from bpo_fast import config as configs
 from bpo_fast.checkpoint import complete_checkpoints, save_weights
@@ -71,10 +72,7 @@ def test_two_devices_end_as_one(tiny_model_dir, tiny_data, tmp_path, knobs):
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_a_stage_on_two_devices_ends_as_on_one(tmp_path, stage):
-    data, runs = tmp_path / "rows.jsonl", [tmp_path / "one", tmp_path / "two"]
-    answers = ["an apple", "a pear and a plum", "a cherry, a melon and a grape"]
-    rows = [{"prompt": f"Number {i}?", "chosen": answers[i % 3], "rejected": answers[i % 2]} for i in range(41)]
-    data.write_text("".join(json.dumps(row | {"label": row["chosen"]}) + "\n" for row in rows))
+    data, runs = write_rows(tmp_path / "rows.jsonl", rows_of_stages()), [tmp_path / "one", tmp_path / "two"]
     config_class, run_stage = (SftConfig, train_sft) if stage == "sft" else (RewardConfig, train_reward)
     small = {"hidden": 32, "layers": 2, "heads": 2, "vocab": 300, "device": "cpu", "batch_tokens": 200, "epochs": 2}
     results = []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from judge_server import by_length, endpoint
+from test_devices import assert_gone
 from test_resume import HERE, environment
 from tiny_world import write_rows
 from typer.testing import CliRunner
@@ -171,10 +172,7 @@ def test_ctrl_c_ends_all_processes(tiny_model_dir, tiny_data, tmp_path, command)
         assert lines[-1].startswith(f"kept in {tmp_path / 'out'}: outputs.jsonl; judge these answers with ")
     else:
         assert not (tmp_path / "out").exists()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in others):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert_gone(others)
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
