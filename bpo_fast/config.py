@@ -98,6 +98,10 @@ class SamplingConfig:
     merge_lora: bool | None = knob(
         None, "vLLM: merge the members into a second copy of their layers, or read them in place; none: merge on a CPU"
     )
+    enforce_eager: bool | None = knob(
+        None,
+        "vLLM: neither compile the model nor record CUDA graphs, to start sooner and sample slower; none: on a CPU",
+    )
     tensor_parallel: int = knob(
         1, "processes that split the model of vLLM, each on a GPU; over 1 it has copies of the weights", ge=1
     )

@@ -63,8 +63,8 @@ def preserved(environ: Mapping[str, str] | None = None) -> Iterator[None]:
     """Whatever runs inside, the process is afterwards as it was.
 
     Covers functions of torch, random generators (python, numpy, torch, CUDA), threads, default dtype, matmul precision,
-    environment, signal handlers, warning filters, the root logger, the except hook, frozen objects of gc and the CUDA
-    device and stream. Warnings and log lines below errors are dropped inside.
+    environment, signal handlers, warning filters, the root logger, the except hook, hooks of torch.compile, frozen
+    objects of gc and the CUDA device and stream. Warnings and log lines below errors are dropped inside.
 
     Args:
         environ: variables set inside.
@@ -209,6 +209,7 @@ def _capture() -> dict[str, Any]:
         "logging": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable),
         "excepthook": sys.excepthook,
         "stream": (torch.cuda.current_device(), torch.cuda.current_stream()) if cuda else None,
+        "compile": set(_compile_hooks()),
     }
 
 
@@ -230,10 +231,18 @@ def _restore(state: dict[str, Any]) -> None:
     logging.root.setLevel(level)
     logging.disable(disabled)
     sys.excepthook = state["excepthook"]
+    for added in set(_compile_hooks()) - state["compile"]:
+        del _compile_hooks()[added]
     if state["stream"] is not None:
         device, stream = state["stream"]
         torch.cuda.set_device(device)
         torch.cuda.set_stream(stream)
+
+
+def _compile_hooks() -> dict[int, Any]:
+    """What torch.compile calls when it has compiled anything; each of a compiled vLLM keeps its model alive."""
+    compiler = sys.modules.get("torch._dynamo.convert_frame")
+    return compiler._bytecode_hooks if compiler else {}
 
 
 def _cuda_rng() -> list[torch.Tensor] | None:

@@ -40,6 +40,7 @@ with preserved(ENVIRON):
     import pydantic
     import vllm
     from vllm import envs
+    from vllm.config import CompilationMode
     from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
     from vllm.model_executor.models import ModelRegistry
     from vllm.platforms import current_platform
@@ -100,6 +101,11 @@ class Session:
         """Whether training has the memory of the KV cache outside of `awake`: on a GPU."""
         return self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether vLLM runs graphs, which hide what single layers give."""
+        return not self.llm.llm_engine.vllm_config.model_config.enforce_eager
+
     @contextmanager
     def awake(self) -> Iterator[None]:
         """The KV cache has memory inside; outside, on a GPU, training has it."""
@@ -107,7 +113,7 @@ class Session:
         with guest_functions():
             if not self.releases_kv:
                 # vLLM compiles a helper of its log-probs: five seconds and a C++ compiler for a comparison and a sum
-                with torch.compiler.set_stance("force_eager"):
+                with nullcontext() if self.is_compiled else torch.compiler.set_stance("force_eager"):
                     yield
                 return
             # vLLM keeps the stream it was opened on, and copies its tokens to the host once that one has made them
@@ -278,7 +284,7 @@ def _start(
     handing_over = handed_over(loader.checkpoint_weights(model)) if num_workers > 1 else nullcontext()
     with preserved(environ), preserved_class(type(model.base_model)), quiet, handing_over as handover:
         envs.disable_envs_cache()  # an engine before this one has left its variables there
-        _import_architecture(model)
+        options |= _import_architecture(model)
         if on_gpu and device.index is not None:  # "cuda" is the current one
             torch.cuda.set_device(device)
         try:
@@ -302,7 +308,7 @@ def _start(
                 gpu_memory_utilization=0.1,  # only checked against what is free; the line above decides
                 enable_prefix_caching=True,
                 enable_sleep_mode=on_gpu,
-                enforce_eager=not on_gpu,
+                enforce_eager=not on_gpu if config.sampling.enforce_eager is None else config.sampling.enforce_eager,
                 logprobs_mode="raw_logprobs" if plain else "processed_logprobs",
                 additional_config={"bpo_fast": loader.graph_key(live)},
                 seed=0,
@@ -360,10 +366,17 @@ def _group_spared(own_group: bool) -> Iterator[None]:
         torch.distributed.destroy_process_group = destroy
 
 
-def _import_architecture(model: PreTrainedModel) -> None:
-    """Imports vLLM's class of the model here; vLLM would ask a subprocess what it can do, which takes ten seconds."""
+def _import_architecture(model: PreTrainedModel) -> dict[str, Any]:
+    """Imports vLLM's class of the model here; vLLM would ask a subprocess what it can do, which takes ten seconds.
+
+    Returns the options that this class needs.
+    """
     architecture = _architecture(model)
-    ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+    found = ModelRegistry.models[architecture].load_model_cls()
+    ModelRegistry.register_model(architecture, found)
+    # transformers' own layers, of a class that is the trainer's, too, and so does not stay as vLLM compiles it
+    is_shared = found.__module__.startswith("vllm.model_executor.models.transformers")
+    return {"compilation_config": {"mode": CompilationMode.NONE}} if is_shared else {}
 
 
 def _architecture(model: PreTrainedModel) -> str:

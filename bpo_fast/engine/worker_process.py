@@ -29,7 +29,7 @@ class WorkerProcess(DeviceWorker):
         os.setsid()  # a terminal's Ctrl-C is for the trainer, which ends its workers itself
         os.dup2(2, 1)  # the trainer's standard output is its own
         loader.register()
-        if current_platform.is_cpu():
+        if current_platform.is_cpu() and vllm_config.model_config.enforce_eager:
             torch.compiler.set_stance("force_eager")  # see Session.awake
         with _told():
             super().__init__(vllm_config, *args, **options)
