@@ -3,7 +3,7 @@
 The gradient is read in the type that it comes in, and a narrow copy of the weight, which the model computes with, is
 written beside it. PyTorch's fused AdamW takes gradients of the weight's own type: around it every gradient is copied to
 float32 and every weight back, and a step moves 40 bytes a bfloat16 weight; this one moves 28 (8 bits: 16), and makes no
-copy. A GPU steps all tensors in one launch: with one each, the host would set the pace of a model's hundreds.
+copy. A GPU steps all in a launch or two: with one each, the host would set the pace of a model's hundreds.
 """
 
 import math

@@ -17,6 +17,8 @@ TILE_ROWS = 4096
 TILE_COLS = 4096
 # A shift moves when a logit passes it by more: E stays below e^60 and the products E @ W far below the float32 limit.
 SHIFT_SLACK = 60.0
+# Bytes that rows of a kept E begin at a multiple of: a GPU's GEMMs load a vocabulary of an odd size element by element.
+ROW_ALIGNMENT = 16
 
 
 @dataclass
@@ -112,6 +114,12 @@ def add_dw_(dw: torch.Tensor, e: torch.Tensor, scaled: torch.Tensor) -> None:
         add_mm_f32_(dw[cols], e[:, cols].T, scaled)
 
 
+def row_length(vocab: int, dtype: torch.dtype) -> int:
+    """Elements between the beginnings of two rows of a kept E."""
+    step = ROW_ALIGNMENT // dtype.itemsize
+    return -(-vocab // step) * step
+
+
 def blocks(num_rows: int) -> Iterator[slice]:
     """Row blocks; an empty batch has one empty block."""
     for start in range(0, max(num_rows, 1), TILE_ROWS):
@@ -153,6 +161,12 @@ class TorchBackend:
     def room_for_e(self, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Where the E of a tile that is not kept goes: over its logits, if they have its type."""
         return z if z.dtype == dtype else torch.empty_like(z, dtype=dtype)
+
+    def room_for_kept(self, rows: Rows) -> torch.Tensor:
+        """[rows, V] for the E of whole rows."""
+        vocab, dtype = len(rows.head.weight), self.work_dtype(rows.hidden)
+        room = torch.empty(len(rows.hidden), row_length(vocab, dtype), dtype=dtype, device=rows.hidden.device)
+        return room[:, :vocab]
 
     def exp_tile_(
         self, z: torch.Tensor, e: torch.Tensor, sweep: Sweep, first: int, head: Head, gain: torch.Tensor | None = None
@@ -201,8 +215,7 @@ class TorchBackend:
         or not.
         """
         hidden, head = rows.hidden, rows.head
-        shape = (len(hidden), len(head.weight))
-        e = torch.empty(shape, dtype=self.work_dtype(hidden), device=hidden.device) if keep else None
+        e = self.room_for_kept(rows) if keep else None
         parts, dx_parts = [], []
         for block in blocks(len(hidden)):
             part = Rows(hidden[block], rows.targets[block], head)
@@ -317,7 +330,8 @@ class TorchBackend:
 
     def kept_bytes(self, num_rows: int, head: Head) -> int:
         """E in its working type."""
-        return num_rows * len(head.weight) * self.work_dtype(head.weight).itemsize
+        dtype = self.work_dtype(head.weight)
+        return num_rows * row_length(len(head.weight), dtype) * dtype.itemsize
 
     def tile_bytes(self, num_rows: int, head: Head) -> int:
         """A tile of float32, and its E beside it if that is of another type."""

@@ -201,14 +201,15 @@ def launch(tensors: Sequence[Stepped], step: Step) -> None:
     rests = [1 - beta for beta in form.betas]
     numbers = (form.lr, *form.betas, *rests, *form.logs, form.eps, 1 - form.lr * form.weight_decay)
     stepped = math.prod(SIZES[moments.name].values())
-    for grad, rounded in dict.fromkeys(tensor.types for tensor in tensors):
-        alike = [tensor for tensor in tensors if tensor.types == (grad, rounded) and tensor.weight.numel()]
-        if not alike:
-            continue
-        device, names = alike[0].weight.device, list(moments.layout(alike[0].weight))
-        grads = [tensor.grad.contiguous() for tensor in alike]  # alive until the launch
-        rows = [_row(tensor, own, names) for tensor, own in zip(alike, grads, strict=True)]
-        aligned = all(number % ALIGNMENT == 0 for row in rows for number in (row[0], *row[2:]))
+    device, names = tensors[0].weight.device, list(moments.layout(tensors[0].weight))
+    grads = [tensor.grad.contiguous() for tensor in tensors]  # alive until the launches
+    alike: dict[tuple[torch.dtype, torch.dtype | None, bool], list[list[int]]] = {}
+    for tensor, own in zip(tensors, grads, strict=True):
+        if tensor.weight.numel():
+            row = _row(tensor, own, names)
+            aligned = all(number % ALIGNMENT == 0 for number in (row[0], *row[2:]))
+            alike.setdefault((*tensor.types, aligned), []).append(row)
+    for (grad, rounded, aligned), rows in alike.items():
         table = torch.tensor(rows).to(device, non_blocking=True)
         chunks = _chunks(tuple(row[0] for row in rows), CHUNK, device)
         options = {"HAS_SCALE": step.grad_scale is not None, "HAS_INF": step.found_inf is not None, "ALIGNED": aligned}

@@ -204,16 +204,14 @@ class TritonGemmBackend(TritonBackend):
 
         float32 rows take Plan B on a GPU: tensor cores would round them to TF32.
         """
-        num_rows, vocab = len(rows.hidden), len(rows.head.weight)
+        num_rows = len(rows.hidden)
         if num_rows == 0 or (rows.hidden.is_cuda and rows.hidden.dtype == torch.float32):
             return super().score(rows, dx=dx, keep=keep, behavior=behavior, sums=sums)
         if dx and not keep:
             return self.score_by_chunks(rows, behavior)
         config = self.config(rows, behavior)
         slots = self.lay_out(rows, behavior, config)
-        e = None
-        if keep:
-            e = torch.empty(num_rows, vocab, dtype=self.work_dtype(rows.hidden), device=rows.hidden.device)
+        e = self.room_for_kept(rows) if keep else None
         self.sweep(slots, rows, behavior, e, config)
         stats = self.finish(Sweep(slots.targets, slots.logits, slots.slopes, slots.shift, slots.sums))
         first = slots.first_behavior

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-pointed: list[Any] = []  # to by a table that the next launch is given
+pointed: list[Any] = []  # to by the tables of a step's launches
 PIECE = 2  # bytes of a number that are looked at together; one of a single byte by itself
 
 
@@ -19,7 +19,6 @@ class Launch:
     def __init__(self, args: list[Any], shuffled: random.Random):
         tensors = [getattr(x, "base", x) for x in args]  # of a descriptor
         self.spans = [span(x) for x in [*tensors, *pointed] if hasattr(x, "data_ptr") and x.numel()]
-        pointed.clear()
         self.shuffled, self.order, self.program = shuffled, [], 0
         self.pieces: dict[str, list[np.ndarray]] = {"read": [], "written": []}
 
@@ -71,7 +70,7 @@ def replacements() -> list[tuple[Any, str, Any]]:
         builder.set_grid_idx,
         executor.__call__,
     )
-    shuffled, launches, row = random.Random(0), [], triton_adamw._row
+    shuffled, launches, row, step = random.Random(0), [], triton_adamw._row, triton_adamw.launch
 
     def touch(how: str, pointers: Any, mask: Any) -> None:
         chosen = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
@@ -88,6 +87,12 @@ def replacements() -> list[tuple[Any, str, Any]]:
     def watched_row(tensor, grad, names):
         pointed.extend(x for x in (tensor.weight, grad, tensor.rounded, *tensor.state.values()) if x is not None)
         return row(tensor, grad, names)
+
+    def watched_step(tensors, form):
+        try:
+            step(tensors, form)
+        finally:
+            pointed.clear()
 
     def shuffled_place(self, *index):
         return place(self, *launches[-1].place(self.grid_dim, index))
@@ -107,4 +112,5 @@ def replacements() -> list[tuple[Any, str, Any]]:
         (builder, "set_grid_idx", shuffled_place),
         (executor, "__call__", watched_run),
         (triton_adamw, "_row", watched_row),
+        (triton_adamw, "launch", watched_step),
     ]
