@@ -49,7 +49,9 @@ def test_a_step_of_bfloat16_weights_holds_what_is_predicted(states):
             sums = step_gradients(pairs, parts.policy, parts.config.method, max_tokens=1024)
             parts.optimizer.step(step, sums["loss"])
     assert ledger.num_microbatches == 2
-    assert tensors.peak == pytest.approx(ledger.training - ledger.optimizer, rel=0.1)
+    dw_bytes = 4 * parts.policy.model.get_output_embeddings().weight.numel()
+    since_the_first = ledger.head_chunk - dw_bytes + ledger.optimizer  # what of E is not in dW, which differs by CPU
+    assert tensors.peak == pytest.approx(ledger.training - since_the_first, rel=0.1)
     held = [parts.optimizer.state_dict(), *(p.grad for p in parts.policy.parameters())]
     assert held[1:] == [None] * (len(held) - 1)
     assert sum(t.nbytes for t in held[0].values()) == pytest.approx(ledger.optimizer, rel=0.01)
