@@ -37,15 +37,18 @@ FORMS = {
 }
 
 
-def make_parts(form, *, pairs=8, microbatch_tokens=8192, place=("cpu", torch.float32), **optim):
+def make_parts(
+    form, *, pairs=8, lengths=(128, 64), microbatch_tokens=8192, place=("cpu", torch.float32), sizes=None, **optim
+):
+    """Parts of a run whose prompts and completions are as long as `lengths`."""
     model = ModelConfig(path="tiny", **FORMS[form])
-    policy = make_policy(model, place=place, **SIZES)
+    policy = make_policy(model, place=place, **SIZES | (sizes or {}))
     base = Config()
     config = replace(
         base,
         model=model,
-        data=replace(base.data, max_prompt_length=128),
-        sampling=replace(base.sampling, max_new_tokens=64, batch_size=4),
+        data=replace(base.data, max_prompt_length=lengths[0]),
+        sampling=replace(base.sampling, max_new_tokens=lengths[1], batch_size=4),
         method=MethodConfig(batch_pairs=pairs),
         optim=OptimConfig(learning_rate=1e-4, microbatch_tokens=microbatch_tokens, **optim),
     )

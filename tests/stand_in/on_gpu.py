@@ -240,7 +240,8 @@ def test_too_little_memory_halves_the_budget_once(caplog):
 
 @pytest.mark.parametrize("form", ["full", "lora"])
 def test_predicted_and_measured_peaks_agree(form):
-    parts = make_parts(form, place=("cuda", torch.bfloat16))
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 1000}
+    parts = make_parts(form, lengths=(24, 12), place=("cuda", torch.bfloat16), sizes=sizes)
     found = _try_steps(parts, make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine))
     assert found["measured_gib"] == pytest.approx(found["predicted_gib"], rel=0.1)
 
