@@ -64,7 +64,7 @@ def train_rank(config: RewardConfig, ranks: Ranks, progress: Progress) -> dict[s
     """What every process of `train_reward` does; rank 0 measures the result and writes it down."""
     started = time.monotonic()
     device = pick_device("reward.device", config.device)
-    with stage_folder(config, ranks) as folder:
+    with stage_folder(config, ranks, progress) as folder:
         train, held_out = _load_pairs(config, progress)
         if not train:
             raise ValueError(f"reward.data = {config.data}: no training rows left after reward.eval_fraction")

@@ -81,7 +81,7 @@ def train_rank(config: SftConfig, ranks: Ranks, progress: Progress) -> dict[str,
     """What every process of `train_sft` does; rank 0 writes it down."""
     started = time.monotonic()
     device = pick_device("sft.device", config.device)
-    with stage_folder(config, ranks) as folder:
+    with stage_folder(config, ranks, progress) as folder:
         data = _load_data(config)
         ranks.connect(device)
         train = partial(_train_member, config, data, folder=folder, device=device, progress=progress, ranks=ranks)

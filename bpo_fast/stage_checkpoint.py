@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +69,12 @@ def checkpoint_folder(config: StageConfig) -> Path:
     return out.with_name(f"{out.name}.checkpoint")
 
 
+def newest_checkpoint(config: StageConfig) -> Path | None:
+    """The checkpoint of a stage that was written last."""
+    states = checkpoint_folder(config).rglob(STATE)
+    return max((state.parent for state in states), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 class StageCheckpoint:
     """Where one training of a stage is kept while it runs.
 
@@ -116,7 +122,7 @@ class StageCheckpoint:
         return Fitted(state["num_steps"], state["history"], state["seconds"], state["sums"], best)
 
     def keep(self, fitted: Callable[[], Fitted], trained: nn.Module, optimizer: Optimizer) -> None:
-        """Between two steps: saves if it is time to.
+        """Between two steps: saves if it is time to; where that fails, it is tried again when it is time to again.
 
         Args:
             fitted: how far it is, asked for when it is saved.
@@ -129,16 +135,15 @@ class StageCheckpoint:
         wish = self._ranks.gather(self._wish())[0]
         if wish == GO_ON:
             return
-        state = fitted()
-        self._save(state, trained, optimizer)
+        then = f"; training goes on, with another try in {self._config.save_minutes:g} minutes"
+        self._try_to_save(fitted(), trained, optimizer, "" if wish == STOP else then)
         self._saved_at = time.monotonic()
         if wish == STOP and self._ranks.is_main:
-            self._progress.print(f"interrupted at step {state.num_steps}: the same command goes on from {self._folder}")
             raise KeyboardInterrupt
 
     def end(self, history: list[dict[str, float]], trained: nn.Module) -> None:
         """Keeps what has come of a training whose stage has more of them to do."""
-        self._save(Fitted(int(sum(record["steps"] for record in history)), history), trained, None)
+        self._try_to_save(Fitted(int(sum(record["steps"] for record in history)), history), trained, None)
 
     @contextmanager
     def heeds_interrupts(self) -> Iterator[None]:
@@ -198,45 +203,63 @@ class StageCheckpoint:
     def _advice(self, what: str) -> str:
         return f"{checkpoint_folder(self._config)} {what}; go on with those, or remove it to begin anew"
 
-    def _save(self, fitted: Fitted, trained: nn.Module, optimizer: Optimizer | None) -> None:
-        """By all ranks: each its moments and generators, rank 0 the rest."""
-        ranks = self._ranks
-        if not ranks.is_main:
-            self._save_own(Path(ranks.gather("")[0]), optimizer)
-            ranks.wait()
-            return
-        path = self._folder / f"step-{fitted.num_steps}"
-        with new_folder(path) as folder:
-            ranks.gather(str(folder.absolute()))
-            self._save_own(folder, optimizer)
-            weights = weights_of(trained)
-            save_file(weights, folder / WEIGHTS)
-            best_loss, best = fitted.best or (None, {})
-            if best and any(not torch.equal(best[name], weight) for name, weight in weights.items()):
-                save_file(best, folder / BEST)
-            state = {
-                "config": dataclasses.asdict(self._config),
-                "rows": self._digest,
-                "num_steps": fitted.num_steps,
-                "ended": optimizer is None,
-                "history": fitted.history,
-                "seconds": fitted.seconds,
-                "sums": fitted.sums,
-                "best_loss": best_loss,
-            }
-            (folder / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-            ranks.wait()
-        for old in self._folder.glob("step-*"):
-            if old != path:
-                shutil.rmtree(old)
+    def _try_to_save(self, fitted: Fitted, trained: nn.Module, optimizer: Optimizer | None, then: str = "") -> None:
+        """By all ranks; if one of them cannot, the checkpoint of before stays, and a line says so, and what `then`."""
+        try:
+            self._save(fitted, trained, optimizer)
+        except OSError as error:
+            place = checkpoint_folder(self._config)
+            self._progress.print(f"{place}: {error.strerror}: step {fitted.num_steps} is not kept{then}")
 
-    def _save_own(self, folder: Path, optimizer: Optimizer | None) -> None:
-        if optimizer is None:
-            return
-        save_moments(folder, optimizer, self._ranks)
-        path = folder / self._random_name()
-        with errors_name(path):
-            save_file(_generators(), path)
+    def _save(self, fitted: Fitted, trained: nn.Module, optimizer: Optimizer | None) -> None:
+        """By all ranks: each its moments and generators, rank 0 the rest; OSError on all of them if one cannot."""
+        ranks, path, folder = self._ranks, self._folder / f"step-{fitted.num_steps}", Path()
+        with ExitStack() as until_whole:
+            with self._failing_together(path):
+                if ranks.is_main:
+                    folder = until_whole.enter_context(new_folder(path)).absolute()
+            folder = Path(ranks.gather(str(folder))[0])
+            with self._failing_together(path):
+                if optimizer is not None:
+                    save_moments(folder, optimizer, ranks)
+                    save_file(_generators(), folder / self._random_name())
+                if ranks.is_main:
+                    self._save_shared(folder, fitted, trained, ended=optimizer is None)
+        if ranks.is_main:
+            for old in self._folder.glob("step-*"):
+                if old != path:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def _save_shared(self, folder: Path, fitted: Fitted, trained: nn.Module, *, ended: bool) -> None:
+        """What is the same on all ranks."""
+        weights = weights_of(trained)
+        save_file(weights, folder / WEIGHTS)
+        best_loss, best = fitted.best or (None, {})
+        if best and any(not torch.equal(best[name], weight) for name, weight in weights.items()):
+            save_file(best, folder / BEST)
+        state = {
+            "config": dataclasses.asdict(self._config),
+            "rows": self._digest,
+            "num_steps": fitted.num_steps,
+            "ended": ended,
+            "history": fitted.history,
+            "seconds": fitted.seconds,
+            "sums": fitted.sums,
+            "best_loss": best_loss,
+        }
+        (folder / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+    @contextmanager
+    def _failing_together(self, path: Path) -> Iterator[None]:
+        """An error of the system inside, on any rank, is an OSError on all of them."""
+        failed = None
+        try:
+            with errors_name(path):
+                yield
+        except OSError as error:
+            failed = (error.errno, error.strerror)
+        for errno_and_words in filter(None, self._ranks.gather(failed)):
+            raise OSError(*errno_and_words, str(path))
 
     def _random_name(self) -> str:
         return f"random-{self._ranks.rank}-of-{self._ranks.size}.safetensors"

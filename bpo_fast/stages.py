@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import math
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,11 +22,12 @@ from bpo_fast.checkpoint import put_weights
 from bpo_fast.config import OptimConfig
 from bpo_fast.files import new_folder
 from bpo_fast.fused_layers import fuse_layers_
+from bpo_fast.interrupts import interrupts_call
 from bpo_fast.loading import named_load_errors
 from bpo_fast.optim import Optimizer
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import Devices, Ranks, started, sum_gradients
-from bpo_fast.stage_checkpoint import Fitted, StageCheckpoint, checkpoint_folder, weights_of
+from bpo_fast.stage_checkpoint import Fitted, StageCheckpoint, checkpoint_folder, newest_checkpoint, weights_of
 from bpo_fast.stage_config import StageConfig
 from bpo_fast.tokenizer import train_bpe
 
@@ -42,14 +44,23 @@ def stage_ranks(config: StageConfig) -> AbstractContextManager[Ranks]:
 
 
 @contextmanager
-def stage_folder(config: StageConfig, ranks: Ranks) -> Iterator[Path | None]:
-    """On rank 0 a folder that becomes `out` when the block ends well, with no checkpoints beside it; None elsewhere."""
+def stage_folder(config: StageConfig, ranks: Ranks, progress: Progress) -> Iterator[Path | None]:
+    """On rank 0 a folder that becomes `out` when the block ends well, with no checkpoints beside it; None elsewhere.
+
+    Where it ends by an interrupt or by the system, such as for want of room, a line says from where it goes on.
+    """
     if not ranks.is_main:
         yield None
         return
     out = check_new(f"{config.stage}.out", config.out).resolve()  # a link stays, and leads to the new folder
-    with _alone(out, f"{config.stage}.out = {config.out}"), new_folder(out) as folder:
-        yield folder
+    with _alone(out, f"{config.stage}.out = {config.out}"):
+        try:
+            with interrupts_call(signal.default_int_handler), new_folder(out) as folder:
+                yield folder
+        except (KeyboardInterrupt, OSError):
+            if kept := newest_checkpoint(config):
+                progress.print(f"stopped: the same command goes on from {kept}")
+            raise
     shutil.rmtree(checkpoint_folder(config), ignore_errors=True)
 
 

@@ -1,5 +1,6 @@
 """A stage that was stopped goes on with the same command, and ends as if it had not been."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,11 +12,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_world import rows_of_stages, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bpo_fast import stages
+from bpo_fast import stage_checkpoint, stages
 from bpo_fast.progress import Progress
 from bpo_fast.reward import RewardConfig, train_reward
 from bpo_fast.sft import CompletionNll, SftConfig, train_sft
@@ -55,9 +57,24 @@ def make_base(folder, **options):
     return str(folder)
 
 
-def run(stage, data, out, **changes):
+class Heard(Progress):
+    """Shows nothing, and keeps the lines of its own that are not of a task."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.lines = []
+
+    def print(self, message):
+        self.lines.append(message)
+
+    @property
+    def of_checkpoints(self):
+        return [line for line in self.lines if ".checkpoint" in line]
+
+
+def run(stage, data, out, progress=QUIET, **changes):
     config_class, train = (SftConfig, train_sft) if stage == "sft" else (RewardConfig, train_reward)
-    return train(config_class(data=str(data), out=str(out), **SMALL | {"epochs": 2} | changes), progress=QUIET)
+    return train(config_class(data=str(data), out=str(out), **SMALL | {"epochs": 2} | changes), progress=progress)
 
 
 @contextmanager
@@ -195,7 +212,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path, data, monkeypatch, capfd):
         train_sft(SftConfig(data=str(data), out=str(tmp_path / "out"), **SMALL))  # which prints
     said = capfd.readouterr().err
     assert "stopping after this step, with a checkpoint; a second interrupt stops at once" in said
-    assert f"interrupted at step 2: the same command goes on from {tmp_path / 'out.checkpoint'}" in said
+    assert f"stopped: the same command goes on from {tmp_path / 'out.checkpoint' / 'step-2'}" in said
 
 
 def test_a_checkpoint_of_something_else_is_named(tmp_path, data, monkeypatch):
@@ -286,6 +303,75 @@ def test_checkpoints_come_by_the_clock_and_replace_each_other(tmp_path, data, mo
     assert not any(seen)
 
 
+@contextmanager
+def full_disk(monkeypatch, times):
+    """The disk is full when these checkpoints, counted from 1, are written; safetensors has an error of its own."""
+    save, num = stage_checkpoint.save_file, []
+
+    def save_or_fail(tensors, path):
+        is_weights = path.name == stage_checkpoint.WEIGHTS
+        num.extend([path] if is_weights else [])
+        if is_weights and len(num) in times:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_checkpoint, "save_file", save_or_fail)
+        yield
+
+
+def test_a_full_disk_does_not_end_the_training(tmp_path, data, monkeypatch):
+    seen, heard = [], Heard()
+    take = stages.Steps.take
+
+    def watched(steps, batch):
+        seen.append(sorted(path.name for path in tmp_path.glob("out.checkpoint/*")))
+        take(steps, batch)
+
+    run("sft", data, tmp_path / "whole")
+    monkeypatch.setattr(stages.Steps, "take", watched)
+    with full_disk(monkeypatch, [1, 3, 4]):
+        run("sft", data, tmp_path / "out", progress=heard, save_minutes=1e-9)
+    assert seen[:5] == [[], [], ["step-2"], ["step-2"], ["step-4"]]  # the fourth was after the epoch
+    then = "training goes on, with another try in 1e-09 minutes"
+    failed = f"{tmp_path / 'out.checkpoint'}: No space left on device: step {{}} is not kept; {then}"
+    assert heard.of_checkpoints == [failed.format(step) for step in (1, 3, 3)]
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_a_full_disk_at_an_interrupt_leaves_the_checkpoint_of_before(tmp_path, data, monkeypatch):
+    heard, kept = Heard(), tmp_path / "out.checkpoint"
+    for step, older in ((2, None), (3, "step-2")):
+        if older:
+            with interrupted_after(2, monkeypatch), pytest.raises(KeyboardInterrupt):
+                run("sft", data, tmp_path / "out")
+        heard.lines.clear()
+        stopped = interrupted_after(1 if older else 2, monkeypatch)
+        with stopped, full_disk(monkeypatch, [1]), pytest.raises(KeyboardInterrupt):
+            run("sft", data, tmp_path / "out", progress=heard)
+        said = [f"{kept}: No space left on device: step {step} is not kept"]
+        said += [f"stopped: the same command goes on from {kept / older}"] if older else []
+        assert heard.of_checkpoints == said
+        assert [path.name for path in kept.glob("*")] == ([older] if older else [])
+
+
+def test_no_room_for_what_is_written_leaves_the_checkpoint(tmp_path, data, monkeypatch):
+    def no_room(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    heard, out = Heard(), tmp_path / "out"
+    with interrupted_after(NUM_STEPS, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run("sft", data, out)
+    with monkeypatch.context() as patch:
+        patch.setattr("bpo_fast.sft.save_model", no_room)
+        with pytest.raises(OSError, match=f"No space left on device: '{out}'"):
+            run("sft", data, out, progress=heard)
+    assert heard.of_checkpoints == [f"stopped: the same command goes on from {out}.checkpoint/step-{NUM_STEPS}"]
+    with interrupted_after(0, monkeypatch) as taken:
+        run("sft", data, out)
+    assert not taken
+
+
 def environment():
     return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
@@ -313,6 +399,25 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path, data):
     assert start(out).wait() == 0
     assert outcome(out) == outcome(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl", "whole"]
+
+
+def test_a_device_that_cannot_save_does_not_end_the_training(tmp_path, data, monkeypatch):
+    folder_of = stage_checkpoint.new_folder
+
+    @contextmanager
+    def crowded(path):
+        with folder_of(path) as folder:
+            if path.name == "step-2":
+                (folder / "optimizer-1-of-2.safetensors").mkdir()
+            yield folder
+
+    monkeypatch.setattr(stage_checkpoint, "new_folder", crowded)
+    heard = Heard()
+    with interrupted_after(4, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run("sft", data, tmp_path / "out", progress=heard, devices=2, save_minutes=1e-9)
+    failed, stopped = heard.of_checkpoints
+    assert failed.startswith(f"{tmp_path / 'out.checkpoint'}: Is a directory: step 2 is not kept; training goes on")
+    assert stopped == f"stopped: the same command goes on from {tmp_path / 'out.checkpoint' / 'step-4'}"
 
 
 @pytest.mark.parametrize("devices", [2, 1])
