@@ -227,8 +227,6 @@ def _train_member(
             progress=progress,
             ranks=ranks,
         )
-    if member + 1 < config.members:
-        checkpoint.end(history, lora or model)
     if folder:
         out = folder if alone else folder / f"member-{member}"
         if lora is None:

@@ -54,6 +54,7 @@ class Fitted:
         seconds: of the epoch that has begun.
         sums: of the epoch that has begun, by name.
         best: (lowest held-out loss so far, the weights of then, by name, on the host), if there is held-out data.
+        ended: whether the training has, with the weights that come of it.
     """
 
     num_steps: int = 0
@@ -61,6 +62,7 @@ class Fitted:
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     best: tuple[float, dict[str, Tensor]] | None = None
+    ended: bool = False
 
 
 def checkpoint_folder(config: StageConfig) -> Path:
@@ -119,7 +121,8 @@ class StageCheckpoint:
         if state["best_loss"] is not None:
             file = folder / BEST
             best = (state["best_loss"], load_file(file) if file.exists() else weights_of(trained))
-        return Fitted(state["num_steps"], state["history"], state["seconds"], state["sums"], best)
+        so_far = (state[name] for name in ("num_steps", "history", "seconds", "sums"))
+        return Fitted(*so_far, best, state["ended"])
 
     def keep(self, fitted: Callable[[], Fitted], trained: nn.Module, optimizer: Optimizer) -> None:
         """Between two steps: saves if it is time to; where that fails, it is tried again when it is time to again.
@@ -142,12 +145,13 @@ class StageCheckpoint:
             raise KeyboardInterrupt
 
     def end(self, history: list[dict[str, float]], trained: nn.Module) -> None:
-        """Keeps what has come of a training whose stage has more of them to do."""
-        self._try_to_save(Fitted(int(sum(record["steps"] for record in history)), history), trained, None)
+        """Keeps what has come of a training: it is measured and written yet, or its stage has more of them to do."""
+        num_steps = int(sum(record["steps"] for record in history))
+        self._try_to_save(Fitted(num_steps, history, ended=True), trained, None)
 
     @contextmanager
     def heeds_interrupts(self) -> Iterator[None]:
-        """Inside, an interrupt is one for `keep`; a second one does not wait."""
+        """Inside, an interrupt waits for `keep` or `end`; a second one does not."""
         if not self._ranks.is_main:
             yield
             return
@@ -224,13 +228,13 @@ class StageCheckpoint:
                     save_moments(folder, optimizer, ranks)
                     save_file(_generators(), folder / self._random_name())
                 if ranks.is_main:
-                    self._save_shared(folder, fitted, trained, ended=optimizer is None)
+                    self._save_shared(folder, fitted, trained)
         if ranks.is_main:
             for old in self._folder.glob("step-*"):
                 if old != path:
                     shutil.rmtree(old, ignore_errors=True)
 
-    def _save_shared(self, folder: Path, fitted: Fitted, trained: nn.Module, *, ended: bool) -> None:
+    def _save_shared(self, folder: Path, fitted: Fitted, trained: nn.Module) -> None:
         """What is the same on all ranks."""
         weights = weights_of(trained)
         save_file(weights, folder / WEIGHTS)
@@ -241,7 +245,7 @@ class StageCheckpoint:
             "config": dataclasses.asdict(self._config),
             "rows": self._digest,
             "num_steps": fitted.num_steps,
-            "ended": ended,
+            "ended": fitted.ended,
             "history": fitted.history,
             "seconds": fitted.seconds,
             "sums": fitted.sums,

@@ -57,7 +57,7 @@ class StageConfig:
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass")
     save_dtype: str = knob("auto", "weights on disk; auto: as in training", choices=("auto", "float16", *DTYPES))
     save_minutes: float = knob(
-        10.0, "between checkpoints, from which the same command goes on; 0: when interrupted", ge=0
+        10.0, "between checkpoints, from which the same command goes on; 0: when interrupted and at the end", ge=0
     )
     seed: int = knob(42, "seed of start weights, held-out split and order of the rows", ge=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")

@@ -299,9 +299,12 @@ def fit(
                     fitted.best = (record["loss"], weights_of(trained))
             fitted.history.append(record)
             fitted.seconds = 0.0
-            checkpoint.keep(partial(steps.so_far, fitted, time.monotonic()), trained, steps.optimizer)
-    if fitted.best is not None and fitted.best[0] < fitted.history[-1]["loss"]:
-        put_weights(trained, fitted.best[1])
+            if epoch < len(epochs):
+                checkpoint.keep(partial(steps.so_far, fitted, time.monotonic()), trained, steps.optimizer)
+        if fitted.best is not None and fitted.best[0] < fitted.history[-1]["loss"]:
+            put_weights(trained, fitted.best[1])
+        if not fitted.ended:
+            checkpoint.end(fitted.history, trained)
     return fitted.history
 
 

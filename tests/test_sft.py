@@ -1,6 +1,8 @@
 import copy
 import json
 import math
+from pathlib import Path
+from tempfile import mkdtemp
 
 import peft
 import pytest
@@ -301,7 +303,7 @@ def test_no_pass_is_larger_than_a_micro_batch(tmp_path, stage):
 
 def fit_toy(tmp_path, model, config, rows, evaluate=None):
     ranks = Ranks()
-    checkpoint = StageCheckpoint(tmp_path / "toy.checkpoint", config, [], QUIET, ranks)
+    checkpoint = StageCheckpoint(Path(mkdtemp(dir=tmp_path)), config, [], QUIET, ranks)
     parts = {"checkpoint": checkpoint, "progress": QUIET, "ranks": ranks}
     return fit(model, model, config, rows, evaluate, name="toy", seed=0, **parts)
 

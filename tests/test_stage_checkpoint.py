@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_world import rows_of_stages, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bpo_fast import stage_checkpoint, stages
+from bpo_fast import reward, sft, stage_checkpoint, stages
 from bpo_fast.progress import Progress
 from bpo_fast.reward import RewardConfig, train_reward
 from bpo_fast.sft import CompletionNll, SftConfig, train_sft
@@ -200,6 +201,46 @@ def test_an_interrupt_while_it_is_measured_waits_for_the_numbers(tmp_path, data,
     with interrupted_after(0, monkeypatch) as taken:
         run("sft", data, tmp_path / "out")
     assert not taken
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def interrupts(function):
+    """The function, in which SIGINT comes."""
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return function(*args, **kwargs)
+
+    return interrupted
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_an_interrupt_after_the_last_step_keeps_what_was_trained(tmp_path, data, stage, monkeypatch):
+    run(stage, data, tmp_path / "whole")
+    for name in ["save_model"] + ["measure"] * (stage == "reward"):
+        heard, out = Heard(), tmp_path / name
+        with monkeypatch.context() as patch:
+            module = {"sft": sft, "reward": reward}[stage]
+            patch.setattr(module, name, interrupts(getattr(module, name)))
+            with pytest.raises(KeyboardInterrupt):
+                run(stage, data, out, progress=heard)
+        assert heard.of_checkpoints == [f"stopped: the same command goes on from {out}.checkpoint/step-{NUM_STEPS}"]
+        with interrupted_after(0, monkeypatch) as taken:
+            run(stage, data, out)
+        assert not taken
+        assert outcome(out) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", ["bpo_fast.stage_checkpoint.save_file", "bpo_fast.sft.save_model"])
+def test_an_interrupt_between_members_keeps_the_first(tmp_path, data, place, monkeypatch):
+    run("sft", data, tmp_path / "whole", members=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, interrupts(pkgutil.resolve_name(place)))
+        with pytest.raises(KeyboardInterrupt):
+            run("sft", data, tmp_path / "out", members=2)
+    with interrupted_after(0, monkeypatch) as taken:
+        run("sft", data, tmp_path / "out", members=2)
+    assert len(taken) == NUM_STEPS
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
