@@ -7,7 +7,7 @@ each steps its own piece of every tensor and gets the others' (the first stage o
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -244,6 +244,17 @@ class Optimizer:
             parts = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float32) for g in grads]
             return torch.stack(parts).square().sum(0).sqrt()
         return torch.linalg.vector_norm(torch.stack([_norm(g) for g in grads])).view(1)
+
+    @torch.no_grad()
+    def exact_weights(self) -> Iterator[Tensor]:
+        """Of every parameter in turn a copy on the host, float32, that was not rounded to its type; by all ranks."""
+        for piece, bounds in zip(self._pieces, self._bounds, strict=True):
+            whole = piece.parameter.detach()
+            if piece.is_copy:
+                whole = torch.empty_like(whole, dtype=torch.float32, memory_format=torch.contiguous_format)
+                piece.of(whole).copy_(piece.master)
+                self._ranks.exchange_([whole], [bounds])
+            yield whole.to("cpu", copy=True).contiguous()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments, step counts and masters of this rank's pieces, by the number of their parameter."""

@@ -72,7 +72,7 @@ def train_rank(config: RewardConfig, ranks: Ranks, progress: Progress) -> dict[s
         model = _open_model(config, train, device)
         ranks.connect(device)
         train = train + swap_answers(train, round(config.swapped * len(train)), config.seed)
-        history = _fit(model, config, train, held_out, progress, ranks)
+        history, weights = _fit(model, config, train, held_out, progress, ranks)
         result: dict[str, Any] = {
             "config": dataclasses.asdict(config),
             "num_train": len(train),
@@ -86,7 +86,7 @@ def train_rank(config: RewardConfig, ranks: Ranks, progress: Progress) -> dict[s
             model.model.eval()
             result["plateau_epoch"] = plateau_epoch([h["loss"] for h in history])
             result["held_out"] = measure(model, held_out, config.seed)
-        save_model(model.model, model.tokenizer, folder, config.save_dtype)
+        save_model(model.model, model.tokenizer, folder, config.save_dtype, weights)
         result["seconds"] = time.monotonic() - started
         (folder / REWARD_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
@@ -210,7 +210,7 @@ def _fit(
     held_out: list[TextPair],
     progress: Progress,
     ranks: Ranks,
-) -> list[dict[str, float]]:
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     rows = training_rows(model, train)
     if config.gradient_checkpointing:
         checkpoint_layers_(model.model)

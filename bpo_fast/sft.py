@@ -215,7 +215,7 @@ def _train_member(
     name, kept = ("sft", "") if alone else (f"sft member {member}", f"member-{member}")
     checkpoint = StageCheckpoint(checkpoint_folder(config) / kept, config, (e.ids for e in train), progress, ranks)
     with view:
-        history = fit(
+        history, weights = fit(
             model,
             lora or model,
             config,
@@ -230,7 +230,7 @@ def _train_member(
     if folder:
         out = folder if alone else folder / f"member-{member}"
         if lora is None:
-            save_model(model, data.tokenizer, out, config.save_dtype)
+            save_model(model, data.tokenizer, out, config.save_dtype, weights)
         else:
             dtype = torch.float32 if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
             lora.save(out, str(config.model), member=0, dtype=dtype)

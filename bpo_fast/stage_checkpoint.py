@@ -1,8 +1,8 @@
 """Checkpoints of the stages before the loop, from which the command that was stopped goes on when it is given again.
 
 OUT.checkpoint/[member-<m>/]step-<n>/
-  weights.safetensors                         what is in training
-  best.safetensors                            the same at the best epoch so far, if that is not the last
+  weights.safetensors                         what is in training; what has come of it, in float32, once it has ended
+  best.safetensors                            the same at the best epoch so far, in float32
   optimizer[-<rank>-of-<N>].safetensors       moments and masters; not there once the training has ended
   random-<rank>-of-<N>.safetensors            states of the generators that dropout draws from
   state.json                                  settings, which rows, how far
@@ -53,8 +53,10 @@ class Fitted:
         history: a record for every epoch that has been measured.
         seconds: of the epoch that has begun.
         sums: of the epoch that has begun, by name.
-        best: (lowest held-out loss so far, the weights of then, by name, on the host), if there is held-out data.
-        ended: whether the training has, with the weights that come of it.
+        best: (lowest held-out loss so far, the weights of then), if there is held-out data.
+        weights: what has come of it, once it has ended.
+
+    Weights are float32, as they are stepped, by name, on the host of rank 0; elsewhere there are none.
     """
 
     num_steps: int = 0
@@ -62,7 +64,7 @@ class Fitted:
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     best: tuple[float, dict[str, Tensor]] | None = None
-    ended: bool = False
+    weights: dict[str, Tensor] | None = None
 
 
 def checkpoint_folder(config: StageConfig) -> Path:
@@ -108,21 +110,21 @@ class StageCheckpoint:
                 begun = self._advice(f"was begun with another {name}")
                 raise ValueError(f"{self._config.stage}.model = {self._config.model}: {begun}")
             # auto is another type on another device
-            if weights[name].dtype != parameter.dtype:
+            if weights[name].dtype != parameter.dtype and not state["ended"]:
                 begun = self._advice(f"was begun with {str(weights[name].dtype).removeprefix('torch.')}")
                 raise ValueError(f"{self._config.stage}.dtype = {self._config.dtype}: {begun}")
         put_weights(trained, weights)
-        if not state["ended"]:
-            optimizer.load_state_dict([load_file(file) for file in moment_files(folder)])
+        is_main = self._ranks.is_main
+        fitted = Fitted(*(state[name] for name in ("num_steps", "history", "seconds", "sums")))
+        if state["ended"]:
+            return dataclasses.replace(fitted, weights=weights if is_main else {})
+        optimizer.load_state_dict([load_file(file) for file in moment_files(folder)])
         generators = folder / self._random_name()
         if generators.exists():
             _put_generators(load_file(generators))
-        best = None
         if state["best_loss"] is not None:
-            file = folder / BEST
-            best = (state["best_loss"], load_file(file) if file.exists() else weights_of(trained))
-        so_far = (state[name] for name in ("num_steps", "history", "seconds", "sums"))
-        return Fitted(*so_far, best, state["ended"])
+            fitted.best = (state["best_loss"], load_file(folder / BEST) if is_main else {})
+        return fitted
 
     def keep(self, fitted: Callable[[], Fitted], trained: nn.Module, optimizer: Optimizer) -> None:
         """Between two steps: saves if it is time to; where that fails, it is tried again when it is time to again.
@@ -139,15 +141,15 @@ class StageCheckpoint:
         if wish == GO_ON:
             return
         then = f"; training goes on, with another try in {self._config.save_minutes:g} minutes"
-        self._try_to_save(fitted(), trained, optimizer, "" if wish == STOP else then)
+        weights = weights_of(trained) if self._ranks.is_main else {}
+        self._try_to_save(fitted(), weights, optimizer, "" if wish == STOP else then)
         self._saved_at = time.monotonic()
         if wish == STOP and self._ranks.is_main:
             raise KeyboardInterrupt
 
-    def end(self, history: list[dict[str, float]], trained: nn.Module) -> None:
+    def end(self, fitted: Fitted, weights: dict[str, Tensor]) -> None:
         """Keeps what has come of a training: it is measured and written yet, or its stage has more of them to do."""
-        num_steps = int(sum(record["steps"] for record in history))
-        self._try_to_save(Fitted(num_steps, history, ended=True), trained, None)
+        self._try_to_save(dataclasses.replace(fitted, best=None), weights, None)
 
     @contextmanager
     def heeds_interrupts(self) -> Iterator[None]:
@@ -207,15 +209,17 @@ class StageCheckpoint:
     def _advice(self, what: str) -> str:
         return f"{checkpoint_folder(self._config)} {what}; go on with those, or remove it to begin anew"
 
-    def _try_to_save(self, fitted: Fitted, trained: nn.Module, optimizer: Optimizer | None, then: str = "") -> None:
+    def _try_to_save(
+        self, fitted: Fitted, weights: dict[str, Tensor], optimizer: Optimizer | None, then: str = ""
+    ) -> None:
         """By all ranks; if one of them cannot, the checkpoint of before stays, and a line says so, and what `then`."""
         try:
-            self._save(fitted, trained, optimizer)
+            self._save(fitted, weights, optimizer)
         except OSError as error:
             place = checkpoint_folder(self._config)
             self._progress.print(f"{place}: {error.strerror}: step {fitted.num_steps} is not kept{then}")
 
-    def _save(self, fitted: Fitted, trained: nn.Module, optimizer: Optimizer | None) -> None:
+    def _save(self, fitted: Fitted, weights: dict[str, Tensor], optimizer: Optimizer | None) -> None:
         """By all ranks: each its moments and generators, rank 0 the rest; OSError on all of them if one cannot."""
         ranks, path, folder = self._ranks, self._folder / f"step-{fitted.num_steps}", Path()
         with ExitStack() as until_whole:
@@ -228,24 +232,23 @@ class StageCheckpoint:
                     save_moments(folder, optimizer, ranks)
                     save_file(_generators(), folder / self._random_name())
                 if ranks.is_main:
-                    self._save_shared(folder, fitted, trained)
+                    self._save_shared(folder, fitted, weights, ended=optimizer is None)
         if ranks.is_main:
             for old in self._folder.glob("step-*"):
                 if old != path:
                     shutil.rmtree(old, ignore_errors=True)
 
-    def _save_shared(self, folder: Path, fitted: Fitted, trained: nn.Module) -> None:
+    def _save_shared(self, folder: Path, fitted: Fitted, weights: dict[str, Tensor], *, ended: bool) -> None:
         """What is the same on all ranks."""
-        weights = weights_of(trained)
         save_file(weights, folder / WEIGHTS)
         best_loss, best = fitted.best or (None, {})
-        if best and any(not torch.equal(best[name], weight) for name, weight in weights.items()):
+        if best:
             save_file(best, folder / BEST)
         state = {
             "config": dataclasses.asdict(self._config),
             "rows": self._digest,
             "num_steps": fitted.num_steps,
-            "ended": fitted.ended,
+            "ended": ended,
             "history": fitted.history,
             "seconds": fitted.seconds,
             "sums": fitted.sums,

@@ -6,7 +6,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from bpo_fast.loading import named_load_errors
 from bpo_fast.optim import Optimizer
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import Devices, Ranks, started, sum_gradients
-from bpo_fast.stage_checkpoint import Fitted, StageCheckpoint, checkpoint_folder, newest_checkpoint, weights_of
+from bpo_fast.stage_checkpoint import Fitted, StageCheckpoint, checkpoint_folder, newest_checkpoint
 from bpo_fast.stage_config import StageConfig
 from bpo_fast.tokenizer import train_bpe
 
@@ -185,6 +185,12 @@ class Steps:
         for name, value in fitted.sums.items():
             self._sums[name] = torch.full_like(self._sums[name], value)
 
+    def exact_weights(self, trained: nn.Module) -> dict[str, Tensor]:
+        """The weights of what holds the parameters, as a `Fitted` has them; by all ranks."""
+        names = [name for name, _ in trained.named_parameters()]
+        weights = zip(names, self.optimizer.exact_weights(), strict=True)
+        return {name: weight for name, weight in weights if self._ranks.is_main}
+
     def take(self, batch: list[int]) -> None:
         """One step."""
         rows, sums = self._rows, self._sums
@@ -236,7 +242,7 @@ def fit(
     checkpoint: StageCheckpoint,
     progress: Progress,
     ranks: Ranks,
-) -> list[dict[str, float]]:
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Trains in place and leaves the weights of the epoch with the lowest held-out loss (the last one without it).
 
     Args:
@@ -252,7 +258,7 @@ def fit(
 
     Returns:
         One record an epoch: epoch, steps, bad_steps (left out of training: a gradient that was not finite), train_loss,
-        seconds, tokens_per_s (padding not counted) and held-out numbers.
+        seconds, tokens_per_s (padding not counted) and held-out numbers. And the weights, as a `Fitted` has them.
 
     Raises:
         ValueError: the loss, or the gradient of three steps in a row, is not finite; or the checkpoint is another's.
@@ -295,17 +301,19 @@ def fit(
                 model.eval()
                 record |= evaluate()
                 task.advance(0, note=f"held-out loss {record['loss']:.4f}")
-                if fitted.best is None or record["loss"] < fitted.best[0]:
-                    fitted.best = (record["loss"], weights_of(trained))
+                if record["loss"] < (fitted.best[0] if fitted.best else math.inf):
+                    fitted.best = (record["loss"], steps.exact_weights(trained))
             fitted.history.append(record)
             fitted.seconds = 0.0
             if epoch < len(epochs):
                 checkpoint.keep(partial(steps.so_far, fitted, time.monotonic()), trained, steps.optimizer)
-        if fitted.best is not None and fitted.best[0] < fitted.history[-1]["loss"]:
-            put_weights(trained, fitted.best[1])
-        if not fitted.ended:
-            checkpoint.end(fitted.history, trained)
-    return fitted.history
+        weights = fitted.weights
+        if weights is None:
+            weights = fitted.best[1] if fitted.best else steps.exact_weights(trained)
+            checkpoint.end(steps.so_far(fitted, time.monotonic()), weights)
+    if ranks.is_main:
+        put_weights(trained, weights)
+    return fitted.history, weights
 
 
 def optim_config(config: StageConfig, num_steps: int) -> OptimConfig:
@@ -348,8 +356,16 @@ def check_new(what: str, path: str) -> Path:
     return out
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:
-    """Writes a plain Hugging Face folder: safetensors, config, tokenizer, generation config; `auto` is as it is."""
+def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str, weights: Mapping[str, Tensor]) -> None:
+    """Writes a plain Hugging Face folder: safetensors, config, tokenizer, generation config.
+
+    Args:
+        model: in place, it becomes what is written.
+        tokenizer: of the model.
+        folder: where to.
+        dtype: of the weights; `auto` is that of the model.
+        weights: its parameters in float32, by name.
+    """
     transformers.utils.logging.disable_progress_bar()
     if hasattr(model, "generation_config"):
         model.generation_config = transformers.GenerationConfig(
@@ -358,6 +374,6 @@ def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:
             eos_token_id=tokenizer.eos_token_id,
         )
     if dtype != "auto":
-        model.to(getattr(torch, dtype))
+        put_weights(model.to(getattr(torch, dtype)), weights)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -236,6 +236,13 @@ class Together:
                         tensors[mine.rank][0].copy_(row.view_as(tensor))
         return norm, finite
 
+    def exact_weights(self):
+        """Of every parameter the pieces that the ranks bring."""
+        for start, *brought in zip(self.weights[0], *(o.exact_weights() for o in self.optimizers), strict=True):
+            ends = list(itertools.pairwise(cut(start.numel(), len(brought))))
+            own = [tensor.flatten()[slice(*ends[rank])] for rank, tensor in enumerate(brought)]
+            yield torch.cat(own).view(start.shape)
+
 
 SHARDED = ((5, 300), (7,), (2, 128, 9), (1, 512))
 
@@ -276,6 +283,10 @@ def test_pieces_of_ranks_end_as_the_whole_and_go_on_with_another_number_of_ranks
                     pieces = new
                 else:
                     whole = new
+    for weight, wide, other in zip(whole.weights[0], whole.exact_weights(), pieces.exact_weights(), strict=True):
+        torch.testing.assert_close(wide, other, rtol=1e-6, atol=1e-7)
+        assert torch.equal(wide.to(dtype), weight)
+        assert torch.equal(wide, weight) == (dtype == torch.float32)
 
 
 def test_each_rank_holds_its_part_of_the_moments():

@@ -305,7 +305,7 @@ def fit_toy(tmp_path, model, config, rows, evaluate=None):
     ranks = Ranks()
     checkpoint = StageCheckpoint(Path(mkdtemp(dir=tmp_path)), config, [], QUIET, ranks)
     parts = {"checkpoint": checkpoint, "progress": QUIET, "ranks": ranks}
-    return fit(model, model, config, rows, evaluate, name="toy", seed=0, **parts)
+    return fit(model, model, config, rows, evaluate, name="toy", seed=0, **parts)[0]
 
 
 def test_too_little_memory_halves_the_micro_batches_once(tmp_path, caplog):

@@ -137,12 +137,43 @@ def test_interrupted_at_any_step_it_ends_bit_for_bit(tmp_path, data, form, monke
         assert not checkpoint_folder(SftConfig(data="x", out=str(out))).exists()
 
 
+FLOATS = {
+    "sft": ("sft", {}),
+    "reward": ("reward", {}),
+    "8bit": ("sft", {"states": "8bit"}),
+    "two members": ("sft", {"members": 2}),
+    "no held-out rows": ("sft", {"eval_fraction": 0}),
+}
+
+
+@pytest.mark.parametrize("form", FLOATS)
+def test_weights_that_are_written_wider_were_not_rounded(tmp_path, data, form, monkeypatch):
+    stage, knobs = FLOATS[form]
+    knobs |= {"dtype": "bfloat16"}
+    run(stage, data, tmp_path / "narrow", **knobs)
+    run(stage, data, tmp_path / "whole", save_dtype="float32", **knobs)
+    with interrupted_after(NUM_STEPS, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run(stage, data, tmp_path / "out", **knobs)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"bpo_fast.{stage}.save_model", interrupts(stages.save_model))
+        with pytest.raises(KeyboardInterrupt):
+            run(stage, data, tmp_path / "out", **knobs)
+    run(stage, data, tmp_path / "out", save_dtype="float32", **knobs)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    for path in tmp_path.glob("whole/**/*.safetensors"):
+        wide, narrow = load_file(path), load_file(tmp_path / "narrow" / path.relative_to(tmp_path / "whole"))
+        for name, weight in wide.items():
+            assert torch.equal(weight.bfloat16(), narrow[name])
+            assert not torch.equal(weight, narrow[name].float())
+
+
 def test_the_best_epoch_is_remembered(tmp_path, data, monkeypatch):
     def norms(nll, examples, batch_tokens):
         return sum(p.norm().item() for p in nll._model.parameters()), 1
 
     monkeypatch.setattr(CompletionNll, "sum", norms)  # which grow
     knobs = {"epochs": 3, "learning_rate": 0.01}
+    knobs |= {"dtype": "bfloat16", "save_dtype": "float32"}
     result = run("sft", data, tmp_path / "whole", **knobs)
     assert result["members"][0]["best_epoch"] == 1
     with interrupted_after(NUM_STEPS + 1, monkeypatch), pytest.raises(KeyboardInterrupt):
