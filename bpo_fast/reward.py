@@ -19,7 +19,7 @@ from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_er
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import read_rows, row_label, row_text
 from bpo_fast.ranks import Ranks
-from bpo_fast.stage_checkpoint import StageCheckpoint, checkpoint_folder
+from bpo_fast.stage_checkpoint import StageCheckpoint, checkpoint_folder, inputs_of
 from bpo_fast.stage_config import RewardConfig
 from bpo_fast.stages import (
     TrainingRows,
@@ -223,6 +223,7 @@ def _fit(
         return {"loss": loss, "accuracy": (better > worse).double().mean().item()}
 
     measured = evaluate if held_out else None
+    inputs = inputs_of(config, model.model, model.tokenizer, train, held_out)
     return fit(
         model.model,
         model.model,
@@ -231,7 +232,7 @@ def _fit(
         measured,
         name="reward",
         seed=config.seed,
-        checkpoint=StageCheckpoint(checkpoint_folder(config), config, train, progress, ranks),
+        checkpoint=StageCheckpoint(checkpoint_folder(config), config, inputs, progress, ranks),
         progress=progress,
         ranks=ranks,
     )

@@ -34,7 +34,7 @@ from bpo_fast.lora import LoraEnsemble
 from bpo_fast.progress import Progress
 from bpo_fast.prompts import cut_prompt, encode_prompts, read_rows, row_text
 from bpo_fast.ranks import Ranks
-from bpo_fast.stage_checkpoint import StageCheckpoint, checkpoint_folder
+from bpo_fast.stage_checkpoint import StageCheckpoint, checkpoint_folder, inputs_of
 from bpo_fast.stage_config import SftConfig
 from bpo_fast.stages import (
     TrainingRows,
@@ -213,7 +213,8 @@ def _train_member(
         return {"loss": nats / num_tokens, "loss_per_sequence": nats / len(held_out)}
 
     name, kept = ("sft", "") if alone else (f"sft member {member}", f"member-{member}")
-    checkpoint = StageCheckpoint(checkpoint_folder(config) / kept, config, (e.ids for e in train), progress, ranks)
+    inputs = inputs_of(config, model, data.tokenizer, train, held_out)
+    checkpoint = StageCheckpoint(checkpoint_folder(config) / kept, config, inputs, progress, ranks)
     with view:
         history, weights = fit(
             model,

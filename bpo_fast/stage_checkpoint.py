@@ -5,7 +5,7 @@ OUT.checkpoint/[member-<m>/]step-<n>/
   best.safetensors                            the same at the best epoch so far, in float32
   optimizer[-<rank>-of-<N>].safetensors       moments and masters; not there once the training has ended
   random-<rank>-of-<N>.safetensors            states of the generators that dropout draws from
-  state.json                                  settings, which rows, how far
+  state.json                                  settings, digests of what they name, how far
 
 A folder is whole or not there; the newest replaces the one before. All of them go when OUT is there.
 """
@@ -16,10 +16,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,9 @@ MAY_CHANGE = {
     *("device", "devices", "microbatch_tokens", "gradient_checkpointing"),
     *("out", "save_dtype", "save_minutes"),
 }
+# how a change of what a setting names is called
+CHANGES = {"tokenizer": "another tokenizer", "model": "other weights", "data": "other rows", "eval_data": "other rows"}
+SAMPLED = 64  # elements of a tensor
 STATE, WEIGHTS, BEST = "state.json", "weights.safetensors", "best.safetensors"
 GO_ON, SAVE, STOP = range(3)
 
@@ -79,40 +81,67 @@ def newest_checkpoint(config: StageConfig) -> Path | None:
     return max((state.parent for state in states), key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
+def inputs_of(
+    config: StageConfig, model: Any, tokenizer: Any, train: Sequence[Any], held_out: Sequence[Any]
+) -> dict[str, str]:
+    """What is behind the settings of a stage, before it trains: the type of its weights, and digests of the rest.
+
+    Args:
+        config: settings of the stage.
+        model: of transformers; of its parameters a sample is read, rounded to bfloat16.
+        tokenizer: of transformers.
+        train: rows, which are printed.
+        held_out: rows, which are printed.
+    """
+    inputs = {"dtype": str(model.dtype).removeprefix("torch.")}
+    if config.tokenizer or config.model:
+        backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+        inputs["tokenizer"] = _digest([backend, tokenizer.chat_template, tokenizer.special_tokens_map])
+    if config.model:
+        sizes, samples = zip(*(_size_and_sample(p.detach()) for p in model.parameters()), strict=True)
+        inputs["model"] = _digest([sizes, torch.cat(samples).tolist()])
+    inputs["data"] = _digest(train if config.eval_data else [*train, *held_out])
+    return inputs | ({"eval_data": _digest(held_out)} if config.eval_data else {})
+
+
+def _size_and_sample(tensor: Tensor) -> tuple[torch.Size, Tensor]:
+    row = tensor.flatten()
+    return tensor.shape, row[:: len(row) // SAMPLED + 1].bfloat16()
+
+
+def _digest(rows: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row}\n".encode())
+    return digest.hexdigest()
+
+
 class StageCheckpoint:
     """Where one training of a stage is kept while it runs.
 
     Args:
         folder: of its checkpoints.
         config: settings of the stage, kept and compared.
-        rows: what it trains on; a digest of them, as they are printed, is kept and compared.
-        progress: told where the checkpoint of an interrupted training is.
+        inputs: see `inputs_of`; kept and compared.
+        progress: told of what cannot be kept.
         ranks: of the stage; rank 0 decides when to save, all of them do.
     """
 
-    def __init__(self, folder: Path, config: StageConfig, rows: Iterable[Any], progress: Progress, ranks: Ranks):
-        self._folder, self._config, self._rows, self._progress, self._ranks = folder, config, rows, progress, ranks
+    def __init__(self, folder: Path, config: StageConfig, inputs: Mapping[str, str], progress: Progress, ranks: Ranks):
+        self._folder, self._config, self._inputs, self._progress, self._ranks = folder, config, inputs, progress, ranks
         self._saved_at, self._is_asked = time.monotonic(), False
 
     def load(self, trained: nn.Module, optimizer: Optimizer) -> Fitted:
         """Puts weights, moments and generators back, in place, and says how far it was.
 
         Raises:
-            ValueError: the checkpoint is of other settings or rows.
+            ValueError: the checkpoint is of another command, of other settings or of other inputs.
         """
         path = self._ranks.gather(str(self._find() or "") if self._ranks.is_main else "")[0]
         if not path:
             return Fitted()
         folder = Path(path)
         state, weights = json.loads((folder / STATE).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
-        for name, parameter in trained.named_parameters():
-            if name not in weights or weights[name].shape != parameter.shape:
-                begun = self._advice(f"was begun with another {name}")
-                raise ValueError(f"{self._config.stage}.model = {self._config.model}: {begun}")
-            # auto is another type on another device
-            if weights[name].dtype != parameter.dtype and not state["ended"]:
-                begun = self._advice(f"was begun with {str(weights[name].dtype).removeprefix('torch.')}")
-                raise ValueError(f"{self._config.stage}.dtype = {self._config.dtype}: {begun}")
         put_weights(trained, weights)
         is_main = self._ranks.is_main
         fitted = Fitted(*(state[name] for name in ("num_steps", "history", "seconds", "sums")))
@@ -182,32 +211,26 @@ class StageCheckpoint:
         root = checkpoint_folder(self._config)
         remove_temporaries(root)
         for path in root.rglob(STATE):  # those of other members too: all of them go when OUT is there
-            self._check_config(json.loads(path.read_text(encoding="utf-8"))["config"])
-        found = max(self._folder.glob("step-*"), key=step_of, default=None)
-        if found is None:
-            return None
-        if json.loads((found / STATE).read_text(encoding="utf-8"))["rows"] != self._digest:
-            advice = self._advice("was begun with other rows")
-            raise ValueError(f"{self._config.stage}.data = {self._config.data}: {advice}")
-        return found
+            self._check(json.loads(path.read_text(encoding="utf-8")))
+        return max(self._folder.glob("step-*"), key=step_of, default=None)
 
-    @cached_property
-    def _digest(self) -> str:
-        """Of the rows; most trainings end before their first checkpoint, and need none."""
-        digest = hashlib.sha256()
-        for row in self._rows:
-            digest.update(f"{row}\n".encode())
-        return digest.hexdigest()
-
-    def _check_config(self, begun: Mapping[str, Any]) -> None:
-        for name, value in dataclasses.asdict(self._config).items():
-            old = begun.get(name)
+    def _check(self, begun: Mapping[str, Any]) -> None:
+        """Raises ValueError if the state of a checkpoint is of another command, of other settings or other inputs."""
+        config, stage, place = self._config, self._config.stage, checkpoint_folder(self._config)
+        if begun["stage"] != stage:
+            what = f"{place} is of bpo-fast {begun['stage']}"
+            raise ValueError(f"{stage}.out = {config.out}: {what}; finish that, or remove it, or choose another out")
+        advice = "go on with those, or remove it to begin anew"
+        for name, value in dataclasses.asdict(config).items():
+            old = begun["config"].get(name)
             if value != old and name not in MAY_CHANGE:
-                advice = self._advice(f"was begun with {old}")
-                raise ValueError(f"{self._config.stage}.{name} = {value}: {advice}")
-
-    def _advice(self, what: str) -> str:
-        return f"{checkpoint_folder(self._config)} {what}; go on with those, or remove it to begin anew"
+                raise ValueError(f"{stage}.{name} = {value}: {place} was begun with {old}; {advice}")
+        for name, value in self._inputs.items():
+            old = begun["inputs"].get(name)
+            if value != old:
+                field = "model" if name == "tokenizer" and not config.tokenizer else name
+                was = f"{place} was begun with {CHANGES.get(name, old)}"
+                raise ValueError(f"{stage}.{field} = {getattr(config, field)}: {was}; {advice}")
 
     def _try_to_save(
         self, fitted: Fitted, weights: dict[str, Tensor], optimizer: Optimizer | None, then: str = ""
@@ -245,8 +268,9 @@ class StageCheckpoint:
         if best:
             save_file(best, folder / BEST)
         state = {
+            "stage": self._config.stage,
             "config": dataclasses.asdict(self._config),
-            "rows": self._digest,
+            "inputs": self._inputs,
             "num_steps": fitted.num_steps,
             "ended": ended,
             "history": fitted.history,

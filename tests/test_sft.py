@@ -303,7 +303,7 @@ def test_no_pass_is_larger_than_a_micro_batch(tmp_path, stage):
 
 def fit_toy(tmp_path, model, config, rows, evaluate=None):
     ranks = Ranks()
-    checkpoint = StageCheckpoint(Path(mkdtemp(dir=tmp_path)), config, [], QUIET, ranks)
+    checkpoint = StageCheckpoint(Path(mkdtemp(dir=tmp_path)), config, {}, QUIET, ranks)
     parts = {"checkpoint": checkpoint, "progress": QUIET, "ranks": ranks}
     return fit(model, model, config, rows, evaluate, name="toy", seed=0, **parts)[0]
 

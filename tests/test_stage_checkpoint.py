@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_world import rows_of_stages, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -319,17 +319,58 @@ def test_members_and_one_model_do_not_take_each_others_checkpoint_away(tmp_path,
             run("sft", data, out, members=other)
 
 
-def test_a_model_that_was_exchanged_is_named(tmp_path, data, monkeypatch):
-    base, out = tmp_path / "base", tmp_path / "out"
-    run("sft", data, base, epochs=1)
+def test_a_checkpoint_of_another_command_is_named(tmp_path, data, monkeypatch):
+    out = tmp_path / "out"
     with interrupted_after(2, monkeypatch), pytest.raises(KeyboardInterrupt):
-        run("reward", data, out, model=str(base))
-    shutil.rmtree(base)
-    run("sft", data, base, epochs=1, layers=3)
-    with pytest.raises(
-        ValueError, match=rf"^reward\.model = {base}: {out}.checkpoint was begun with another model.layers"
-    ):
-        run("reward", data, out, model=str(base))
+        run("sft", data, out)
+    with pytest.raises(ValueError, match=rf"^reward\.out = {out}: {out}.checkpoint is of bpo-fast sft; finish that"):
+        run("reward", data, out)
+
+
+def add_to(path, name, change):
+    """Adds a little to one weight of a model folder."""
+    weights = load_file(path)
+    weights[name] = weights[name].clone()
+    weights[name].view(-1)[0] += change
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("stage", "knobs"), [("sft", {"lora_r": 2, "members": 2}), ("sft", {}), ("reward", {})])
+def test_what_was_exchanged_under_the_same_names_is_named(tmp_path, data, stage, knobs, monkeypatch):
+    base, out, begun = tmp_path / "base", tmp_path / "out", f"{tmp_path}/out.checkpoint was begun with"
+    make_base(base)
+    shutil.copytree(base, tmp_path / "kept")
+    held_out = write_rows(tmp_path / "dev.jsonl", rows_of_stages()[:9])
+    knobs |= {"model": str(base), "eval_data": str(held_out)}
+    with interrupted_after(NUM_STEPS + 2, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run(stage, data, out, epochs=3, **knobs)
+    write_rows(held_out, rows_of_stages()[:8])
+    with pytest.raises(ValueError, match=rf"^{stage}\.eval_data = {held_out}: {begun} other rows; go on with those"):
+        run(stage, data, out, epochs=3, **knobs)
+    write_rows(held_out, rows_of_stages()[:9])
+    add_to(base / "model.safetensors", "model.layers.1.mlp.up_proj.weight", 0.01)
+    with pytest.raises(ValueError, match=rf"^{stage}\.model = {base}: {begun} other weights; go on"):
+        run(stage, data, out, epochs=3, **knobs)
+    shutil.copy(tmp_path / "kept" / "model.safetensors", base)
+    tokenizer = base / "tokenizer.json"
+    settings = json.loads(tokenizer.read_text())
+    settings["model"]["merges"].pop()
+    tokenizer.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"^{stage}\.model = {base}: {begun} another tokenizer; go on"):
+        run(stage, data, out, epochs=3, **knobs)
+    shutil.copy(tmp_path / "kept" / "tokenizer.json", base)
+    run(stage, data, out, epochs=3, **knobs)
+
+
+def test_a_row_that_was_held_out_of_the_data_counts_too(tmp_path, data, monkeypatch):
+    with interrupted_after(2, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run("reward", data, tmp_path / "out", tokenizer=make_base(tmp_path / "base"))
+    rows = rows_of_stages()
+    _, held_out = stages.split_by_prompt([row["prompt"] for row in rows], SMALL["eval_fraction"], seed=42)
+    rows[held_out[0]]["rejected"] = "a melon"
+    write_rows(data, rows)
+    with pytest.raises(ValueError, match=rf"^reward\.data = {data}: .* other rows"):
+        run("reward", data, tmp_path / "out", tokenizer=str(tmp_path / "base"))
 
 
 def test_out_may_be_spelled_anew_and_be_a_link(tmp_path, data, monkeypatch):
