@@ -277,6 +277,15 @@ def test_native_sums_dw_over_several_visits(dtype, mode):
     assert relative(dw, answer(case, coefs).dw) < (1e-5 if dtype == torch.float32 else 4e-3)
 
 
+def test_rows_of_a_kept_e_begin_on_16_bytes():
+    engine, case = pick_backend("torch", torch.device("cpu")), random_case(5, 16, 61)
+    rows = Rows(case.hidden, case.targets, Head(case.weight))
+    e = engine.score(rows, dx=False, keep=True).e
+    assert e.shape == (5, 61)
+    assert e.stride(0) * e.itemsize % 16 == 0
+    assert e.untyped_storage().nbytes() == engine.kept_bytes(5, rows.head)
+
+
 @pytest.fixture
 def medium_precision():
     before = torch.get_float32_matmul_precision()
