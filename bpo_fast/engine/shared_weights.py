@@ -5,6 +5,7 @@ vocabulary; the trainer has the first rows. Everything else is one to one, and t
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,8 @@ def _locate(vllm_model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _submodule(vllm_model: nn.Module, path: str, name: str) -> nn.Module:
-    try:
-        return vllm_model.get_submodule(path)
-    except AttributeError:
-        raise NotShareableError(f"{name}: not in vLLM's {type(vllm_model).__name__}") from None
+    mapper = getattr(vllm_model, "hf_to_vllm_mapper", None)  # of names in a checkpoint: gpt_neox.layers is model.layers
+    for known in (path, *(mapper.apply_list([path]) if mapper else [])):
+        with suppress(AttributeError):
+            return vllm_model.get_submodule(known)
+    raise NotShareableError(f"{name}: not in vLLM's {type(vllm_model).__name__}")
