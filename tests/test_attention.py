@@ -58,6 +58,7 @@ CONFIGS = {
     "mistral": ("MistralConfig", {"sliding_window": 6}),
     "phi3": ("Phi3Config", {"sliding_window": 6}),
     "smollm3": ("SmolLM3Config", {}),
+    "gpt_neox": ("GPTNeoXConfig", {}),  # Pythia
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),  # SmolLM, SmolLM2
     "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True}),  # Qwen2.5-0.5B
     "deepseek3": ("DeepseekV3Config", LATENT),
