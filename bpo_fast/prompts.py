@@ -185,10 +185,7 @@ def row_text(
     is_turns = isinstance(value, str) and _TURN.match(value if value.startswith("\n\n") else "\n\n" + value)
     # a bare answer in "chosen" holds no prompt
     if not value or (isinstance(value, str) and not (value.strip() if column != "chosen" else is_turns)):
-        raise ValueError(
-            f"{source}: row {index + 1} has no prompt (column {data.prompt_column or 'prompt'}); its columns:"
-            f" {', '.join(list(row)[:8]) or 'none'} (prompt_column names another)"
-        )
+        raise missing(row, index, f"prompt (column {data.prompt_column or 'prompt'})", "prompt_column", source)
     label = row_label(row, data, column)
     if isinstance(value, str) and is_turns:
         value, answer = split_answer(value)
@@ -209,6 +206,12 @@ def row_text(
     if data.chat_template or (data.chat_template is None and has_template):
         return _render(messages, tokenizer), label, True
     return _plain(messages, task), label, False
+
+
+def missing(row: Row, index: int, what: str, knob: str, source: str) -> ValueError:
+    """That a row does not have `what`, with what it has; `knob` names another column."""
+    columns = ", ".join(list(row)[:8]) or "none"
+    return ValueError(f"{source}: row {index + 1} has no {what}; its columns: {columns} ({knob} names another)")
 
 
 def row_label(row: Row, data: DataConfig, prompt_column: str | None) -> str | None:

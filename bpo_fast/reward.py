@@ -17,7 +17,7 @@ from bpo_fast.batches import microbatch_tokens
 from bpo_fast.config import DataConfig
 from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_errors, pick_device, working_dtype
 from bpo_fast.progress import Progress
-from bpo_fast.prompts import read_rows, row_label, row_text
+from bpo_fast.prompts import missing, read_rows, row_label, row_text
 from bpo_fast.ranks import Ranks
 from bpo_fast.stage_checkpoint import StageCheckpoint, checkpoint_folder, inputs_of
 from bpo_fast.stage_config import RewardConfig
@@ -292,7 +292,7 @@ def _preference_pairs(rows: Sequence[dict], config: RewardConfig, source: str) -
         prompt, chosen = _prompt_and_answer(row, index, config, config.chosen_column, source)
         rejected = row_label(row, DataConfig(label_column=config.rejected_column), None)
         if rejected is None:
-            raise ValueError(f"{source}: row {index + 1} has no {config.rejected_column}")
+            raise missing(row, index, config.rejected_column, "rejected_column", source)
         pairs.append(TextPair(prompt, chosen, with_leading_space(prompt, rejected)))
     return pairs
 
@@ -301,7 +301,7 @@ def _prompt_and_answer(row: dict, index: int, config: RewardConfig, column: str 
     columns = DataConfig(prompt_column=config.prompt_column, label_column=column)
     prompt, answer, _ = row_text(row, index, columns, get_task(config.task), None, source)
     if answer is None:
-        raise ValueError(f"{source}: row {index + 1} has no {column or 'label'}")
+        raise missing(row, index, column or "label", "chosen_column", source)
     return prompt, with_leading_space(prompt, answer)
 
 

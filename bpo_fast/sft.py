@@ -32,7 +32,7 @@ from bpo_fast.loading import (
 )
 from bpo_fast.lora import LoraEnsemble
 from bpo_fast.progress import Progress
-from bpo_fast.prompts import cut_prompt, encode_prompts, read_rows, row_text
+from bpo_fast.prompts import cut_prompt, encode_prompts, missing, read_rows, row_text
 from bpo_fast.ranks import Ranks
 from bpo_fast.stage_checkpoint import StageCheckpoint, checkpoint_folder, inputs_of
 from bpo_fast.stage_config import SftConfig
@@ -153,7 +153,8 @@ def _to_texts(rows: Sequence[dict], config: SftConfig, tokenizer: Any, source: s
     for index, row in enumerate(rows):
         prompt, label, templated = row_text(row, index, columns, get_task(config.task), tokenizer, source)
         if label is None:
-            raise ValueError(f"{source}: row {index + 1} has no completion (column {config.label_column or 'label'})")
+            column = config.label_column or "label"
+            raise missing(row, index, f"completion (column {column})", "label_column", source)
         texts.append((prompt, label if templated else with_leading_space(prompt, label), templated))
     return texts
 

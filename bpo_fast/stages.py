@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from bpo_fast.batches import TokenBudget, length_batches, microbatch_tokens
 from bpo_fast.checkpoint import put_weights
 from bpo_fast.config import OptimConfig
-from bpo_fast.files import new_folder
+from bpo_fast.files import errors_name, new_folder
 from bpo_fast.fused_layers import fuse_layers_
 from bpo_fast.interrupts import interrupts_call
 from bpo_fast.loading import named_load_errors
+from bpo_fast.lora import ADAPTER_FILE
 from bpo_fast.optim import Optimizer
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import Devices, Ranks, started, sum_gradients
@@ -69,7 +70,9 @@ def _alone(out: Path, what: str) -> Iterator[None]:
     """ValueError if another command writes the same folder: each would remove what the other has half written."""
     path = out.with_name(f".{out.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
+    with ExitStack() as until_written:
+        with errors_name(out):
+            lock = until_written.enter_context(path.open("w"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -83,6 +86,8 @@ def _alone(out: Path, what: str) -> Iterator[None]:
 def open_tokenizer(config: StageConfig, corpus: Callable[[], Iterator[str]]) -> Any:
     """The tokenizer that the settings name, or one trained on `corpus()`."""
     source, field = (config.tokenizer, "tokenizer") if config.tokenizer else (config.model, "model")
+    if config.model and (Path(config.model) / ADAPTER_FILE).is_file():
+        raise ValueError(f"{config.stage}.model = {config.model}: an adapter; a stage begins from a whole model")
     if source is None:
         return train_bpe(corpus(), vocab_size=config.vocab, arch=config.arch)
     with named_load_errors(f"{config.stage}.{field} = {source}", "tokenizer"):

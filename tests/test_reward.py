@@ -346,8 +346,8 @@ def test_bad_data_is_named_and_leaves_nothing(tmp_path, data):
     no_text = write_rows(tmp_path / "t.jsonl", [{"prompt": "a"}])
     (tmp_path / "empty").mkdir()
     cases = [
-        (settings(no_chosen, tmp_path / "o"), "c.jsonl: row 1 has no chosen"),
-        (settings(no_rejected, tmp_path / "o"), "r.jsonl: row 1 has no rejected"),
+        (settings(no_chosen, tmp_path / "o"), r"c.jsonl: row 1 has no chosen; .*\(chosen_column names"),
+        (settings(no_rejected, tmp_path / "o"), r"row 1 has no rejected; its columns: prompt, chosen \(rejected_"),
         (settings(labels, tmp_path / "o", samples=stranger), "s.jsonl: no sample has a prompt of .*l.jsonl"),
         (settings(labels, tmp_path / "o", samples=no_text), "t.jsonl: row 1 has no completion"),
         (settings(no_text, tmp_path / "o", samples=stranger), "t.jsonl: row 1 has no label"),

@@ -559,14 +559,23 @@ def test_a_bad_setting_is_named(changes, message):
 def test_bad_data_and_models_are_named_and_leave_nothing(tmp_path, data):
     no_label = tmp_path / "no.jsonl"
     no_label.write_text('{"prompt": "a", "label": "b"}\n{"prompt": "c", "label": ""}\n')
-    empty = tmp_path / "folder"
+    empty, adapter = tmp_path / "folder", tmp_path / "adapter"
     empty.mkdir()
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
     cases = [
-        (settings(no_label, tmp_path / "o"), "no.jsonl: row 2 has no completion"),
+        (
+            settings(no_label, tmp_path / "o"),
+            r"no.jsonl: row 2 has no completion \(column label\); its columns: prompt, label \(",
+        ),
         (settings(data, tmp_path / "o", prompt_column="ask"), r"no prompt \(column ask\).* \(prompt_column names"),
         (settings(data, tmp_path / "o", chat_template=True), "chat_template = true: the tokenizer has no chat"),
         (settings(tmp_path / "none.jsonl", tmp_path / "o"), "none.jsonl: no such file"),
         (settings(data, tmp_path / "o", model=str(empty)), "sft.model = .*folder: cannot be loaded as a tokenizer"),
+        (
+            settings(data, tmp_path / "o", model=str(adapter)),
+            "sft.model = .*adapter: an adapter; a stage begins from a",
+        ),
         (settings(data, tmp_path / "o", tokenizer=str(empty)), "sft.tokenizer = .*folder: cannot be loaded"),
         (settings(data, tmp_path / "o", device="cuda:99"), "sft.device = cuda:99: this machine has"),
         (settings(data, tmp_path / "o", learning_rate=1e30, epochs=4), "loss = .* in epoch . at learning_rate = 1e"),

@@ -399,6 +399,13 @@ def test_a_second_command_does_not_disturb_the_first(tmp_path, data, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path, data):
+    (tmp_path / ".out.lock").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        run("sft", data, tmp_path / "out")
+    assert caught.value.filename == str(tmp_path / "out")
+
+
 def test_checkpoints_come_by_the_clock_and_replace_each_other(tmp_path, data, monkeypatch):
     out, seen = tmp_path / "out", []
     take = stages.Steps.take
