@@ -46,6 +46,7 @@ OTHER = {
     "sampling.batch_size": (4, "4"),
     "sampling.kv_cache_gib": (1.5, "1.5"),
     "sampling.merge_lora": (False, "false"),
+    "sampling.enforce_eager": (True, "true"),
     "sampling.tensor_parallel": (2, "2"),
     "annotator.path": ("judge:score", "judge:score"),
     "annotator.batch_tokens": (512, "512"),

@@ -92,8 +92,9 @@ class KernelBench:
         peers: of "compile", "liger", "liger-dpo", "cce", "verl", "verl-triton"; only where importable, and on a CPU
             none that is written in Triton.
         tiles: of Plan A, such as "128x256x64x4" (rows, vocabulary, depth, stages), beside its own; on a GPU.
-        dtypes: of "float32", "bfloat16", "float16"; bfloat16 on a GPU and float32 and bfloat16 on a CPU if empty.
-            "pair_loss" takes float32, and "adamw" float32 and bfloat16 on a GPU, too, if empty.
+        dtypes: of "float32", "bfloat16", "float16"; if empty, bfloat16 on a GPU and float32 and bfloat16
+            on a CPU, without bfloat16 where PyTorch's products of it take minutes (no AVX512_BF16). "pair_loss" takes
+            float32, and "adamw" float32 and bfloat16 everywhere, if empty.
         data: "peaked" or "gauss".
         pairs: pairs of "forward", "step" and "attention".
         json_path: where the measurements go.
@@ -195,8 +196,12 @@ def dtypes_of(op: str, options: KernelBench, device: torch.device) -> tuple[str,
     """The types that an operation is measured in."""
     if op == "pair_loss":
         return ("float32",)
-    one = device.type == "cuda" and op != "adamw"
-    return options.dtypes or (("bfloat16",) if one else ("float32", "bfloat16"))
+    if options.dtypes or op == "adamw":
+        return options.dtypes or ("float32", "bfloat16")
+    if device.type == "cuda":
+        return ("bfloat16",)
+    multiplied = op not in ("norm", "gate")
+    return ("float32",) if multiplied and not torch.cpu._is_avx512_bf16_supported() else ("float32", "bfloat16")
 
 
 def measure(problem: AnyProblem, dtype: str, device: torch.device, options: KernelBench) -> dict[str, Any]:

@@ -370,12 +370,16 @@ def test_a_wrong_step_of_adamw_fails_its_gate(wrong, dtype, monkeypatch):
     assert not rows["eager"]["passed"], "which takes its numbers from elsewhere"
 
 
-def test_steps_of_adamw_are_in_both_types_on_a_gpu_too():
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_types_are_those_that_the_machine_is_fast_in(multiplies, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies)
     cpu, gpu, both = torch.device("cpu"), torch.device("cuda"), ("float32", "bfloat16")
     found = {op: [kernels.dtypes_of(op, KernelBench(), device) for device in (cpu, gpu)] for op in kernels.OPS}
     assert found.pop("pair_loss") == [("float32",)] * 2
     assert found.pop("adamw") == [both] * 2
-    assert all(dtypes == [both, ("bfloat16",)] for dtypes in found.values())
+    assert found.pop("norm") == found.pop("gate") == [both, ("bfloat16",)]
+    here = both if multiplies else ("float32",)
+    assert all(dtypes == [here, ("bfloat16",)] for dtypes in found.values())
     assert kernels.dtypes_of("adamw", KernelBench(dtypes=("float16",)), cpu) == ("float16",)
 
 
