@@ -80,18 +80,23 @@ def check_vocabulary(what: str, model: Any, tokenizer: Any) -> None:
 def position_limit(model: Any) -> tuple[int | None, str]:
     """(tokens up to which a model can take a sequence, or None without a limit; what ends there).
 
-    The frequencies of some forms of RoPE change, for all rows of a batch, with its longest one. Beyond the length at
-    which that begins a sequence's log-probs depend on its neighbours, and the sampler's cache holds keys of both kinds.
+    Where frequencies of its RoPE begin to depend on the batch a sequence's log-probs depend on its neighbours, and the
+    sampler's cache holds keys of both kinds.
     """
-    config = model.config.get_text_config()
-    limit, what = getattr(config, "max_position_embeddings", None), "positions"
-    ropes = getattr(config, "rope_parameters", None) or {}
-    for rope in (ropes, *(r for r in ropes.values() if isinstance(r, dict))):
-        kind = rope.get("rope_type") or ""
+    limit, what = getattr(model.config.get_text_config(), "max_position_embeddings", None), "positions"
+    for rope in batch_ropes(model):
         original = rope.get("original_max_position_embeddings") or limit
-        if (kind == "longrope" or "dynamic" in kind) and original and (limit is None or original <= limit):
+        if original and (limit is None or original <= limit):
+            kind = rope["rope_type"]
             limit, what = original, f"positions before the frequencies of its rope ({kind}) depend on the batch"
     return limit, what
+
+
+def batch_ropes(model: Any) -> list[dict[str, Any]]:
+    """Parameters of the forms of RoPE whose frequencies change, for all rows of a batch, with its longest one."""
+    ropes = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [(rope, rope.get("rope_type") or "") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
+    return [rope for rope, kind in kinds if kind == "longrope" or "dynamic" in kind]
 
 
 def trunk_of(model: Any) -> Any:

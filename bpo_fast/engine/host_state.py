@@ -63,8 +63,8 @@ def preserved(environ: Mapping[str, str] | None = None) -> Iterator[None]:
     """Whatever runs inside, the process is afterwards as it was.
 
     Covers functions of torch, random generators (python, numpy, torch, CUDA), threads, default dtype, matmul precision,
-    environment, signal handlers, warning filters, the root logger, the except hook, hooks of torch.compile, frozen
-    objects of gc and the CUDA device and stream. Warnings and log lines below errors are dropped inside.
+    environment, signal handlers, warning filters, the root logger, the except hook, hooks of torch.compile and Triton,
+    frozen objects of gc and the CUDA device and stream. Warnings and log lines below errors are dropped inside.
 
     Args:
         environ: variables set inside.
@@ -97,6 +97,19 @@ def preserved_class(cls: type) -> Iterator[None]:
                 delattr(cls, name)
             elif own[name] is not value:
                 setattr(cls, name, own[name])
+
+
+@contextmanager
+def heap_frozen() -> Iterator[None]:
+    """A collection inside passes over what was there before, which takes half a second a time beside vLLM."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
@@ -210,6 +223,7 @@ def _capture() -> dict[str, Any]:
         "excepthook": sys.excepthook,
         "stream": (torch.cuda.current_device(), torch.cuda.current_stream()) if cuda else None,
         "compile": set(_compile_hooks()),
+        "triton": {name: dict(values) for name, values in _triton_knobs().items()},
     }
 
 
@@ -233,6 +247,9 @@ def _restore(state: dict[str, Any]) -> None:
     sys.excepthook = state["excepthook"]
     for added in set(_compile_hooks()) - state["compile"]:
         del _compile_hooks()[added]
+    for name, values in _triton_knobs().items():
+        values.clear()
+        values.update(state["triton"].get(name, {}))  # empty where Triton was not there
     if state["stream"] is not None:
         device, stream = state["stream"]
         torch.cuda.set_device(device)
@@ -243,6 +260,12 @@ def _compile_hooks() -> dict[int, Any]:
     """What torch.compile calls when it has compiled anything; each of a compiled vLLM keeps its model alive."""
     compiler = sys.modules.get("torch._dynamo.convert_frame")
     return compiler._bytecode_hooks if compiler else {}
+
+
+def _triton_knobs() -> dict[str, dict[str, Any]]:
+    """What was set in Triton; vLLM has itself told of kernels that come after its start, as all of the trainer's do."""
+    knobs = sys.modules.get("triton.knobs")
+    return {name: vars(getattr(knobs, name)) for name in ("autotuning", "runtime")} if knobs else {}
 
 
 def _cuda_rng() -> list[torch.Tensor] | None:

@@ -55,4 +55,6 @@ class MemberRows:
         rows = torch.tensor([0 if m is None else m + 1 for m in choice]).repeat_interleave(
             torch.tensor([num_tokens[name] for name in request_ids])
         )
-        self.weights[: len(rows)] = self._choices[rows.to(self._choices.device)]
+        if self.weights.is_cuda:
+            rows = rows.pin_memory()  # or the copy would wait for the step before this one
+        self.weights[: len(rows)] = self._choices[rows.to(self.weights.device, non_blocking=True)]

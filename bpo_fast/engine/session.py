@@ -18,9 +18,17 @@ from bpo_fast.config import Config
 from bpo_fast.engine import versions
 from bpo_fast.engine.decode import head_size
 from bpo_fast.engine.handover import handed_over
-from bpo_fast.engine.host_state import guest_functions, preserved, preserved_class, quiet_stderr
+from bpo_fast.engine.host_state import (
+    Interrupts,
+    guest_functions,
+    heap_frozen,
+    preserved,
+    preserved_class,
+    quiet_stderr,
+)
 from bpo_fast.engine.kv_budget import BLOCK_SIZE, MAX_NUM_SEQS, kv_budget, workers_on
 from bpo_fast.engine.member_rows import MemberRows
+from bpo_fast.loading import batch_ropes
 from bpo_fast.lora import find_linears
 from bpo_fast.policy import Policy
 
@@ -40,7 +48,7 @@ with preserved(ENVIRON):
     import pydantic
     import vllm
     from vllm import envs
-    from vllm.config import CompilationMode
+    from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
     from vllm.model_executor.models import ModelRegistry
     from vllm.platforms import current_platform
@@ -117,14 +125,16 @@ class Session:
                     yield
                 return
             # vLLM keeps the stream it was opened on, and copies its tokens to the host once that one has made them
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream), heap_frozen():
                 torch.cuda.synchronize()
-                _wake(self.llm)
                 try:
+                    with Interrupts():  # a pool that is mapped by half can be neither used nor mapped again
+                        _wake(self.llm)
                     yield
                 finally:
                     torch.cuda.synchronize()
-                    self.llm.sleep(level=1)
+                    with Interrupts():
+                        self.llm.sleep(level=1)
 
     def in_words(self) -> str:
         """One line for the log."""
@@ -279,6 +289,9 @@ def _start(
         environ |= _workers().environ(num_workers, device)
     if single_members(config):
         environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # MemberRows hooks into the first one
+    if on_gpu and "PYTORCH_ALLOC_CONF" in os.environ:
+        # vLLM 0.25 looks for expandable segments, which its pool is not made of, under PyTorch's older name alone
+        environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"]
     quiet = nullcontext() if "VLLM_LOGGING_LEVEL" in os.environ else quiet_stderr()
     # all that the processes of its workers can load is what lies in memory they map, too
     handing_over = handed_over(loader.checkpoint_weights(model)) if num_workers > 1 else nullcontext()
@@ -374,9 +387,12 @@ def _import_architecture(model: PreTrainedModel) -> dict[str, Any]:
     architecture = _architecture(model)
     found = ModelRegistry.models[architecture].load_model_cls()
     ModelRegistry.register_model(architecture, found)
-    # transformers' own layers, of a class that is the trainer's, too, and so does not stay as vLLM compiles it
-    is_shared = found.__module__.startswith("vllm.model_executor.models.transformers")
-    return {"compilation_config": {"mode": CompilationMode.NONE}} if is_shared else {}
+    if not found.__module__.startswith("vllm.model_executor.models.transformers"):
+        return {}
+    # transformers' own layers, of a class that is the trainer's, too, and so does not stay as vLLM compiles it; a step
+    # of decoding is a graph all the same, of which vLLM 0.25 is to be told, where nothing in it waits for the device
+    graphs = CUDAGraphMode.NONE if batch_ropes(model) else CUDAGraphMode.FULL_DECODE_ONLY
+    return {"compilation_config": {"mode": CompilationMode.NONE, "cudagraph_mode": graphs}}
 
 
 def _architecture(model: PreTrainedModel) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from bpo_fast import config as configs
 from bpo_fast.engine import SamplingParams, versions
@@ -19,6 +20,10 @@ pytestmark = [
 
 def open_engine(folder, **knobs):
     write_model(folder)
+    return load(folder, **knobs)
+
+
+def load(folder, **knobs):
     values = {"model.path": str(folder), "model.lora_r": 4, "model.lora_alpha": 8.0, "sampling.engine": "vllm"}
     return load_learner(configs.load(None, values | knobs), torch.device("cuda"), MAX_LENGTH, lambda line: None)
 
@@ -73,5 +78,23 @@ def test_graphs_follow_the_members_in_place(tmp_path, members):
         params = SamplingParams(max_new_tokens=8, n=2, single_members=members == "single")
         drawn = engine.generate(prompts, params, run_seed=0, policy_version=1)
         assert engine.generate(prompts, params, run_seed=0, policy_version=1) == drawn
+    finally:
+        engine.close()
+
+
+def test_graphs_of_transformers_own_layers_follow_updates(tmp_path):
+    write_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    form = GPTNeoXConfig(**small, **ids, vocab_size=270, max_position_embeddings=256, initializer_range=0.2)
+    GPTNeoXForCausalLM(form).save_pretrained(tmp_path)
+    policy, engine = load(tmp_path, **{"model.full": True})
+    try:
+        graphs = engine._session.llm.llm_engine.vllm_config.compilation_config
+        assert (graphs.mode.name, graphs.cudagraph_mode.name) == ("NONE", "FULL_DECODE_ONLY")
+        for version in range(2):
+            move(policy)
+            engine.refresh(version)
     finally:
         engine.close()

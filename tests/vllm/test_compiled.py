@@ -6,24 +6,27 @@ No CUDA graphs are recorded here.
 import gc
 import re
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from tiny_vllm import MAX_LENGTH, greedy_by_transformers, prompts, save_model, settings, train_a_little
 from torch._dynamo import convert_frame
-from transformers import GPTNeoXConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPTNeoXConfig, Olmo2Config, PhiConfig, SmolLM3Config, Starcoder2Config
 from vllm.compilation.counter import compilation_counter
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.platforms.cpu import CpuPlatform
 
-from bpo_fast.engine import SamplingParams
+from bpo_fast.engine import SamplingParams, session
 from bpo_fast.setup import load_learner
 
 NUM_NEW = 12
 QUESTIONS = prompts(6)
 FULL = {"model__full": True}
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+ROPE = {"rope_theta": 1e4, "factor": 2.0}
 
 
 @pytest.fixture(autouse=True)
@@ -105,13 +108,64 @@ def test_graphs_read_single_members(llama_dir):
 
 def test_a_class_that_is_transformers_own_is_not_compiled(tmp_path, tiny_tokenizer):
     """The trainer has it, too, and so it is put back once vLLM has started."""
-    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
-    config = GPTNeoXConfig(**small, vocab_size=len(tiny_tokenizer), max_position_embeddings=256)
+    config = GPTNeoXConfig(**SMALL, vocab_size=len(tiny_tokenizer), max_position_embeddings=256)
     before = counted()
     with opened(save_model(tmp_path, config, tiny_tokenizer), **FULL) as (policy, engine):
         samples_what_is_trained(policy, engine)
         assert torch.compile(torch.add, backend="eager")(torch.ones(2), 1).tolist() == [2, 2]
     assert counted() == before
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host would wait for a GPU, which ends the recording of a CUDA graph."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        named = function.overloadpacket.__name__
+        assert named not in ("is_nonzero", "item", "_local_scalar_dense", "nonzero", "lift_fresh", "equal"), named
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("config", "waits"),
+    [
+        (GPTNeoXConfig(**SMALL), False),
+        (GPTNeoXConfig(**SMALL, rope_parameters=ROPE | {"rope_type": "dynamic", "partial_rotary_factor": 0.5}), True),
+        (Olmo2Config(**SMALL), False),
+        (PhiConfig(**SMALL), False),
+        (SmolLM3Config(**SMALL, num_key_value_heads=1), False),
+        (Starcoder2Config(**SMALL, num_key_value_heads=1), False),
+    ],
+    ids=["neox", "neox-dynamic", "olmo2", "phi", "smollm3", "starcoder2"],
+)
+def test_a_step_of_transformers_own_layers_is_a_graph(tmp_path, tiny_tokenizer, monkeypatch, config, waits):
+    """All of it on a GPU, unless something in it waits for the device; here it is looked at for what waits."""
+    config.vocab_size, config.max_position_embeddings = len(tiny_tokenizer), 256
+    modes: list[Any] = []
+    start = session.vllm.LLM
+
+    def note(**options: Any) -> Any:
+        modes.append(options["compilation_config"])
+        return start(**options)
+
+    monkeypatch.setattr(session.vllm, "LLM", note)
+    folder = save_model(tmp_path, config, tiny_tokenizer)
+    _, engine = load_learner(settings(folder, **FULL), torch.device("cpu"), MAX_LENGTH, lambda line: None)
+    try:
+        graphs = CUDAGraphMode.NONE if waits else CUDAGraphMode.FULL_DECODE_ONLY
+        assert modes == [{"mode": CompilationMode.NONE, "cudagraph_mode": graphs}]
+        assert not graphs.requires_piecewise_compilation()
+        module: Any = engine._session.held.module
+        forward = module.forward
+
+        def watched(*args: Any, **options: Any) -> Any:
+            with NoWaiting():
+                return forward(*args, **options)
+
+        module.forward = watched
+        with pytest.raises(AssertionError, match="is_nonzero") if waits else nullcontext():
+            engine.refresh(0)
+    finally:
+        engine.close()
 
 
 def test_what_graphs_hide_is_said(llama_dir):

@@ -3,7 +3,11 @@
 vLLM's CPU worker only notes that it sleeps; what is checked here is when it is told to, and what survives it.
 """
 
+import gc
 import inspect
+import os
+import signal
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -112,38 +116,73 @@ def test_a_step_may_be_left_over_when_a_call_ends(llama_dir, learner, monkeypatc
         train_a_little(policy)
 
 
-def test_vllm_works_on_the_stream_that_it_was_opened_on(monkeypatch):
-    seen: list[str] = []
+def on_a_gpu(monkeypatch, note) -> Session:
+    """A session of no vLLM, which tells what is done with it."""
 
     @contextmanager
     def on(stream: Any):
-        seen.append(stream)
+        note(stream)
         yield
-        seen.append("left")
+        note("left")
 
     llm = SimpleNamespace(
         llm_engine=SimpleNamespace(
             is_sleeping=lambda: True,
             vllm_config=SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True)),
         ),
-        wake_up=lambda: seen.append("awake"),
-        sleep=lambda level: seen.append("asleep"),
+        wake_up=lambda: note("awake"),
+        sleep=lambda level: note("asleep"),
     )
     monkeypatch.setattr(session, "guest_functions", nullcontext)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronized"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: note("synchronized"))
     opened: Any = {"llm": llm, "held": None, "kv_bytes": 0, "block_size": 16, "logps_temperature": 1.0}
-    opened |= {"own_group": True, "member_rows": None, "stream": "its stream"}
-    with Session(**opened).awake():
+    return Session(**opened, own_group=True, member_rows=None, stream="its stream")
+
+
+def test_vllm_works_on_the_stream_that_it_was_opened_on(monkeypatch):
+    seen: list[str] = []
+    with on_a_gpu(monkeypatch, seen.append).awake():
         seen.append("work")
     assert seen == ["its stream", "synchronized", "awake", "work", "synchronized", "asleep", "left"]
+
+
+@pytest.mark.parametrize("when", ["awake", "asleep"])
+def test_a_signal_waits_until_all_of_it_is_mapped_or_none(monkeypatch, when):
+    seen: list[str] = []
+
+    def note(what: str) -> None:
+        if what == when:
+            signal.raise_signal(signal.SIGINT)  # vLLM has mapped or unmapped a part
+        seen.append(what)
+
+    with pytest.raises(KeyboardInterrupt), on_a_gpu(monkeypatch, note).awake():
+        seen.append("work")
+    assert seen.count("awake") == seen.count("asleep") == 1
+    assert seen.count("work") == (when == "asleep")
+
+
+def test_the_collections_of_vllm_pass_over_the_heap(monkeypatch):
+    frozen: dict[str, bool] = {}
+    with on_a_gpu(monkeypatch, lambda what: frozen.update({what: gc.get_freeze_count() > 0})).awake():
+        pass
+    assert frozen["awake"]
+    assert frozen["asleep"]
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
 def test_it_starts_on_the_device_of_the_policy(llama_dir, monkeypatch, name):
     """All but the GPU: vLLM itself is left out."""
     chosen: list[torch.device] = []
-    monkeypatch.setattr(session.vllm, "LLM", lambda **options: options)
+    settings_of_torch: list[str | None] = []
+
+    def start(**options: Any):
+        settings_of_torch.append(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+        return options
+
+    monkeypatch.setattr(session.vllm, "LLM", start)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "a stream")
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     model = AutoModelForCausalLM.from_pretrained(llama_dir)
@@ -153,6 +192,8 @@ def test_it_starts_on_the_device_of_the_policy(llama_dir, monkeypatch, name):
     assert not options["enforce_eager"]
     assert stream is not None
     assert chosen == ([torch.device(name)] if name == "cuda:1" else [])  # torch refuses a device without a number
+    assert settings_of_torch == ["expandable_segments:True"]
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
 
 
 def test_vllms_pool_is_for_the_kv_cache_alone(monkeypatch):
@@ -177,3 +218,41 @@ def test_vllms_pool_is_for_the_kv_cache_alone(monkeypatch):
     assert pools == ["kv_cache"]
     taken = inspect.signature(Worker).parameters
     assert list(taken)[:4] == ["vllm_config", "local_rank", "rank", "distributed_init_method"]
+
+
+def test_the_trainers_side_holds_the_model_and_not_the_kv_cache(monkeypatch):
+    """vLLM's runners differ in what they let go of; its allocator fails the next engine if that outlives the pool."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from bpo_fast.engine.worker import KvPoolWorker
+
+    model = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Identity()])
+    model[1].kv_cache, tables = torch.zeros(4), torch.zeros(2)
+    pool = [weakref.ref(model[1].kv_cache), weakref.ref(tables)]
+    worker: Any = object.__new__(KvPoolWorker)
+    worker.model_runner = SimpleNamespace(model=model, block_tables=SimpleNamespace(gpu=tables))
+    del tables
+    left: list[Any] = []
+    monkeypatch.setattr(Worker, "shutdown", lambda self: left.extend(part() for part in pool))
+    worker.shutdown()
+    assert left == [None, None]
+    del worker.model_runner.model, worker.model_runner.block_tables
+    worker.shutdown()
+    object.__new__(KvPoolWorker).shutdown()  # of a start that failed
+
+
+def test_others_may_take_memory_while_it_is_released(monkeypatch):
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from bpo_fast.engine.worker import KvPoolWorker
+
+    assert '"Memory usage increased after sleeping."' in inspect.getsource(Worker.sleep)
+    worker: Any = object.__new__(KvPoolWorker)
+    for said in ("Memory usage increased after sleeping.", "something else"):
+
+        def sleep(self: Worker, level: int, said: str = said) -> None:
+            raise AssertionError(said)
+
+        monkeypatch.setattr(Worker, "sleep", sleep)
+        with nullcontext() if "Memory" in said else pytest.raises(AssertionError, match=said):
+            worker.sleep(level=1)

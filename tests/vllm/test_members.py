@@ -1,10 +1,13 @@
 """Completions from single members of the ensemble, side by side in one batch, on the members' own tensors."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_vllm import MAX_LENGTH, greedy_by_transformers, prompts, settings, train_a_little
 
 from bpo_fast.engine import SamplingParams
+from bpo_fast.engine.member_rows import MemberRows
 from bpo_fast.setup import load_learner
 
 NUM_NEW = 12
@@ -73,3 +76,26 @@ def test_a_stale_member_fails_the_probe(ensemble):
         engine.refresh(5)
     rows._choices[[2, 3]] = rows._choices[[3, 2]]
     engine.refresh(5)
+
+
+def test_a_step_does_not_wait_for_the_one_before_to_tell_whose_its_rows_are(monkeypatch):
+    """What is copied to a GPU from memory that is not pinned is copied when all that the stream has to do is done."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    class Runner:
+        input_batch = SimpleNamespace(req_ids=["1-abc", "0-def"])
+
+        def _prepare_inputs(self, scheduled, counts):
+            return scheduled
+
+    pinned: list[list[int]] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.tolist()) or self)
+    rows, runner = MemberRows(5, 2, torch.device("cpu")), Runner()
+    rows.weights = rows.weights.as_subclass(OnGpu)
+    rows.attach(runner)
+    with rows.requests({0: None, 1: 1}):
+        runner._prepare_inputs(SimpleNamespace(num_scheduled_tokens={"0-def": 1, "1-abc": 2}), None)
+        assert pinned == [[2, 2, 0]]
+        assert rows.weights.tolist() == [[0, 2], [0, 2], [1, 1], [1, 1], [1, 1]]

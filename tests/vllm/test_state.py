@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -260,3 +261,18 @@ def test_what_is_preserved_is_put_back_after_an_error(monkeypatch):
     after = state()
     for name, value in before.items():
         assert after[name] == value, name
+
+
+def test_triton_does_not_go_on_telling_vllm_of_kernels(monkeypatch):
+    """vLLM has a GPU's worker told of kernels that are compiled after its start: those of the trainer, then."""
+    knobs = SimpleNamespace(autotuning=SimpleNamespace(), runtime=SimpleNamespace(own=1))
+    monkeypatch.setitem(sys.modules, "triton.knobs", knobs)
+    with preserved():
+        knobs.autotuning.print, knobs.runtime.jit_post_compile_hook, knobs.runtime.own = True, print, 2
+    assert vars(knobs.autotuning) == {}
+    assert vars(knobs.runtime) == {"own": 1}
+    monkeypatch.delitem(sys.modules, "triton.knobs")
+    with preserved():
+        monkeypatch.setitem(sys.modules, "triton.knobs", knobs)
+        knobs.autotuning.print = True
+    assert vars(knobs.autotuning) == {}
