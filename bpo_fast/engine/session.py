@@ -39,6 +39,8 @@ ENVIRON = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    # of no use to requests with seeds; vLLM imports it at its start on a GPU, and fails where it is not installed
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 MAX_BATCHED_TOKENS = 4096
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoTokenizer, SmolLM3Config, SmolLM3ForCausalLM
 
 from bpo_fast import config as configs
 from bpo_fast.engine import SamplingParams, versions
@@ -87,8 +87,8 @@ def test_graphs_of_transformers_own_layers_follow_updates(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    form = GPTNeoXConfig(**small, **ids, vocab_size=270, max_position_embeddings=256, initializer_range=0.2)
-    GPTNeoXForCausalLM(form).save_pretrained(tmp_path)
+    small |= {"num_key_value_heads": 1, "vocab_size": 270, "max_position_embeddings": 256, "initializer_range": 0.2}
+    SmolLM3ForCausalLM(SmolLM3Config(**small, **ids)).save_pretrained(tmp_path)
     policy, engine = load(tmp_path, **{"model.full": True})
     try:
         graphs = engine._session.llm.llm_engine.vllm_config.compilation_config

@@ -175,10 +175,10 @@ def test_the_collections_of_vllm_pass_over_the_heap(monkeypatch):
 def test_it_starts_on_the_device_of_the_policy(llama_dir, monkeypatch, name):
     """All but the GPU: vLLM itself is left out."""
     chosen: list[torch.device] = []
-    settings_of_torch: list[str | None] = []
+    inside: dict[str, str] = {}
 
     def start(**options: Any):
-        settings_of_torch.append(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+        inside.update(os.environ)
         return options
 
     monkeypatch.setattr(session.vllm, "LLM", start)
@@ -192,8 +192,9 @@ def test_it_starts_on_the_device_of_the_policy(llama_dir, monkeypatch, name):
     assert not options["enforce_eager"]
     assert stream is not None
     assert chosen == ([torch.device(name)] if name == "cuda:1" else [])  # torch refuses a device without a number
-    assert settings_of_torch == ["expandable_segments:True"]
+    assert inside["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    assert inside["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
 
 
 def test_vllms_pool_is_for_the_kv_cache_alone(monkeypatch):
