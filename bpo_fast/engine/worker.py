@@ -3,11 +3,17 @@
 The weights stay in torch's ordinary allocator, where the trainer shares them, and sleep releases exactly the KV cache.
 """
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 from vllm.v1.worker.gpu_worker import Worker
+
+# imported at every start for one model with eyes, by torchvision, which models of text do without
+VISION_WARMUP = "vllm.model_executor.warmup.minimax_m3_msa_warmup"
 
 
 class KvPoolWorker(Worker):
@@ -20,6 +26,14 @@ class KvPoolWorker(Worker):
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager:
         return super()._maybe_get_memory_pool_context(tag) if tag == "kv_cache" else nullcontext()
+
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's."""
+        if VISION_WARMUP not in sys.modules and find_spec("torchvision") is None:
+            nothing: Any = ModuleType(VISION_WARMUP)
+            nothing.minimax_m3_msa_warmup = lambda worker: None
+            sys.modules[VISION_WARMUP] = nothing
+        return super().compile_or_warm_up_model()
 
     def sleep(self, level: int = 1) -> None:
         """vLLM's; others may take memory of this GPU meanwhile, as an annotator in a thread of the trainer does."""

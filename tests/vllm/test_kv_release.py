@@ -4,11 +4,15 @@ vLLM's CPU worker only notes that it sleeps; what is checked here is when it is 
 """
 
 import gc
+import importlib
 import inspect
 import os
 import signal
+import sys
 import weakref
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -257,3 +261,24 @@ def test_others_may_take_memory_while_it_is_released(monkeypatch):
         monkeypatch.setattr(Worker, "sleep", sleep)
         with nullcontext() if "Memory" in said else pytest.raises(AssertionError, match=said):
             worker.sleep(level=1)
+
+
+def test_a_gpu_is_warmed_up_without_torchvision(monkeypatch):
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from bpo_fast.engine.worker import VISION_WARMUP, KvPoolWorker
+
+    warmup = find_spec("vllm.model_executor.warmup.kernel_warmup")
+    assert warmup
+    assert f"    from {VISION_WARMUP} import" in Path(str(warmup.origin)).read_text()
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # find_spec has it that there is none
+    monkeypatch.delitem(sys.modules, VISION_WARMUP, raising=False)
+
+    def warm_up(self: Worker) -> Any:
+        return importlib.import_module(VISION_WARMUP).minimax_m3_msa_warmup(self)
+
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", warm_up)
+    try:
+        assert object.__new__(KvPoolWorker).compile_or_warm_up_model() is None
+    finally:
+        sys.modules.pop(VISION_WARMUP, None)
