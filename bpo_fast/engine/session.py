@@ -299,10 +299,10 @@ def _start(
     handing_over = handed_over(loader.checkpoint_weights(model)) if num_workers > 1 else nullcontext()
     with preserved(environ), preserved_class(type(model.base_model)), quiet, handing_over as handover:
         envs.disable_envs_cache()  # an engine before this one has left its variables there
-        options |= _import_architecture(model)
         if on_gpu and device.index is not None:  # "cuda" is the current one
             torch.cuda.set_device(device)
         try:
+            options |= _import_architecture(model)
             llm = vllm.LLM(
                 model=str(config.model.path),
                 dtype=str(model.dtype).removeprefix("torch."),
@@ -329,6 +329,11 @@ def _start(
                 seed=0,
                 **options,
             )
+        except ImportError as error:  # vLLM imports the most of what it needs when it comes to that
+            raise versions.UnusableError(
+                f"sampling.engine = vllm: vLLM {versions.installed()} does not start ({_said(error)}); choose"
+                " sampling.engine = hf"
+            ) from None
         except (ValueError, RuntimeError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(f"sampling.engine = vllm: {_said(error)}; choose sampling.engine = hf") from None

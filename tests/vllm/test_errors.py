@@ -163,6 +163,22 @@ def test_a_vllm_that_does_not_import_leaves_the_run_to_hf(llama_dir, monkeypatch
     assert falls_back(llama_dir) == [f"sampling: transformers ({words})"]
 
 
+def test_a_vllm_that_lacks_something_when_it_starts_leaves_the_run_to_hf(llama_dir, monkeypatch):
+    """Its models and the kernels of a GPU import more than vLLM itself does."""
+
+    def load(**options):
+        raise ModuleNotFoundError("No module named 'einops'")
+
+    monkeypatch.setattr(session.vllm, "LLM", load)
+    words = r"does not start \(No module named 'einops'\)"
+    with pytest.raises(UnusableError, match=rf"vLLM [0-9.]+ {words}; choose sampling\.engine = hf"):
+        load_learner(settings(llama_dir), CPU, MAX_LENGTH, lambda line: None)
+    said: list[str] = []
+    _, engine = load_learner(settings(llama_dir, sampling__engine="auto"), CPU, MAX_LENGTH, said.append)
+    assert engine.name == "hf"
+    assert "does not start" in said[0]
+
+
 def test_a_vllm_for_another_device_leaves_the_run_to_hf(llama_dir, monkeypatch):
     monkeypatch.setattr(session, "current_platform", SimpleNamespace(device_type="cuda"))
     words = f"this vLLM {versions.installed()} runs on cuda, the policy on cpu"
