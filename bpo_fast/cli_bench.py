@@ -63,14 +63,17 @@ def bench_sampling(
     form: Annotated[list[str] | None, typer.Option(help="such as 'full' or 'lora 5, merged'; all by default")] = None,
     rounds: Annotated[int, typer.Option(help="turns of both engines", min=1)] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them alone", min=0)] = 0,
+    memory_hidden: Annotated[
+        int, typer.Option(help="hidden size of the model that memory is measured on; 0: no memory", min=0)
+    ] = 768,
     json_path: Annotated[str | None, typer.Option("--json", help="where the measurements go")] = None,
 ) -> None:
     """Time engine vllm against engine hf on the same model, prompts and lengths."""
     from bpo_fast_bench.sampling import FORMS, SamplingBench, run, table
 
     forms = tuple(form or FORMS)
-    options = SamplingBench(model, data, forms, rounds=rounds, threads=threads, json_path=json_path)
-    print(table(run(options)))
+    options = {"rounds": rounds, "threads": threads, "memory_hidden": memory_hidden, "json_path": json_path}
+    print(table(run(SamplingBench(model, data, forms, **options))))
 
 
 DEVICE = typer.Option(help="auto, cpu or cuda")

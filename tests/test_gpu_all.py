@@ -7,17 +7,26 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from bpo_fast.cli import app
 
 BENCH = Path(__file__).parents[1] / "bench"
 COMMAND = """#!/bin/sh
+echo "$@" >> "$(dirname "$0")/commands"
 [ "$1" = train ] || exit 0
 while [ "$1" != --out ]; do shift; done
 mkdir "$2" # as a run does, whose folder must be free
 """
 
+pytestmark = pytest.mark.skipif(
+    not all(map(shutil.which, ("bash", "timeout", "tar"))), reason="needs bash, timeout and tar"
+)
 
-@pytest.mark.skipif(not all(map(shutil.which, ("bash", "timeout", "tar"))), reason="needs bash, timeout and tar")
-def test_a_little_of_every_part_may_be_asked_for_again(tmp_path):
+
+@pytest.fixture
+def gpu_all(tmp_path):
+    """Runs the script with these arguments; its programs do nothing but note bpo-fast's arguments in `commands`."""
     (tmp_path / "bench").mkdir()
     shutil.copy(BENCH / "gpu_all.sh", tmp_path / "bench")
     programs = tmp_path / "programs"
@@ -26,10 +35,27 @@ def test_a_little_of_every_part_may_be_asked_for_again(tmp_path):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     env = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
-    command = ["bash", str(tmp_path / "bench" / "gpu_all.sh"), "first"]
-    for _ in range(2):
+
+    def run(*args):
+        command = ["bash", str(tmp_path / "bench" / "gpu_all.sh"), *args]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
-    assert done.stdout.count("exit 0") == 7
+        return done.stdout, (programs / "commands").read_text().splitlines()
+
+    return run
+
+
+def test_a_little_of_every_part_may_be_asked_for_again(gpu_all, tmp_path):
+    for _ in range(2):
+        said, _ = gpu_all("first")
+    assert said.count("exit 0") == 7
     with tarfile.open(tmp_path / "out" / "gpu-results.tgz") as archive:
         assert {"gpu-results/main-job.log", "gpu-results/run"} <= set(archive.getnames())
+
+
+def test_its_commands_are_those_of_bpo_fast(gpu_all):
+    commands = gpu_all("first")[1] + gpu_all()[1]
+    assert len(commands) > 20
+    for command in commands:
+        done = CliRunner().invoke(app, [*command.split(), "--help"])  # what is unknown comes before the help
+        assert done.exit_code == 0, (command, done.output)

@@ -108,7 +108,7 @@ def test_graphs_read_single_members(llama_dir):
 
 def test_a_class_that_is_transformers_own_is_not_compiled(tmp_path, tiny_tokenizer):
     """The trainer has it, too, and so it is put back once vLLM has started."""
-    config = GPTNeoXConfig(**SMALL, vocab_size=len(tiny_tokenizer), max_position_embeddings=256)
+    config = SmolLM3Config(**SMALL, num_key_value_heads=1, vocab_size=len(tiny_tokenizer), max_position_embeddings=256)
     before = counted()
     with opened(save_model(tmp_path, config, tiny_tokenizer), **FULL) as (policy, engine):
         samples_what_is_trained(policy, engine)
