@@ -254,7 +254,7 @@ class Optimizer:
                 whole = torch.empty_like(whole, dtype=torch.float32, memory_format=torch.contiguous_format)
                 piece.of(whole).copy_(piece.master)
                 self._ranks.exchange_([whole], [bounds])
-            yield whole.to("cpu", copy=True).contiguous()
+            yield whole.to("cpu", copy=not piece.is_copy).contiguous()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments, step counts and masters of this rank's pieces, by the number of their parameter."""

@@ -223,7 +223,7 @@ def _fit(
         return {"loss": loss, "accuracy": (better > worse).double().mean().item()}
 
     measured = evaluate if held_out else None
-    inputs = inputs_of(config, model.model, model.tokenizer, train, held_out)
+    inputs = inputs_of(config, model.model, model.tokenizer, train, held_out) if ranks.is_main else {}
     return fit(
         model.model,
         model.model,

@@ -1,5 +1,6 @@
 """Builds what the loop works with from a resolved configuration."""
 
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -149,6 +150,9 @@ def load_learner(
             if wanted == "vllm":
                 raise
             reason = str(error)
+        gc.collect()  # a start that failed half-way has a model and a cache, which engine hf needs the memory of
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     say(f"sampling: transformers{f' ({reason})' if reason else ''}")
     policy = load_policy(
         config.model,

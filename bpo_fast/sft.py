@@ -214,7 +214,7 @@ def _train_member(
         return {"loss": nats / num_tokens, "loss_per_sequence": nats / len(held_out)}
 
     name, kept = ("sft", "") if alone else (f"sft member {member}", f"member-{member}")
-    inputs = inputs_of(config, model, data.tokenizer, train, held_out)
+    inputs = inputs_of(config, model, data.tokenizer, train, held_out) if ranks.is_main else {}
     checkpoint = StageCheckpoint(checkpoint_folder(config) / kept, config, inputs, progress, ranks)
     with view:
         history, weights = fit(

@@ -94,14 +94,15 @@ def inputs_of(
         held_out: rows, which are printed.
     """
     inputs = {"dtype": str(model.dtype).removeprefix("torch.")}
-    if config.tokenizer or config.model:
-        backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-        inputs["tokenizer"] = _digest([backend, tokenizer.chat_template, tokenizer.special_tokens_map])
+    inputs["data"] = _digest(train if config.eval_data else [*train, *held_out])
+    if config.eval_data:
+        inputs["eval_data"] = _digest(held_out)
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    inputs["tokenizer"] = _digest([backend, tokenizer.chat_template, tokenizer.special_tokens_map])
     if config.model:
         sizes, samples = zip(*(_size_and_sample(p.detach()) for p in model.parameters()), strict=True)
         inputs["model"] = _digest([sizes, torch.cat(samples).tolist()])
-    inputs["data"] = _digest(train if config.eval_data else [*train, *held_out])
-    return inputs | ({"eval_data": _digest(held_out)} if config.eval_data else {})
+    return inputs
 
 
 def _size_and_sample(tensor: Tensor) -> tuple[torch.Size, Tensor]:
@@ -122,7 +123,7 @@ class StageCheckpoint:
     Args:
         folder: of its checkpoints.
         config: settings of the stage, kept and compared.
-        inputs: see `inputs_of`; kept and compared.
+        inputs: see `inputs_of`; kept and compared by rank 0.
         progress: told of what cannot be kept.
         ranks: of the stage; rank 0 decides when to save, all of them do.
     """
@@ -144,7 +145,7 @@ class StageCheckpoint:
         state, weights = json.loads((folder / STATE).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
         put_weights(trained, weights)
         is_main = self._ranks.is_main
-        fitted = Fitted(*(state[name] for name in ("num_steps", "history", "seconds", "sums")))
+        fitted = Fitted(**{name: state[name] for name in ("num_steps", "history", "seconds", "sums")})
         if state["ended"]:
             return dataclasses.replace(fitted, weights=weights if is_main else {})
         optimizer.load_state_dict([load_file(file) for file in moment_files(folder)])
@@ -217,8 +218,8 @@ class StageCheckpoint:
     def _check(self, begun: Mapping[str, Any]) -> None:
         """Raises ValueError if the state of a checkpoint is of another command, of other settings or other inputs."""
         config, stage, place = self._config, self._config.stage, checkpoint_folder(self._config)
-        if begun["stage"] != stage:
-            what = f"{place} is of bpo-fast {begun['stage']}"
+        if begun.get("stage") != stage:
+            what = f"{place} is of {'an older version' if 'stage' not in begun else 'bpo-fast ' + begun['stage']}"
             raise ValueError(f"{stage}.out = {config.out}: {what}; finish that, or remove it, or choose another out")
         advice = "go on with those, or remove it to begin anew"
         for name, value in dataclasses.asdict(config).items():

@@ -143,13 +143,14 @@ FLOATS = {
     "8bit": ("sft", {"states": "8bit"}),
     "two members": ("sft", {"members": 2}),
     "no held-out rows": ("sft", {"eval_fraction": 0}),
+    "two devices": ("sft", {"devices": 2}),
 }
 
 
 @pytest.mark.parametrize("form", FLOATS)
 def test_weights_that_are_written_wider_were_not_rounded(tmp_path, data, form, monkeypatch):
     stage, knobs = FLOATS[form]
-    knobs |= {"dtype": "bfloat16"}
+    knobs = knobs | {"dtype": "bfloat16"}
     run(stage, data, tmp_path / "narrow", **knobs)
     run(stage, data, tmp_path / "whole", save_dtype="float32", **knobs)
     with interrupted_after(NUM_STEPS, monkeypatch), pytest.raises(KeyboardInterrupt):
@@ -172,8 +173,7 @@ def test_the_best_epoch_is_remembered(tmp_path, data, monkeypatch):
         return sum(p.norm().item() for p in nll._model.parameters()), 1
 
     monkeypatch.setattr(CompletionNll, "sum", norms)  # which grow
-    knobs = {"epochs": 3, "learning_rate": 0.01}
-    knobs |= {"dtype": "bfloat16", "save_dtype": "float32"}
+    knobs = {"epochs": 3, "learning_rate": 0.01, "dtype": "bfloat16", "save_dtype": "float32"}
     result = run("sft", data, tmp_path / "whole", **knobs)
     assert result["members"][0]["best_epoch"] == 1
     with interrupted_after(NUM_STEPS + 1, monkeypatch), pytest.raises(KeyboardInterrupt):

@@ -92,9 +92,9 @@ class KernelBench:
         peers: of "compile", "liger", "liger-dpo", "cce", "verl", "verl-triton"; only where importable, and on a CPU
             none that is written in Triton.
         tiles: of Plan A, such as "128x256x64x4" (rows, vocabulary, depth, stages), beside its own; on a GPU.
-        dtypes: of "float32", "bfloat16", "float16"; if empty, bfloat16 on a GPU and float32 and bfloat16
-            on a CPU, without bfloat16 where PyTorch's products of it take minutes (no AVX512_BF16). "pair_loss" takes
-            float32, and "adamw" float32 and bfloat16 everywhere, if empty.
+        dtypes: of "float32", "bfloat16", "float16"; if empty, bfloat16 on a GPU and float32 and bfloat16 on a CPU,
+            without bfloat16 where PyTorch's products of it take minutes (no AVX512_BF16), and both for "adamw"
+            everywhere. "pair_loss" takes float32 whatever they are.
         data: "peaked" or "gauss".
         pairs: pairs of "forward", "step" and "attention".
         json_path: where the measurements go.

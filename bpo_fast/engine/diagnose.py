@@ -38,7 +38,7 @@ def first_difference(session: "Session", policy: Policy, probe: Probe) -> str:
         return "no weights differ; the prefix cache held states of older ones"
     if session.held.module is None:
         return "not known, the weights in the processes of vLLM's workers are not compared one by one"
-    if session.is_compiled:
+    if session.has_graphs:
         return "no weights; sampling.enforce_eager = true shows the outputs of layers, which vLLM's graphs hide"
     session.reset_prefix_cache()
     name = _first_output(session.held.module, policy, probe, view)
@@ -48,7 +48,7 @@ def first_difference(session: "Session", policy: Policy, probe: Probe) -> str:
 def _first_output(
     module: nn.Module, policy: Policy, probe: Probe, view: Callable[[], AbstractContextManager[None]]
 ) -> str | None:
-    """The first linear layer that computes something else on the probe's prompts; None too before one never called."""
+    """The first linear layer that computes something else on the probe's prompts; None, too, after one never called."""
     layers = find_linears(policy.model, ())
     try:
         located = {name: locate_linear(module, name) for name in layers}

@@ -101,7 +101,7 @@ def preserved_class(cls: type) -> Iterator[None]:
 
 @contextmanager
 def heap_frozen() -> Iterator[None]:
-    """A collection inside passes over what was there before, which takes half a second a time beside vLLM."""
+    """A collection of garbage inside leaves out what was there before; with vLLM that is half a second of work."""
     if gc.get_freeze_count():
         yield
         return

@@ -112,9 +112,10 @@ class Session:
         return self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether vLLM runs graphs, which hide what single layers give."""
-        return not self.llm.llm_engine.vllm_config.model_config.enforce_eager
+    def has_graphs(self) -> bool:
+        """Whether vLLM compiles the model or records its steps, which hides what single layers give."""
+        chosen = self.llm.llm_engine.vllm_config.compilation_config
+        return chosen.mode != CompilationMode.NONE or chosen.cudagraph_mode != CUDAGraphMode.NONE
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -123,7 +124,7 @@ class Session:
         with guest_functions():
             if not self.releases_kv:
                 # vLLM compiles a helper of its log-probs: five seconds and a C++ compiler for a comparison and a sum
-                with nullcontext() if self.is_compiled else torch.compiler.set_stance("force_eager"):
+                with nullcontext() if self.has_graphs else torch.compiler.set_stance("force_eager"):
                     yield
                 return
             # vLLM keeps the stream it was opened on, and copies its tokens to the host once that one has made them
@@ -134,8 +135,8 @@ class Session:
                         _wake(self.llm)
                     yield
                 finally:
-                    torch.cuda.synchronize()
                     with Interrupts():
+                        torch.cuda.synchronize()
                         self.llm.sleep(level=1)
 
     def in_words(self) -> str:

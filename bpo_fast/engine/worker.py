@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
-# imported at every start for one model with eyes, by torchvision, which models of text do without
+# imported at every start, for one model that sees; needs torchvision, which models of text do without
 VISION_WARMUP = "vllm.model_executor.warmup.minimax_m3_msa_warmup"
 
 
@@ -28,7 +28,7 @@ class KvPoolWorker(Worker):
         return super()._maybe_get_memory_pool_context(tag) if tag == "kv_cache" else nullcontext()
 
     def compile_or_warm_up_model(self) -> Any:
-        """vLLM's."""
+        """vLLM's, with nothing to warm up for a model that sees where torchvision is missing."""
         if VISION_WARMUP not in sys.modules and find_spec("torchvision") is None:
             nothing: Any = ModuleType(VISION_WARMUP)
             nothing.minimax_m3_msa_warmup = lambda worker: None
