@@ -94,11 +94,13 @@ def inputs_of(
         held_out: rows, which are printed.
     """
     inputs = {"dtype": str(model.dtype).removeprefix("torch.")}
-    inputs["data"] = _digest(train if config.eval_data else [*train, *held_out])
+    rows = {"data": _digest(train if config.eval_data else [*train, *held_out])}
     if config.eval_data:
-        inputs["eval_data"] = _digest(held_out)
+        rows["eval_data"] = _digest(held_out)
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    inputs["tokenizer"] = _digest([backend, tokenizer.chat_template, tokenizer.special_tokens_map])
+    encoding = {"tokenizer": _digest([backend, tokenizer.chat_template, tokenizer.special_tokens_map])}
+    # a message names the first that differs: a given tokenizer makes the ids of rows, one trained here is made of rows
+    inputs |= encoding | rows if config.tokenizer or config.model else rows | encoding
     if config.model:
         sizes, samples = zip(*(_size_and_sample(p.detach()) for p in model.parameters()), strict=True)
         inputs["model"] = _digest([sizes, torch.cat(samples).tolist()])
