@@ -169,10 +169,7 @@ def _load_on_vllm(config: Config, device: torch.device, max_length: int, say: Ca
         # importing vLLM takes seconds and changes the process: only where it is used
         from bpo_fast.engine.vllm import load_learner as load_on_vllm
     except (ImportError, OSError) as error:
-        said = " ".join(str(error).split())
-        raise versions.UnusableError(
-            f"sampling.engine = vllm: vLLM {versions.installed()} does not import ({said}); choose sampling.engine = hf"
-        ) from error
+        raise versions.unusable("import", error) from error
     return load_on_vllm(config, device, max_length, say)
 
 

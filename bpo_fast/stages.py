@@ -49,10 +49,15 @@ def stage_folder(config: StageConfig, ranks: Ranks, progress: Progress) -> Itera
     """On rank 0 a folder that becomes `out` when the block ends well, with no checkpoints beside it; None elsewhere.
 
     Where it ends by an interrupt or by the system, such as for want of room, a line says from where it goes on.
+
+    Raises:
+        ValueError: `out` is taken, or `model` is an adapter.
     """
     if not ranks.is_main:
         yield None
         return
+    if config.model and (Path(config.model) / ADAPTER_FILE).is_file():
+        raise ValueError(f"{config.stage}.model = {config.model}: an adapter; a stage begins from a whole model")
     out = check_new(f"{config.stage}.out", config.out).resolve()  # a link stays, and leads to the new folder
     with _alone(out, f"{config.stage}.out = {config.out}"):
         try:
@@ -86,8 +91,6 @@ def _alone(out: Path, what: str) -> Iterator[None]:
 def open_tokenizer(config: StageConfig, corpus: Callable[[], Iterator[str]]) -> Any:
     """The tokenizer that the settings name, or one trained on `corpus()`."""
     source, field = (config.tokenizer, "tokenizer") if config.tokenizer else (config.model, "model")
-    if config.model and (Path(config.model) / ADAPTER_FILE).is_file():
-        raise ValueError(f"{config.stage}.model = {config.model}: an adapter; a stage begins from a whole model")
     if source is None:
         return train_bpe(corpus(), vocab_size=config.vocab, arch=config.arch)
     with named_load_errors(f"{config.stage}.{field} = {source}", "tokenizer"):

@@ -196,12 +196,12 @@ def dtypes_of(op: str, options: KernelBench, device: torch.device) -> tuple[str,
     """The types that an operation is measured in."""
     if op == "pair_loss":
         return ("float32",)
-    if options.dtypes or op == "adamw":
-        return options.dtypes or ("float32", "bfloat16")
-    if device.type == "cuda":
+    if options.dtypes:
+        return options.dtypes
+    if device.type == "cuda" and op != "adamw":
         return ("bfloat16",)
-    multiplied = op not in ("norm", "gate")
-    return ("float32",) if multiplied and not torch.cpu._is_avx512_bf16_supported() else ("float32", "bfloat16")
+    multiplies = op not in ("norm", "gate", "adamw")
+    return ("float32",) if multiplies and not torch.cpu._is_avx512_bf16_supported() else ("float32", "bfloat16")
 
 
 def measure(problem: AnyProblem, dtype: str, device: torch.device, options: KernelBench) -> dict[str, Any]:

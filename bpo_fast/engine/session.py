@@ -303,7 +303,7 @@ def _start(
         if on_gpu and device.index is not None:  # "cuda" is the current one
             torch.cuda.set_device(device)
         try:
-            options |= _import_architecture(model)
+            options |= _compilation_options(_import_architecture(model), model)
             llm = vllm.LLM(
                 model=str(config.model.path),
                 dtype=str(model.dtype).removeprefix("torch."),
@@ -331,10 +331,7 @@ def _start(
                 **options,
             )
         except ImportError as error:  # vLLM imports the most of what it needs when it comes to that
-            raise versions.UnusableError(
-                f"sampling.engine = vllm: vLLM {versions.installed()} does not start ({_said(error)}); choose"
-                " sampling.engine = hf"
-            ) from None
+            raise versions.unusable("start", error) from None
         except (ValueError, RuntimeError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(f"sampling.engine = vllm: {_said(error)}; choose sampling.engine = hf") from None
@@ -387,14 +384,16 @@ def _group_spared(own_group: bool) -> Iterator[None]:
         torch.distributed.destroy_process_group = destroy
 
 
-def _import_architecture(model: PreTrainedModel) -> dict[str, Any]:
-    """Imports vLLM's class of the model here; vLLM would ask a subprocess what it can do, which takes ten seconds.
-
-    Returns the options that this class needs.
-    """
+def _import_architecture(model: PreTrainedModel) -> type[nn.Module]:
+    """Imports vLLM's class of the model here; vLLM would ask a subprocess what it can do, which takes ten seconds."""
     architecture = _architecture(model)
     found = ModelRegistry.models[architecture].load_model_cls()
     ModelRegistry.register_model(architecture, found)
+    return found
+
+
+def _compilation_options(found: type[nn.Module], model: PreTrainedModel) -> dict[str, Any]:
+    """How vLLM is to compile its class of the model; empty: as it does by itself."""
     if not found.__module__.startswith("vllm.model_executor.models.transformers"):
         return {}
     # transformers' own layers, of a class that is the trainer's, too, and so does not stay as vLLM compiles it; a step

@@ -56,5 +56,13 @@ def require() -> str:
     return version
 
 
+def unusable(verb: str, error: Exception) -> UnusableError:
+    """That the installed vLLM does not `verb`, in one line."""
+    said = " ".join(str(error).split())
+    return UnusableError(
+        f"sampling.engine = vllm: vLLM {installed()} does not {verb} ({said}); choose sampling.engine = hf"
+    )
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
