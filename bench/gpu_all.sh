@@ -65,7 +65,7 @@ for part in "$@"; do
       run kernels-static "${bpo[@]}" bench kernels --static --quick --op pair_loss --json "$out/kernels-static.json"
       run kernels-forward "${bpo[@]}" bench kernels --op forward --json "$out/kernels-forward.json" --plot "$out/kernels-forward"
       run kernels-plan-a "${bpo[@]}" bench kernels --op forward --op step --head frozen --peers none --tile 128x256x64x4 --tile 128x256x64x2 \
-        --tile 128x128x64x4 --tile 128x128x64x3 --tile 64x256x64x4 --json "$out/kernels-plan-a.json" --plot "$out/kernels-plan-a"
+        --tile 128x256x64x3p --tile 128x256x64x4p --tile 128x128x64x3w4 --tile 64x256x64x4 --json "$out/kernels-plan-a.json" --plot "$out/kernels-plan-a"
       run kernels-behavior "${bpo[@]}" bench kernels --op behavior --json "$out/kernels-behavior.json" --plot "$out/kernels-behavior"
       run kernels-step "${bpo[@]}" bench kernels --op step --json "$out/kernels-step.json" --plot "$out/kernels-step"
       run kernels-draw "${bpo[@]}" bench kernels --op draw --json "$out/kernels-draw.json"

@@ -26,7 +26,10 @@ def bench_kernels(
     peers: Annotated[
         str, typer.Option(help="auto: whatever of torch.compile, Liger, CCE and verl is here; none")
     ] = "auto",
-    tile: Annotated[list[str] | None, typer.Option(help="of Plan A on a GPU beside its own, as 128x256x64x4")] = None,
+    tile: Annotated[
+        list[str] | None,
+        typer.Option(help="of Plan A on a GPU beside its own, as 128x256x64x4, 128x256x64x4p, 128x128x64x3w4"),
+    ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; the device's by default")] = None,
     data: Annotated[str, typer.Option(help="peaked or gauss")] = "peaked",
     json_path: Annotated[Path | None, typer.Option("--json", help="where the measurements go")] = None,

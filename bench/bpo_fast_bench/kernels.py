@@ -91,7 +91,7 @@ class KernelBench:
             (rows, width) where there are none but "norm", "gate" and "adamw"; the device's own list if empty.
         peers: of "compile", "liger", "liger-dpo", "cce", "verl", "verl-triton"; only where importable, and on a CPU
             none that is written in Triton.
-        tiles: of Plan A, such as "128x256x64x4" (rows, vocabulary, depth, stages), beside its own; on a GPU.
+        tiles: of Plan A beside its own, as `triton_config.with_tile` takes them; on a GPU.
         dtypes: of "float32", "bfloat16", "float16"; if empty, bfloat16 on a GPU and float32 and bfloat16 on a CPU,
             without bfloat16 where PyTorch's products of it take minutes (no AVX512_BF16), and both for "adamw"
             everywhere. "pair_loss" takes float32 whatever they are.

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bpo_fast_kernels import triton_adamw, triton_gemm, triton_live, triton_pair, triton_passes, triton_trunk
-from bpo_fast_kernels.triton_config import SHARED_BYTES, GemmConfig, gemm_config
+from bpo_fast_kernels.triton_config import SHARED_BYTES, GemmConfig, gemm_config, with_tile
 from bpo_fast_kernels.triton_live import live_config
 from bpo_fast_kernels.triton_trunk import gate_config, norm_config
 
@@ -64,7 +64,7 @@ class Build:
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    descriptors: dict[str, tuple[int, int]] | None = None
+    descriptors: dict[str, list[int]] | None = None
     float32: bool = False
     narrow: tuple[str, ...] = ()
 
@@ -81,6 +81,12 @@ def builds(arch: int) -> Iterator[Build]:
     yield _gemm("exp_gemm_forward", main, forms | {"STORE_E": False})
     yield _gemm("exp_gemm_again", main, forms | {"FLAGGED": True})
     yield _gemm("exp_gemm_top", main, forms | {"STORE_E": False, "TOP": True, "FLAGGED": True})
+    if main.tma:
+        for tile in ("128x256x64x3p", "128x256x64x4p" if arch == 90 else "128x128x64x4p"):
+            config = with_tile(main, tile, SHARED_BYTES[arch])
+            yield _gemm(f"exp_gemm_{tile}", config, forms)
+            yield _gemm(f"exp_gemm_forward_{tile}", config, forms | {"STORE_E": False})
+        yield _gemm("exp_gemm_128x128x64x3w4", with_tile(main, "128x128x64x3w4"), forms)
     second = gemm_config(arch, tma=False, softcap=False)
     yield _gemm("exp_gemm_second_head", second, forms | {"SECOND_HEAD": True})
     for name in ("row_sums", "raise_shift"):
@@ -139,10 +145,9 @@ def _trunk() -> Iterator[Build]:
 
 
 def _gemm(name: str, config: GemmConfig, forms: dict[str, bool]) -> Build:
-    tiles = {"x": (config.block_m, config.block_k), "w": (config.block_n, config.block_k)}
     constexprs = forms | config.constexprs() | {"UPCAST": False}
-    kernel, descriptors = triton_gemm.exp_gemm_kernel, tiles if config.tma else None
-    return Build(name, kernel, constexprs, config.num_warps, config.num_stages, descriptors)
+    blocks = config.descriptor_blocks(forms["STORE_E"])
+    return Build(name, triton_gemm.exp_gemm_kernel, constexprs, config.num_warps, config.num_stages, blocks)
 
 
 def source(build: Build) -> ASTSource:
@@ -188,7 +193,7 @@ def measure(build: Build, arch: int) -> dict[str, Any]:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, code = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
-    found = set(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTMALDG|LDGSTS)[.\w]*", code))
+    found = set(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTMALDG|UTMASTG|LDGSTS)[.\w]*", code))
     if re.search(r"\bLDG\.E\.128\b", code):
         found.add("LDG.E.128")
     if "tcgen05.mma" in compiled.asm["ptx"]:

@@ -6,7 +6,7 @@ On CPU tensors they run only in the Triton interpreter (TRITON_INTERPRET=1 befor
 # Triton's launch syntax is beyond a type checker.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bpo_fast_kernels.rows import Head, LossSpec, Rows, RowStats, Scored, WeightSums
 from bpo_fast_kernels.torch_backend import SHIFT_SLACK, TILE_COLS, TILE_ROWS, Sweep, TorchBackend
-from bpo_fast_kernels.triton_config import INTERPRETED, GemmConfig, gemm_config, with_tile
+from bpo_fast_kernels.triton_config import INTERPRETED, SHARED_BYTES, GemmConfig, gemm_config, with_tile
 from bpo_fast_kernels.triton_gemm import exp_gemm_kernel, raise_shift_kernel, row_sums_kernel
 from bpo_fast_kernels.triton_live import live_dw_, live_pull
 from bpo_fast_kernels.triton_pair import pair_slopes_triton
@@ -168,6 +168,11 @@ def contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; a few for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 @dataclass(frozen=True)
 class _Slots:
     """Policy rows in whole blocks, then behavior rows, as Plan A's kernels see them; [slots] each."""
@@ -244,7 +249,7 @@ class TritonGemmBackend(TritonBackend):
         aligned = aligned and rows.hidden.shape[1] % 8 == 0
         capped = rows.head.softcap is not None
         config = gemm_config(10 * major + minor, tma=aligned and not second, softcap=capped)
-        return with_tile(config, self.tile)
+        return with_tile(config, self.tile, SHARED_BYTES[90])  # of every device with descriptors
 
     def lay_out(self, rows: Rows, behavior: Rows | None, config: GemmConfig) -> _Slots:
         """Slots of both kinds of rows; spare slots have shift inf, so that they sum to 0."""
@@ -298,19 +303,23 @@ class TritonGemmBackend(TritonBackend):
         head, weight = rows.head, contiguous_rows(rows.head.weight)
         vocab, width = weight.shape
         other = weight if behavior is None else contiguous_rows(behavior.head.weight)
-        x, w = slots.x, weight
-        if config.tma:
-            x = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
-            w = TensorDescriptor.from_tensor(w, [config.block_n, config.block_k])
-        grid = (slots.flags.shape[0] * slots.partial.shape[0],)
-        exp_gemm_kernel[grid](
-            x,
-            w,
+        stores_e = e is not None and not top
+        if flagged:  # most programs have nothing to do
+            config = replace(config, persistent=False)
+        num_programs = slots.flags.shape[0] * slots.partial.shape[0]
+        if config.persistent:
+            num_programs = min(num_programs, _multiprocessors(slots.x.device))
+        matrices = {"x": slots.x, "w": weight, "e": slots.partial if e is None else e}
+        for name, block in config.descriptor_blocks(stores_e).items():
+            matrices[name] = TensorDescriptor.from_tensor(matrices[name], block)
+        exp_gemm_kernel[(num_programs,)](
+            matrices["x"],
+            matrices["w"],
             other,
             slots.targets,
             slots.shift,
             slots.flags,
-            slots.partial if e is None else e,
+            matrices["e"],
             slots.partial,
             len(rows.hidden),
             slots.num_slots,
@@ -324,7 +333,7 @@ class TritonGemmBackend(TritonBackend):
             head.softcap or 0.0,
             TOP=top,
             FLAGGED=flagged,
-            STORE_E=e is not None and not top,
+            STORE_E=stores_e,
             SECOND_HEAD=other.data_ptr() != weight.data_ptr(),
             HAS_CAP=head.softcap is not None,
             UPCAST=not slots.x.is_cuda,

@@ -11,6 +11,121 @@ from bpo_fast_kernels.triton_passes import _cap
 
 
 @triton.jit
+def _place(tile, row_blocks, col_blocks, GROUP_M: tl.constexpr):
+    """(row block, tile of the vocabulary) of a tile.
+
+    Blocks of rows that share a tile of the head run close together, so that the head is read from memory once.
+    """
+    group = tile // (GROUP_M * col_blocks)
+    group_rows = tl.minimum(row_blocks - group * GROUP_M, GROUP_M)
+    within = tile % (GROUP_M * col_blocks)
+    return group * GROUP_M + within % group_rows, within // group_rows
+
+
+@triton.jit
+def _exp_part(
+    acc,
+    row,
+    col,
+    targets,
+    shift,
+    e,
+    num_rows,
+    vocab,
+    stride_e,
+    scale,
+    softcap,
+    TOP: tl.constexpr,
+    STORE_E: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    E_BY_TMA: tl.constexpr,
+):
+    """The products of a tile, or of half of one, to E; their row sums (or, with TOP, row maxima)."""
+    slots = row.to(tl.int64) + tl.arange(0, acc.shape[0])
+    cols = col + tl.arange(0, acc.shape[1])
+    logits, slope = _cap(acc, scale, softcap, HAS_CAP)
+    dropped = (cols[None, :] == tl.load(targets + slots).to(tl.int32)[:, None]) | (cols >= vocab)[None, :]
+    if TOP:
+        return tl.max(tl.where(dropped, float("-inf"), logits), axis=1)
+    else:
+        exps = tl.where(dropped, 0.0, tl.exp(logits - tl.load(shift + slots)[:, None]))
+        sums = tl.sum(exps, axis=1)
+        if STORE_E and row < num_rows:
+            if E_BY_TMA:  # which drops what is beyond E
+                e.store([row, col], (exps * slope).to(e.dtype))
+            else:
+                mask = (slots < num_rows)[:, None] & (cols < vocab)[None, :]
+                at = e + slots[:, None] * stride_e + cols[None, :]
+                tl.store(at, (exps * slope).to(e.dtype.element_ty), mask=mask)
+        return sums
+
+
+@triton.jit
+def _exp_tile(
+    place,
+    x,
+    w,
+    w_behavior,
+    partial,
+    num_slots,
+    width,
+    stride_x,
+    stride_w,
+    stride_partial,
+    epilogue,
+    TOP: tl.constexpr,
+    STORE_E: tl.constexpr,
+    SECOND_HEAD: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    TMA: tl.constexpr,
+    E_BY_TMA: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """One tile; see the kernel. `epilogue` holds the arguments of `_exp_part` beside its products and their place."""
+    num_rows, vocab = epilogue[3], epilogue[4]
+    row = place[0] * BLOCK_M
+    col = place[1] * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if TMA:
+        for k in range(0, width, BLOCK_K):
+            acc = tl.dot(x.load([row, k]), w.load([col, k]).T, acc)
+    else:
+        head = w
+        if SECOND_HEAD and row >= num_rows:
+            head = w_behavior
+        rows = row + tl.arange(0, BLOCK_M)
+        ids = col + tl.arange(0, BLOCK_N)
+        ks = tl.arange(0, BLOCK_K)
+        # Rows past the end read row 0 and are dropped below, so that the loop needs one mask only.
+        x_at = x + tl.where(rows < num_slots, rows, 0).to(tl.int64)[:, None] * stride_x + ks[None, :]
+        w_at = head + tl.where(ids < vocab, ids, 0).to(tl.int64)[:, None] * stride_w + ks[None, :]
+        for k in range(0, width, BLOCK_K):
+            mask = ks[None, :] < width - k
+            a = tl.load(x_at, mask=mask, other=0.0)
+            b = tl.load(w_at, mask=mask, other=0.0)
+            if UPCAST:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            acc = tl.dot(a, b.T, acc)
+            x_at += BLOCK_K
+            w_at += BLOCK_K
+    if HALVES:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        found = _exp_part(left, row, col, *epilogue, TOP, STORE_E, HAS_CAP, E_BY_TMA)
+        other = _exp_part(right, row, col + HALF, *epilogue, TOP, STORE_E, HAS_CAP, E_BY_TMA)
+        found = tl.maximum(found, other) if TOP else found + other
+    else:
+        found = _exp_part(acc, row, col, *epilogue, TOP, STORE_E, HAS_CAP, E_BY_TMA)
+    slots = row.to(tl.int64) + tl.arange(0, BLOCK_M)
+    tl.store(partial + place[1].to(tl.int64) * stride_partial + slots, found)
+
+
+@triton.jit
 def exp_gemm_kernel(
     x,
     w,
@@ -41,63 +156,60 @@ def exp_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
-    """One tile of E and of its row sums (or, with TOP, of its row maxima) into partial[tile of the vocabulary, slot].
+    """Tiles of E and of its row sums (or, with TOP, of its row maxima) into partial[tile of the vocabulary, slot].
 
-    With FLAGGED only row blocks whose flag is set do anything: the second attempt after an overflow is an empty launch
-    otherwise. A second head is chosen by pointer, so it cannot be read through a descriptor (TMA).
+    A program makes one tile or, with PERSISTENT, every so many of them: the loads of the next begin before the last is
+    written. With FLAGGED only row blocks whose flag is set do anything: the second attempt after an overflow is an
+    empty launch otherwise; never persistent. A second head is chosen by pointer, so it cannot be read through a
+    descriptor (TMA). HALVES writes half a tile at a time, for want of shared memory.
     """
-    policy_blocks = tl.cdiv(num_rows, BLOCK_M)
     row_blocks = tl.cdiv(num_slots, BLOCK_M)
     col_blocks = tl.cdiv(vocab, BLOCK_N)
-    # Blocks of rows that share a tile of the head run close together, so that the head is read from memory once.
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * col_blocks)
-    group_rows = tl.minimum(row_blocks - group * GROUP_M, GROUP_M)
-    row_block = group * GROUP_M + (pid % (GROUP_M * col_blocks)) % group_rows
-    col_block = (pid % (GROUP_M * col_blocks)) // group_rows
-    if FLAGGED and tl.load(flags + row_block) == 0:
-        return
-    row = row_block * BLOCK_M
-    col = col_block * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if TMA:
-        for k in range(0, width, BLOCK_K):
-            acc = tl.dot(x.load([row, k]), w.load([col, k]).T, acc)
+    first = tl.program_id(0)
+    E_BY_TMA: tl.constexpr = TMA and PERSISTENT
+    epilogue = (targets, shift, e, num_rows, vocab, stride_e, scale, softcap)
+    product = (x, w, w_behavior, partial, num_slots, width, stride_x, stride_w, stride_partial)
+    if PERSISTENT:
+        for tile in tl.range(first, row_blocks * col_blocks, tl.num_programs(0), flatten=True):  # pyright: ignore[reportGeneralTypeIssues]
+            _exp_tile(
+                _place(tile, row_blocks, col_blocks, GROUP_M),
+                *product,
+                epilogue,
+                TOP,
+                STORE_E,
+                SECOND_HEAD,
+                HAS_CAP,
+                TMA,
+                E_BY_TMA,
+                UPCAST,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                HALVES,
+            )
     else:
-        head = w
-        if SECOND_HEAD and row_block >= policy_blocks:
-            head = w_behavior
-        rows = row + tl.arange(0, BLOCK_M)
-        ids = col + tl.arange(0, BLOCK_N)
-        ks = tl.arange(0, BLOCK_K)
-        # Rows past the end read row 0 and are dropped below, so that the loop needs one mask only.
-        x_at = x + tl.where(rows < num_slots, rows, 0).to(tl.int64)[:, None] * stride_x + ks[None, :]
-        w_at = head + tl.where(ids < vocab, ids, 0).to(tl.int64)[:, None] * stride_w + ks[None, :]
-        for k in range(0, width, BLOCK_K):
-            mask = ks[None, :] < width - k
-            a = tl.load(x_at, mask=mask, other=0.0)
-            b = tl.load(w_at, mask=mask, other=0.0)
-            if UPCAST:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            acc = tl.dot(a, b.T, acc)
-            x_at += BLOCK_K
-            w_at += BLOCK_K
-    slots = row.to(tl.int64) + tl.arange(0, BLOCK_M)
-    cols = col + tl.arange(0, BLOCK_N)
-    logits, slope = _cap(acc, scale, softcap, HAS_CAP)
-    dropped = (cols[None, :] == tl.load(targets + slots)[:, None]) | (cols >= vocab)[None, :]
-    cell = partial + col_block.to(tl.int64) * stride_partial + slots
-    if TOP:
-        tl.store(cell, tl.max(tl.where(dropped, float("-inf"), logits), axis=1))
-    else:
-        exps = tl.where(dropped, 0.0, tl.exp(logits - tl.load(shift + slots)[:, None]))
-        tl.store(cell, tl.sum(exps, axis=1))
-        if STORE_E and row_block < policy_blocks:
-            mask = (slots < num_rows)[:, None] & (cols < vocab)[None, :]
-            at = e + slots[:, None] * stride_e + cols[None, :]
-            tl.store(at, (exps * slope).to(e.dtype.element_ty), mask=mask)
+        place = _place(first, row_blocks, col_blocks, GROUP_M)
+        if FLAGGED and tl.load(flags + place[0]) == 0:
+            return
+        _exp_tile(
+            place,
+            *product,
+            epilogue,
+            TOP,
+            STORE_E,
+            SECOND_HEAD,
+            HAS_CAP,
+            TMA,
+            E_BY_TMA,
+            UPCAST,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            HALVES,
+        )
 
 
 @triton.jit

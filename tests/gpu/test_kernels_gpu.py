@@ -160,6 +160,24 @@ def test_behavior_rows_in_the_same_launch(backend, second_head):
     assert float((behavior - linear_logps(other, head, y, cu_seqlens, backend="torch")).abs().max()) < 1e-2
 
 
+@pytest.mark.parametrize("tile", ["128x256x64x3p", "128x256x64x4p", "128x128x64x3w4"])
+def test_tiles_of_plan_a_give_the_same(tile):
+    """More tiles than multiprocessors, the last of them cut off."""
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("without descriptors none of them is persistent, and they do not fit")
+    x, w, y = inputs(1100, 512, 20_001)
+    cu_seqlens, found = offsets([500, 600]), []
+    for backend in ("triton-gemm", f"triton-gemm:{tile}"):
+        hidden = x.clone().requires_grad_()
+        logps, behavior = linear_logps(
+            hidden, w, y, cu_seqlens, behavior_hidden=x.flip(0), mode="store", backend=backend
+        )
+        logps.sum().backward()
+        found.append((logps, behavior, hidden.grad))
+    for want, got in zip(*found, strict=True):
+        assert relative(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("backend", ["triton", "triton-gemm"])
 def test_frozen_step_waits_for_nothing(backend):
     x, w, y = inputs(sum(LENGTHS), 512, 9000)

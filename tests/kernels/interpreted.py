@@ -17,6 +17,7 @@ from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.linear_pair_loss import linear_pair_loss_reference
 from bpo_fast_kernels.pair_loss import pair_loss_reference
 from bpo_fast_kernels.rows import Head, Rows, WeightSums
+from bpo_fast_kernels.triton_config import INTERPRETED, SHARED_BYTES, with_tile
 from bpo_fast_kernels.trunk import gated_reference, rms_norm_reference
 from cases import Case, adversarial_cases, answer, keep_e_as_on_a_gpu, offsets, random_case, relative
 from gpu_types import replacements
@@ -313,32 +314,45 @@ def test_plan_a_takes_a_tile_by_name():
     engine = pick_backend("triton-gemm:32x16x16x2", torch.device("cpu"))
     config = engine.config(Rows(case.hidden, case.targets, Head(case.weight)), None)
     assert (config.block_m, config.block_n, config.block_k, config.num_stages) == (32, 16, 16, 2)
-    for tile in ("128x256x64", "128x100x64x3", "8x16x16x1", "fast"):
+    persistent = with_tile(replace(INTERPRETED, tma=True), "128x256x64x4w8p", SHARED_BYTES[90])
+    assert (persistent.num_warps, persistent.persistent, persistent.halves) == (8, True, True)
+    assert not with_tile(replace(INTERPRETED, tma=True), "128x256x64x3p", SHARED_BYTES[90]).halves
+    assert not with_tile(INTERPRETED, "128x256x64x3p").persistent  # without descriptors
+    for tile in ("128x256x64", "128x100x64x3", "8x16x16x1", "128x256x64x3w5", "128x256x64x3pw4", "fast"):
         with pytest.raises(ValueError, match=f"^backend = 'triton-gemm:{tile}'"):
             pick_backend(f"triton-gemm:{tile}", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("case", [(1, 8, 2), (16, 16, 32), (35, 24, 97), "past_overflow_e-95"], ids=str)
-def test_descriptors_load_what_pointers_do(case, monkeypatch):
-    """The form of Hopper and later, where a block of rows or of the vocabulary may end inside of its tile."""
+def test_descriptors_load_and_store_what_pointers_do(case, monkeypatch):
+    """The forms of Hopper and later, where a block of rows or of the vocabulary may end inside of its tile."""
     from bpo_fast_kernels import triton_backend
 
     case = adversarial_cases()[case] if isinstance(case, str) else random_case(*case, spread=3.0)
     hidden, weight = (torch.nn.functional.pad(x, (0, -x.shape[1] % 4)) for x in (case.hidden, case.weight))
-    loads, found = [], []
-    load = interpreter.InterpreterBuilder.create_descriptor_load
-    monkeypatch.setattr(
-        interpreter.InterpreterBuilder, "create_descriptor_load", lambda *args: loads.append(1) or load(*args)
-    )
-    for tma in (False, True):
-        monkeypatch.setattr(triton_backend, "INTERPRETED", replace(triton_backend.INTERPRETED, tma=tma))
-        assert not loads
+    calls, found = set(), []
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_descriptor_load, builder.create_descriptor_store
+    monkeypatch.setattr(builder, "create_descriptor_load", lambda *args: calls.add("load") or load(*args))
+    monkeypatch.setattr(builder, "create_descriptor_store", lambda *args: calls.add("store") or store(*args))
+    forms = [
+        {},
+        {"tma": True},
+        {"tma": True, "persistent": True},
+        {"tma": True, "persistent": True, "halves": True},
+    ]
+    for form in forms:
+        calls.clear()
+        monkeypatch.setattr(triton_backend, "INTERPRETED", replace(INTERPRETED, **form))
         torch.manual_seed(0)
         logps, dx, dw, _ = run(Case(hidden, weight, case.targets), "triton-gemm", "store", False)
         options = {"behavior_hidden": hidden.flip(0), "backend": "triton-gemm"}
         found.append([logps, dx, dw, *linear_logps(hidden, weight, case.targets, offsets([len(hidden)]), **options)])
-    assert loads
-    assert all(map(torch.equal, *found))
+        assert calls == ({"load", "store"} if "persistent" in form else {"load"} if "tma" in form else set())
+    pointers, loads, persistent, halves = found
+    assert all(map(torch.equal, pointers, loads))
+    assert all(map(torch.equal, pointers, persistent))
+    assert max(map(relative, halves, pointers)) < 1e-6  # row sums are those of halves
 
 
 @pytest.mark.parametrize("backend", PLANS)
