@@ -2,13 +2,12 @@
 
 import os
 import random
-import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from prepared import Prepared
 
 from bpo_fast import allocator
 from bpo_fast.attention import has_native
@@ -20,13 +19,24 @@ pytestmark = [
 ]
 
 
-def alone(function, *, opened="allocator.keep_freed_memory(); allocator.open_arena()", **environ):
+@pytest.fixture(scope="module")
+def prepared():
+    with Prepared("import test_allocator, bpo_fast.cli, bpo_fast.loading") as process:
+        yield process
+
+
+@pytest.fixture
+def alone(prepared):
     """Runs a function of this file in a process of its own, where PyTorch's allocator may be exchanged."""
-    code = f"from bpo_fast import allocator; {opened}; import test_allocator; test_allocator.{function}()"
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])} | environ
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+
+    def alone(function, *, opened="allocator.keep_freed_memory(); allocator.open_arena()", **environ):
+        done = prepared.run(
+            f"from bpo_fast import allocator; {opened}; import test_allocator; test_allocator.{function}()", env=environ
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    return alone
 
 
 def resident():
@@ -55,17 +65,16 @@ def take_again():
 
 
 def multiply_many_sizes():
-    weight = torch.zeros(256, 256, dtype=torch.bfloat16)
+    weight = torch.zeros(64, 256, dtype=torch.bfloat16)
 
-    def multiply(first):
-        for num_rows in range(first, first + 150):
-            torch.zeros(num_rows, 256, dtype=torch.bfloat16) @ weight
+    def multiply(first, last):
+        for num_rows in range(first, last):
+            torch.zeros(num_rows, 64, dtype=torch.bfloat16) @ weight
 
-    multiply(1)
-    multiply(151)
+    multiply(1, 200)
     before = resident()
-    multiply(301)
-    assert resident() - before < 20 * MIB
+    multiply(200, 260)  # 30 MiB of code
+    assert resident() - before < 8 * MIB
 
 
 def give_back():
@@ -164,11 +173,11 @@ IN_THE_ARENA += (count_for_the_profiler, more_than_there_is)
 
 
 @pytest.mark.parametrize("function", IN_THE_ARENA, ids=lambda function: function.__name__)
-def test_in_the_arena(function):
+def test_in_the_arena(function, alone):
     alone(function.__name__)
 
 
-def test_a_command_opens_the_arena_when_it_computes_on_the_cpu():
+def test_a_command_opens_the_arena_when_it_computes_on_the_cpu(alone):
     opened = (
         "from bpo_fast import cli, loading; cli.app = lambda **_: loading.pick_device('run.device', 'cpu');"
         "assert not allocator.arena_is_open(); cli.main()"
@@ -176,18 +185,18 @@ def test_a_command_opens_the_arena_when_it_computes_on_the_cpu():
     assert alone("say_whether_it_is_open", opened=opened) == ["True"]
 
 
-def test_elsewhere_pytorch_keeps_its_allocator():
+def test_elsewhere_pytorch_keeps_its_allocator(alone):
     opened = "from bpo_fast import loading; loading.pick_device('run.device', 'cpu')"
     assert alone("say_whether_it_is_open", opened=opened) == ["False"]
 
 
-def test_without_a_compiler_the_c_librarys_allocator_stays():
+def test_without_a_compiler_the_c_librarys_allocator_stays(alone):
     found = alone("say_whether_it_is_open", CXX="/no/such/compiler")
     assert found == ["False"]
 
 
 @pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
-def test_where_addresses_are_counted_the_arena_leaves_them_to_others(limit):
+def test_where_addresses_are_counted_the_arena_leaves_them_to_others(limit, alone):
     most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + 2**34  # enough for the arena
     opened = (
         f"import resource; resource.setrlimit(resource.{limit}, ({most}, -1));"
@@ -196,5 +205,5 @@ def test_where_addresses_are_counted_the_arena_leaves_them_to_others(limit):
     assert alone("say_whether_it_is_open", opened=opened) == ["False"]
 
 
-def test_code_for_sizes_of_long_ago_is_freed():
+def test_code_for_sizes_of_long_ago_is_freed(alone):
     alone("multiply_many_sizes", opened="allocator.keep_less_code()")
