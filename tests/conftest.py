@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test leaves this machine
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch is: workers share cores, and spins take most of them
 
 import pytest
 import torch
