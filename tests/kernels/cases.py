@@ -1,5 +1,6 @@
 """Inputs shared by the kernel tests, and the float64 answers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,12 @@ def keep_e_as_on_a_gpu(monkeypatch) -> None:
         return torch.float32 if hidden.dtype == torch.float32 else torch.bfloat16
 
     monkeypatch.setattr(TorchBackend, "work_dtype", work_dtype)
+
+
+def pairwise(first: Sequence, second: Sequence, third: Sequence) -> list[tuple]:
+    """Cases of one value each, in which any two values of different lists meet."""
+    assert len(third) <= min(len(first), len(second))
+    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
 
 
 def offsets(lengths: list[int]) -> torch.Tensor:

@@ -53,8 +53,13 @@ def compiler(tmp_path, monkeypatch):
 
 def test_quick_run_writes_json_and_plots(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # or bfloat16 is left out
-    options = KernelBench(
-        quick=True, shapes=((64, 16, 500),), pairs=2, json_path=tmp_path / "a" / "k.json", plot_path=tmp_path / "k"
+    options = KernelBench(  # of the peers on a CPU, "compile" takes seconds a problem and has a test of its own
+        quick=True,
+        shapes=((64, 16, 500),),
+        pairs=2,
+        peers=("cce", "verl"),
+        json_path=tmp_path / "a" / "k.json",
+        plot_path=tmp_path / "k",
     )
     record = run(options)
     assert json.loads((tmp_path / "a" / "k.json").read_text())["problems"] == record["problems"]
@@ -112,7 +117,7 @@ def test_a_wrong_implementation_gets_no_time(monkeypatch):
         return call
 
     monkeypatch.setattr("bpo_fast_bench.kernels_peers.ours", wrong)
-    options = KernelBench(ops=("forward",), quick=True, shapes=((64, 16, 500),), pairs=2)
+    options = KernelBench(ops=("forward",), quick=True, shapes=((64, 16, 500),), pairs=2, peers=())
     record = run(options)
     rows = record["problems"][0]["implementations"]
     assert not rows["native"]["passed"]
@@ -158,7 +163,9 @@ def test_eager_that_fails_its_gate_leaves_the_others_without_ratios(monkeypatch)
         return lambda inputs: Outcome(torch.zeros(len(inputs.cu_seqlens) - 1))
 
     monkeypatch.setattr("bpo_fast_bench.kernels_peers.eager", wrong)
-    record = run(KernelBench(ops=("forward",), quick=True, shapes=((64, 16, 500),), pairs=2, dtypes=("float32",)))
+    record = run(
+        KernelBench(ops=("forward",), quick=True, shapes=((64, 16, 500),), pairs=2, peers=(), dtypes=("float32",))
+    )
     rows = record["problems"][0]["implementations"]
     assert not rows["eager"]["passed"]
     assert rows["native"]["seconds"] > 0

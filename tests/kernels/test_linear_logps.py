@@ -1,5 +1,4 @@
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -20,22 +19,27 @@ from cases import (
 )
 
 BACKENDS = ("torch", "native")
+MODES = ("fused", "store", "recompute")
+# Draws that one or two roundings more, in 16 bits, take past the limit or near it: of 12 of rows at the limits, and
+# of 120 (seed, rows) that are sure of a wrong token.
+SEEDS = (2, 5, 7, 11)
+FEW = [(2, 8), (11, 1), (18, 4), (26, 1), (32, 1), (36, 1), (37, 4), (38, 1), (38, 8)]
 # 32 is the panel of the native kernels with AVX-512; 14 and 56 and 112 are their vocabulary steps.
 SHAPES = [(1, 1, 2), (31, 17, 13), (32, 32, 14), (33, 33, 15), (64, 7, 301), (130, 48, 1000)]
 
 
-def run(case, backend, mode="auto", frozen=False, scale=1.0, **options):
+def run(case, backend, mode="auto", frozen=False, coefs=None, **options):
     hidden = case.hidden.clone().requires_grad_()
     weight = case.weight.clone().requires_grad_(not frozen)
     logps = linear_token_logps(hidden, weight, case.targets, backend=backend, mode=mode, **options)
-    coefs = scale * torch.randn(len(logps))
+    coefs = torch.randn(len(logps)) if coefs is None else coefs
     (logps * coefs).sum().backward()
     return logps.detach(), hidden.grad, weight.grad, coefs
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
+@pytest.mark.parametrize("mode", MODES)
 def test_log_probs_and_gradients_match_float64(backend, shape, mode):
     case = random_case(*shape, spread=3.0)
     logps, dx, dw, coefs = run(case, backend, mode, frozen=mode == "fused")
@@ -47,37 +51,35 @@ def test_log_probs_and_gradients_match_float64(backend, shape, mode):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", adversarial_cases())
-@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_at_the_limits(backend, name, mode, dtype):
-    """In 16 bits on many draws: where few numbers carry a gradient, a lucky draw hides their roundings."""
-    for seed in range(1 if dtype == torch.float32 else 12):
+def test_rows_at_the_limits(backend, name, dtype):
+    """In 16 bits on draws whose roundings show: where few numbers carry a gradient, a lucky draw hides them."""
+    for seed in SEEDS if dtype != torch.float32 else (0,):
         torch.manual_seed(seed)
         case = adversarial_cases(dtype)[name]
         # float16 holds nothing below 6e-8: what p_y near 1 leaves of a gradient takes a scaled loss
         scale = 2.0**14 if (dtype, name) == (torch.float16, "p_y_near_1") else 1.0
-        logps, dx, dw, coefs = run(case, backend, mode, frozen=mode == "fused", scale=scale)
-        want = answer(case, coefs)
-        assert float((logps - want.logps).abs().max()) < 1e-4
-        limit = 1e-5 if dtype == torch.float32 else 4e-3
-        assert relative(dx, want.dx) < limit
-        assert dw is None or relative(dw, want.dw) < limit
+        coefs = scale * torch.randn(len(case.targets))
+        want, limit = answer(case, coefs), 1e-5 if dtype == torch.float32 else 4e-3
+        for mode in MODES:
+            logps, dx, dw, _ = run(case, backend, mode, frozen=mode == "fused", coefs=coefs)
+            assert float((logps - want.logps).abs().max()) < 1e-4, mode
+            assert relative(dx, want.dx) < limit, mode
+            assert dw is None or relative(dw, want.dw) < limit, mode
 
 
 @pytest.mark.parametrize("name", adversarial_cases())
-@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
-def test_rows_at_the_limits_with_e_as_on_a_gpu(name, mode, monkeypatch):
+def test_rows_at_the_limits_with_e_as_on_a_gpu(name, monkeypatch):
     keep_e_as_on_a_gpu(monkeypatch)
-    test_rows_at_the_limits("torch", name, mode, torch.bfloat16)
+    test_rows_at_the_limits("torch", name, torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
-def test_few_rows_that_are_sure_of_a_wrong_token(backend, sparse, mode, monkeypatch):
+def test_few_rows_that_are_sure_of_a_wrong_token(backend, sparse, monkeypatch):
     """Where a hidden state is one large number nothing averages out: the exception that the promise names."""
     keep_e_as_on_a_gpu(monkeypatch)
-    for seed, rows in product(range(40), (1, 4, 8)):
+    for seed, rows in FEW:
         torch.manual_seed(seed)
         targets, row = torch.randint(0, 77, (rows,)), torch.arange(rows)
         wrong = (targets + torch.randint(1, 77, (rows,))) % 77
@@ -89,10 +91,12 @@ def test_few_rows_that_are_sure_of_a_wrong_token(backend, sparse, mode, monkeypa
             weight = torch.randn(77, 64)
             case = Case(weight[wrong] / 4 + 0.3 * torch.randn(rows, 64), weight, targets)
         case = Case(case.hidden.bfloat16(), case.weight.bfloat16(), targets)
-        _, dx, dw, coefs = run(case, backend, mode, frozen=mode == "fused")
+        coefs = torch.randn(rows)
         want, limit = answer(case, coefs), 6e-3 if sparse else 4e-3
-        assert relative(dx, want.dx) < limit
-        assert dw is None or relative(dw, want.dw) < limit
+        for mode in MODES:
+            _, dx, dw, _ = run(case, backend, mode, frozen=mode == "fused", coefs=coefs)
+            assert relative(dx, want.dx) < limit, mode
+            assert dw is None or relative(dw, want.dw) < limit, mode
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -107,7 +111,7 @@ def test_a_sure_target_keeps_its_small_log_prob_and_gradient(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", [random_case, peaked_case])
-@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
+@pytest.mark.parametrize("mode", MODES)
 def test_promise_for_16_bit_inputs(backend, dtype, make, mode):
     case = make(70, 64, 501, dtype=dtype)
     logps, dx, dw, coefs = run(case, backend, mode, frozen=mode == "fused")
@@ -120,7 +124,7 @@ def test_promise_for_16_bit_inputs(backend, dtype, make, mode):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "options", [{"temperature": 0.6}, {"logit_softcap": 4.0}, {"temperature": 1.7, "logit_softcap": 9.0}]
 )
@@ -138,7 +142,7 @@ def test_several_vocabulary_tiles_and_a_shift_that_moves_between_them(backend):
     case = random_case(9, 16, 9001, spread=2.0)
     case.weight[5000:5003] += 30 * case.hidden[0] / case.hidden[0].norm() ** 2 * 4
     case.weight[8999] += 30 * case.hidden[0] / case.hidden[0].norm() ** 2 * 7
-    for mode in ("fused", "store", "recompute"):
+    for mode in MODES:
         logps, dx, dw, coefs = run(case, backend, mode, frozen=mode == "fused")
         want = answer(case, coefs)
         assert want.logps.min() < -150
@@ -197,7 +201,7 @@ def test_three_runs_give_the_same_bits(backend):
 def test_all_modes_give_the_same_log_prob_bits(backend):
     case = random_case(100, 64, 1201, spread=4.0)
     want = linear_token_logps(case.hidden, case.weight, case.targets, backend=backend)
-    for mode in ("fused", "store", "recompute"):
+    for mode in MODES:
         logps, *_ = run(case, backend, mode, frozen=mode == "fused")
         assert torch.equal(logps, want), mode
 
@@ -307,7 +311,7 @@ def test_medium_precision_keeps_twice_the_rows_of_e_in_dw(medium_precision):
     assert relative(sums.total, want.dw) < 4e-3
 
 
-@pytest.mark.parametrize("mode", ["fused", "store", "recompute"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [(5, 3, 9), (33, 33, 15), (130, 48, 1001)])
 def test_native_float32_with_bfloat16_gradient_products(medium_precision, mode, shape):
     engine = pick_backend("native", torch.device("cpu"))

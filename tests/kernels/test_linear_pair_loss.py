@@ -11,6 +11,10 @@ from cases import Case, adversarial_cases, answer, keep_e_as_on_a_gpu, offsets, 
 BACKENDS = ("torch", "native")
 LENGTHS = [5, 0, 70, 1, 9, 33, 3, 1]  # pairs of 14, 33, 73 and 2 rows
 LOSSES = ["dpo", "ipo", "slic"]
+BUDGETS = (None, 1)  # one chunk, and a pair a chunk
+SEEDS = (0, 3, 12, 14)  # of 24 draws of rows at the limits, those that two roundings more take past 0.004
+# a backend, whether the head is frozen, and a budget: any two of them meet
+FORMS = [(BACKENDS[0], True, None), (BACKENDS[0], False, 1), (BACKENDS[1], True, 1), (BACKENDS[1], False, None)]
 OPTIONS = [
     {"temperature": 0.7},
     {"logit_softcap": 4.0},
@@ -81,17 +85,17 @@ def test_rows_at_the_limits(backend, name, frozen, dtype):
 
 @pytest.mark.parametrize("name", adversarial_cases())
 @pytest.mark.parametrize("loss", ["dpo", "slic"])
-@pytest.mark.parametrize("budget", [None, 1], ids=["one_chunk", "a_pair_a_chunk"])
-def test_rows_at_the_limits_with_e_as_on_a_gpu(name, loss, budget, monkeypatch):
+def test_rows_at_the_limits_with_e_as_on_a_gpu(name, loss, monkeypatch):
     keep_e_as_on_a_gpu(monkeypatch)
-    for seed in range(24):
+    for seed in SEEDS:
         torch.manual_seed(seed)
         case, cu_seqlens = adversarial_cases(torch.bfloat16)[name], offsets([4, 9, 3, 7, 10, 5, 1, 1])
         ref, options = near_ref(case, cu_seqlens), {"loss": loss, "beta": 0.01}
         want = reference(case, cu_seqlens, ref, **options)
-        got = step(case, cu_seqlens, ref, False, budget_bytes=budget, backend="torch", **options)
-        assert relative(got[1], want[3]) < 4e-3
-        assert relative(got[2], want[4]) < 4e-3
+        for budget in BUDGETS:
+            got = step(case, cu_seqlens, ref, False, budget_bytes=budget, backend="torch", **options)
+            assert relative(got[1], want[3]) < 4e-3, budget
+            assert relative(got[2], want[4]) < 4e-3, budget
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -247,24 +251,21 @@ def test_three_runs_give_the_same_bits(backend, loss, frozen, dtype):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
-def test_options_of_the_head_and_the_loss_match_float64(backend, loss, frozen, dtype, options):
+def test_options_of_the_head_and_the_loss_match_float64(loss, dtype, options):
     if "label_smoothing" in options and loss != "dpo":
         pytest.skip("only dpo is smoothed")
     case, cu_seqlens = random_case(122, 24, 203, spread=2.0, dtype=dtype), offsets(LENGTHS)
     head = {name: value for name, value in options.items() if name != "label_smoothing"}
     ref = near_ref(case, cu_seqlens, **head)
-    want = reference(case, cu_seqlens, ref, loss=loss, **options)
-    for budget in (None, 1):
+    want, limit = reference(case, cu_seqlens, ref, loss=loss, **options), 1e-5 if dtype == torch.float32 else 4e-3
+    for backend, frozen, budget in FORMS:
         got = step(case, cu_seqlens, ref, frozen, loss=loss, budget_bytes=budget, backend=backend, **options)
-        assert torch.allclose(got[0].double(), want[0], rtol=1e-5)
-        limit = 1e-5 if dtype == torch.float32 else 4e-3
-        assert relative(got[1], want[3]) < limit
-        assert frozen or relative(got[2], want[4]) < limit
+        assert torch.allclose(got[0].double(), want[0], rtol=1e-5), (backend, frozen, budget)
+        assert relative(got[1], want[3]) < limit, (backend, frozen, budget)
+        assert frozen or relative(got[2], want[4]) < limit, (backend, budget)
 
 
 def test_the_divisor_is_that_of_the_whole_step():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bpo_fast_kernels import decoded_attention, packed_attention
 from bpo_fast_kernels.packed_attention import decoded_attention_reference, packed_attention_reference
-from cases import offsets
+from cases import offsets, pairwise
 
 # lengths of each group's prompt and completions; 32 queries are a panel and 14 keys a block with AVX-512
 GROUPS = [
@@ -46,9 +46,7 @@ def outcome(attend, groups, qkv, weights, **options):
     return [out.detach(), *torch.autograd.grad(out, qkv, weights)]
 
 
-@pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("groups", "heads", "options"), pairwise(GROUPS, HEADS, OPTIONS))
 def test_outputs_and_gradients_are_those_of_all_scores_at_once(groups, heads, options):
     *qkv, weights = parts(groups, heads)
     found = outcome(packed_attention, groups, qkv, weights, scale=0.3, **options)
@@ -59,9 +57,7 @@ def test_outputs_and_gradients_are_those_of_all_scores_at_once(groups, heads, op
         assert float((x - y).abs().max()) <= 4e-6 * max(1.0, float(y.abs().max()))
 
 
-@pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("groups", "heads", "options"), pairwise(GROUPS, HEADS, OPTIONS))
 def test_in_bfloat16_outputs_are_rounded_once_and_gradients_are_within_its_rounding(groups, heads, options):
     """Of float64 on the same inputs. Outputs of the twin, which rounds scores on the way, are off by 1.2e-2."""
     *qkv, weights = (x.bfloat16() for x in parts(groups, heads))
@@ -142,12 +138,18 @@ def decoded_parts(lengths, prompts, num_written, heads):
     }
 
 
-@pytest.mark.parametrize("prompts", [[0], [2, 0, 0, 1, 2, 2], [1, 1, 1, 1, 1], []])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("num_written", [1, 18])
-@pytest.mark.parametrize("options", [{}, {"softcap": 0.7}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_decoded_token_sees_its_prompt_and_what_its_row_wrote(prompts, heads, num_written, options, dtype):
+PROMPTS = [[0], [2, 0, 0, 1, 2, 2], [1, 1, 1, 1, 1], []]
+DECODED = [
+    (1, {}, torch.float32),
+    (1, {"softcap": 0.7}, torch.bfloat16),
+    (18, {}, torch.bfloat16),
+    (18, {"softcap": 0.7}, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("prompts", "heads", "form"), pairwise(PROMPTS, HEADS, DECODED))
+def test_a_decoded_token_sees_its_prompt_and_what_its_row_wrote(prompts, heads, form):
+    num_written, options, dtype = form
     parts = decoded_parts([5, 1, 70], prompts, num_written, heads)
     parts = {name: x.to(dtype) if x.is_floating_point() else x for name, x in parts.items()}
     found = decoded_attention(**parts, scale=0.3, **options)
