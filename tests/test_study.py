@@ -17,6 +17,7 @@ from fake_sweep import write_fake_sweep
 from bpo_fast.grid import read_grid
 from bpo_fast.groups import find_runs, read_groups
 from bpo_fast.run_folder import read_run
+from bpo_fast.sweep_plots import FIGURES
 
 GRID = '[set]\n"method.pairs" = 512\n[grid]\nmethod = ["offline", "bpo", "on-policy"]\nseed = [100, 101, 102, 103]\n'
 
@@ -96,7 +97,8 @@ def test_win_rates_at_matched_kl(tmp_path):
     assert matched_difference(fell, b) == pytest.approx(0.5 - 0.5)
 
 
-def test_what_is_committed(sweep, tmp_path):
+def test_what_is_committed(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr("bpo_fast.sweep_plots.FIGURES", FIGURES[:1])
     found = write_results(sweep, None, {"dpo/bpo": 3e-3}, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text()) == found
     assert found["conditions"] == {}
@@ -104,7 +106,8 @@ def test_what_is_committed(sweep, tmp_path):
     assert "BPO F=2 - offline, 4 paired seeds, 6 prompts:" in table(found)
 
 
-def test_conditions_are_compared_each_by_itself(sweep, tmp_path):
+def test_conditions_are_compared_each_by_itself(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr("bpo_fast.sweep_plots.FIGURES", ())
     axes = 'method = ["offline", "bpo", "on-policy"]\nseed = [100, 101]\n'
     blocks = [
         f'[[grid]]\nname = "{name}"\n{axes}set."method.pairs" = {n}\n' for name, n in (("few", 128), ("many", 512))

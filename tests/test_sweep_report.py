@@ -14,7 +14,7 @@ from bpo_fast.cli import app
 from bpo_fast.groups import curve_groups, find_runs, group_words, paired, read_groups
 from bpo_fast.plots import Plot
 from bpo_fast.sweep_curves import looks
-from bpo_fast.sweep_plots import aggregate_rows, frequency_series, sweep_plots
+from bpo_fast.sweep_plots import FIGURES, aggregate_rows, frequency_series, sweep_plots
 from bpo_fast.sweep_report import write_sweep_report
 
 GRID = """
@@ -56,8 +56,35 @@ def groups(sweep):
 
 
 @pytest.fixture(scope="module")
-def page(sweep):
-    return write_sweep_report([sweep], sweep).read_text(encoding="utf-8")
+def report(sweep):
+    """The page, and every figure on it by its title."""
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bpo_fast.sweep_report.sweep_plots", lambda groups: drawn.extend(sweep_plots(groups)) or drawn)
+        page = write_sweep_report([sweep], sweep).read_text(encoding="utf-8")
+    return page, {plot.title: plot for plot in drawn}
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return report[0]
+
+
+@pytest.fixture(scope="module")
+def plots(report):
+    return report[1]
+
+
+@pytest.fixture
+def no_files(monkeypatch):
+    """For the tests of the page alone."""
+    monkeypatch.setattr(Plot, "save", lambda plot, stem: [])
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For the tests that look at text alone."""
+    monkeypatch.setattr("bpo_fast.sweep_plots.FIGURES", ())
 
 
 def call(*args):
@@ -76,7 +103,7 @@ def test_runs_are_grouped_by_everything_but_the_seed(groups):
     assert [g.place.label for g in groups][:4] == ["offline", "online F=2", "on-policy", "BPO F=2"]
 
 
-def test_losses_have_the_names_of_their_papers(tmp_path):
+def test_losses_have_the_names_of_their_papers(tmp_path, no_files):
     text = "[grid]\nloss = ['dpo', 'ipo', 'slic']\nmethod = ['offline', 'bpo']\n"
     sweep = write_fake_sweep(tmp_path / "s", text)
     page = write_sweep_report([sweep], sweep).read_text(encoding="utf-8")
@@ -160,60 +187,61 @@ def overlaps(plot: Plot) -> list[tuple[str, str]]:
     return found + [(a, "edge") for a, x in boxes if x.x0 < frame.x0 or x.x1 > frame.x1 or x.y1 > frame.y1]
 
 
-def test_no_text_covers_another(groups):
-    for plot in sweep_plots(groups):
-        assert overlaps(plot) == [], plot.title
+def test_no_text_covers_another(plots):
+    for title, plot in plots.items():
+        assert overlaps(plot) == [], title
 
 
-def test_long_labels_stay_in_their_panels(tmp_path):
+def test_long_labels_stay_in_their_panels(tmp_path, monkeypatch):
     folder = write_fake_sweep(tmp_path / "s", "[grid]\noptim.learning_rate = [1e-3, 0.01]\n")
-    (plot,) = (p for p in sweep_plots(read_groups(find_runs([folder])[0])) if p.title == "Time and memory by phase")
+    plot = plot_of(read_groups(find_runs([folder])[0]), "Time and memory by phase", monkeypatch)
     assert overlaps(plot) == []
     titles = [(axis, t) for axis in plot.figure.axes for t in axis.findobj(Text) if "learning_rate" in t.get_text()]
     assert len(titles) == 2
     assert all(title.get_window_extent().x1 <= axis.bbox.x1 for axis, title in titles)
 
 
-def plot_of(groups, title: str) -> Plot:
-    return next(plot for plot in sweep_plots(groups) if plot.title == title)
+def plot_of(groups, title: str, monkeypatch) -> Plot:
+    """This figure alone."""
+    monkeypatch.setattr("bpo_fast.sweep_plots.FIGURES", [kind for kind in FIGURES if kind.title == title])
+    (plot,) = sweep_plots(groups)
+    return plot
 
 
 def titles_of(plot: Plot) -> list[str]:
     return [axis.get_title(loc="left") for axis in plot.figure.axes]
 
 
-def test_every_task_and_loss_has_its_panels_and_every_group_its_curve(groups):
+def test_every_task_and_loss_has_its_panels_and_every_group_its_curve(groups, plots):
     own = {loss: {g.place.label for g in groups if g.place.loss == loss} for loss in ("dpo", "ipo")}
-    plot = plot_of(groups, "Reward and KL")
+    plot = plots["Reward and KL"]
     assert titles_of(plot) == [f"{loss}: win rate, {j}" for loss in ("DPO", "IPO") for j in ("rubric", "annotator")]
     for n, axis in enumerate(plot.figure.axes):
         assert set(axis.get_legend_handles_labels()[1]) == own["dpo" if n < 2 else "ipo"]
-    plot = plot_of(groups, "Margins and lengths")
+    plot = plots["Margins and lengths"]
     assert titles_of(plot)[::2] == ["DPO: margin, chosen - rejected", "IPO: margin, chosen - rejected"]
     assert [set(a.get_legend_handles_labels()[1]) for a in plot.figure.axes] == [
         own[x] for x in ("dpo", "dpo", "ipo", "ipo")
     ]
-    assert titles_of(plot_of(groups, "Reference ablation"))[::2] == [
-        f"win rate, rubric ({x}, F=2)" for x in ("DPO", "IPO")
-    ]
+    assert titles_of(plots["Reference ablation"])[::2] == [f"win rate, rubric ({x}, F=2)" for x in ("DPO", "IPO")]
     (legend,) = plot.figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert sorted(labels) == sorted(own["dpo"] | own["ipo"])
 
 
-def test_what_has_no_curve_is_named(tmp_path):
+def test_what_has_no_curve_is_named(tmp_path, monkeypatch):
     grid = "[[grid]]\nmethod = ['offline', 'online', 'bpo', 'ema']\nF = [1, 2, 3, 4, 5, 6]\nM = [1, 5]\n"
     found = read_groups(find_runs([write_fake_sweep(tmp_path / "s", grid)])[0])
-    plot = plot_of(found, "Reward and KL")
+    plot = plot_of(found, "Reward and KL", monkeypatch)
     shown = set(plot.figure.axes[0].get_legend_handles_labels()[1])
     left = plot.caption.removesuffix(".").partition("left out: ")[2].split(", ")
     assert sorted([*shown, *left]) == sorted(g.place.label for g in found)
     assert (len(shown), len(left)) == (12, 20)
     assert {f"BPO F={n}" for n in range(2, 7)} <= shown
     assert {"offline", "online F=2", "EMA reference F=2"} <= shown
-    by_phase = plot_of(found, "Time and memory by phase").caption
+    by_phase = plot_of(found, "Time and memory by phase", monkeypatch).caption
     assert by_phase.endswith("the table of the phases has these as well: " + ", ".join(left) + ".")
-    reference = plot_of(found, "Reference ablation")
+    reference = plot_of(found, "Reference ablation", monkeypatch)
     assert titles_of(reference)[0] == "win rate, rubric (DPO, F=2)"
     assert "left out: online F=2 M=5, BPO F=2 M=5, " in reference.caption
 
@@ -236,45 +264,45 @@ def test_no_two_curves_look_the_same(groups):
     assert len({style["color"] for style in alone.values()}) == len(alone) == 3
 
 
-def test_bars_end_where_their_intervals_do(groups):
-    plot = plot_of(groups, "Aggregates")
+def test_bars_end_where_their_intervals_do(groups, plots):
+    plot = plots["Aggregates"]
     bars = [line for axis in plot.figure.axes for line in axis.lines if len(line.get_xdata()) == 2]
     assert len(bars) == 4 * len(groups)
     assert {bar.get_solid_capstyle() for bar in bars} == {"butt"}
 
 
-def test_bars_of_a_share_stay_within_0_and_1(sweep):
+def test_bars_of_a_share_stay_within_0_and_1(sweep, monkeypatch):
     found = read_groups(find_runs([sweep])[0])
     for n, run in enumerate(run for g in found for run in g.runs.values()):
         run.summary["after"]["win_rate"]["rubric"] = (0.0, 0.02, 1.0)[n % 3]
     for title in ("Win rate against F", "Stability"):
-        bars = [c for axis in plot_of(found, title).figure.axes for c in axis.containers]
+        bars = [c for axis in plot_of(found, title, monkeypatch).figure.axes for c in axis.containers]
         ends = [y for bar in bars for lines in bar.lines[2] for segment in lines.get_segments() for y in segment[:, 1]]
         assert len(ends) > 2
         assert min(ends) >= 0.0
         assert max(ends) <= 1.0
 
 
-def test_one_run_that_collapses_leaves_the_curves_of_kl_readable(sweep):
+def test_one_run_that_collapses_leaves_the_curves_of_kl_readable(sweep, monkeypatch):
     found = read_groups(find_runs([sweep])[0])
     for group in found:
         for line in next(iter(group.runs.values())).evals[1:]:
             line["eval/kl"] = 1500.0
-    plot = plot_of(found, "Reference ablation")
+    plot = plot_of(found, "Reference ablation", monkeypatch)
     kl = plot.figure.axes[1]
     assert (kl.get_yscale(), kl.get_ylim()[0]) == ("symlog", 0.0)
     bands = [path.vertices[:, 1] for band in kl.collections for path in band.get_paths()]
     assert min(y.min() for y in bands) >= 0.0
     online = next(line for line in kl.lines if line.get_label() == "online")
     assert max(online.get_ydata()) < 10.0  # the median of three
-    axis = plot_of(found, "Reward and KL").figure.axes[0]
+    axis = plot_of(found, "Reward and KL", monkeypatch).figure.axes[0]
     assert axis.get_xscale() == "symlog"
     line = next(line for line in axis.lines if line.get_label() == "online F=2")
     runs = next(g for g in found if g.place.label == "online F=2").runs.values()
     assert line.get_xdata()[-1] == statistics.median(run.evals[-1]["eval/kl"] for run in runs)
 
 
-def test_two_runs_of_the_same_settings_are_not_lost_without_a_word(tmp_path):
+def test_two_runs_of_the_same_settings_are_not_lost_without_a_word(tmp_path, no_figures):
     grid = "[set]\n'method.pairs' = 32\n[[grid]]\nmethod = ['online', 'bpo']\nF = [2, 'T']\nseed = [1, 2]\n"
     folder = write_fake_sweep(tmp_path / "s", grid)
     page = write_sweep_report([folder], folder).read_text(encoding="utf-8")
@@ -295,7 +323,7 @@ def test_paired_takes_the_seeds_that_both_have():
     assert paired({1: 0.5}, {2: 0.5}) is None
 
 
-def test_the_command(sweep, tmp_path):
+def test_the_command(sweep, tmp_path, no_figures):
     runs = sorted((sweep / "runs").iterdir())[:3]
     code, out, err = call("report", *runs, "--out", tmp_path / "r")
     assert (code, out.strip()) == (0, str(tmp_path / "r" / "report.html")), err
