@@ -1,13 +1,11 @@
-"""A small policy with its optimizer, for tests of memory; as a script, the peaks of its steps in a process of its own.
+"""A small policy with its optimizer, for tests of memory, and the peaks of its steps.
 
-`python memory_parts.py FORM OPTIONS_JSON [arena]` prints {"predicted_gib", "measured_gib"}. A process of its own,
-because resident memory is that of the tensors only where no earlier work has left holes for them to fall into.
+Resident memory is that of the tensors only where no earlier work has left holes for them to fall into: peaks are for a
+process of their own.
 """
 
+import ctypes
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,6 +19,7 @@ from bpo_fast.engine.hf import HfEngine
 from bpo_fast.memory import make_ledger
 from bpo_fast.optim import Optimizer
 
+M_MMAP_THRESHOLD = -3  # malloc.h
 SIZES = {
     "vocab_size": 4096,
     "hidden_size": 256,
@@ -58,29 +57,17 @@ def make_parts(
     return SimpleNamespace(config=config, policy=policy, optimizer=optimizer, engine=engine)
 
 
-def peaks_of_steps(form, options, *, arena=False):
-    """What this script prints; without the arena every block of 64 KiB is mapped alone, and handed back when freed."""
-    alone = {} if arena else {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(
-        [sys.executable, __file__, form, json.dumps(options), *(["arena"] if arena else [])],
-        env=os.environ | {"OMP_NUM_THREADS": "1", **alone},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def print_peaks(form, options, *, arena=False):
+    """Prints {"predicted_gib", "measured_gib"} of steps in this process.
 
-
-def main(form, options, arena=""):
+    Without the arena every block of 64 KiB is mapped alone, and handed back when freed.
+    """
     if arena:  # as in every process of bpo-fast
         keep_freed_memory()
         open_arena()
-    parts = make_parts(form, **json.loads(options))
+    else:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    parts = make_parts(form, **options)
     ledger = make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
     found = _try_steps(parts, ledger)
     print(json.dumps({k: found[k] for k in ("predicted_gib", "measured_gib")}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,12 +1,14 @@
 """The ledger against what the process really holds, and each way to hold less."""
 
+import json
 import mmap
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from memory_parts import make_parts, peaks_of_steps
+from memory_parts import make_parts
+from prepared import Prepared
 from relative import worst_error
 from tiny_policy import make_pairs
 from transformers import DynamicCache
@@ -21,6 +23,21 @@ from bpo_fast.gradients import microbatches, step_gradients
 from bpo_fast.memory import Ledger, _activations, _LiveBytes, longest_pairs, make_ledger
 from bpo_fast.types import Prompt
 
+SMALL = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256}
+
+
+@pytest.fixture(scope="module")
+def peaks_of_steps():
+    """What `print_peaks` prints, in a process of its own."""
+
+    def peaks(form, options, **arena):
+        done = process.run(f"import memory_parts; memory_parts.print_peaks({form!r}, {options!r}, **{arena!r})")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with Prepared("import memory_parts") as process:
+        yield peaks
+
 
 @pytest.mark.parametrize(
     ("form", "options"),
@@ -33,7 +50,7 @@ from bpo_fast.types import Prompt
     ],
     ids=str,
 )
-def test_predicted_and_measured_peaks_agree(form, options):
+def test_predicted_and_measured_peaks_agree(form, options, peaks_of_steps):
     found = peaks_of_steps(form, options)
     assert found["measured_gib"] == pytest.approx(found["predicted_gib"], rel=0.1)
 
@@ -41,12 +58,13 @@ def test_predicted_and_measured_peaks_agree(form, options):
 @pytest.mark.skipif(not has_native(), reason="no native kernels")
 @pytest.mark.parametrize("states", ["float32", "8bit"])
 def test_a_step_of_bfloat16_weights_holds_what_is_predicted(states):
-    parts = make_parts("full", lengths=(32, 16), microbatch_tokens=256, place=("cpu", torch.bfloat16), states=states)
+    place = ("cpu", torch.bfloat16)
+    parts = make_parts("full", lengths=(16, 8), microbatch_tokens=128, place=place, sizes=SMALL, states=states)
     ledger = make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
     pairs = longest_pairs(parts.config, parts.policy, 8)
     for step in range(2):  # moments come with the first
         with _LiveBytes() as tensors:
-            sums = step_gradients(pairs, parts.policy, parts.config.method, max_tokens=256)
+            sums = step_gradients(pairs, parts.policy, parts.config.method, max_tokens=128)
             parts.optimizer.step(step, sums["loss"])
     assert ledger.num_microbatches == 2
     dw_bytes = 4 * parts.policy.model.get_output_embeddings().weight.numel()
@@ -59,7 +77,7 @@ def test_a_step_of_bfloat16_weights_holds_what_is_predicted(states):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 @pytest.mark.parametrize("form", ["full", "full-selective", "lora"])
-def test_in_the_arena_a_step_takes_little_more_than_what_is_alive(form):
+def test_in_the_arena_a_step_takes_little_more_than_what_is_alive(form, peaks_of_steps):
     found = peaks_of_steps(form, {}, arena=True)
     assert found["measured_gib"] < 1.25 * found["predicted_gib"]
 
@@ -73,7 +91,9 @@ def test_the_ledger_leaves_no_gradients_behind(form):
 
 @pytest.mark.parametrize(("prompt", "new"), [(8, 4), (16, 16), (24, 45)])
 def test_what_short_rows_are_filled_up_with_does_not_bend_the_line(prompt, new):
-    parts = make_parts("full", pairs=96, microbatch_tokens=1536, place=("cpu", torch.bfloat16))
+    # as deep as to have its peak where the backward begins
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 16}
+    parts = make_parts("full", pairs=96, microbatch_tokens=1536, place=("cpu", torch.bfloat16), sizes=sizes)
     data = replace(parts.config.data, max_prompt_length=prompt)
     config = replace(parts.config, data=data, sampling=replace(parts.config.sampling, max_new_tokens=new))
     largest, *_ = microbatches(longest_pairs(config, parts.policy, 96), parts.policy, 1536)
