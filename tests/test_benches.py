@@ -8,14 +8,14 @@ from bpo_fast_bench import contenders, loop, stages, step
 from bpo_fast_bench.contenders import Work, compare, line, measure, pick_peers, write_rows
 from bpo_fast_bench.shapes import SHAPES, Shape, make_model, parse_shape
 
+from bpo_fast import policy
 from bpo_fast.stages import Steps
 
 TOY = {"peers": (), "lengths": ("helpfulness",), "pairs": 2, "rounds": 1, "threads": 1, "shape": Shape(32, 1, 400)}
 TOY |= {"device": "cpu", "dtype": "float32"}
 
 
-@pytest.mark.parametrize("bench", ["step", "loop"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("bench", "dtype"), [("step", "float32"), ("loop", "bfloat16")])
 def test_a_toy_run_writes_a_row(bench, dtype, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out.json"
@@ -48,12 +48,31 @@ def test_a_toy_run_writes_a_row(bench, dtype, tmp_path, monkeypatch):
         assert "; compiled " in said[0]
 
 
+@pytest.mark.parametrize(("bench", "dtype"), [(step, "bfloat16"), (loop, "float32")])
+def test_weights_are_of_the_type_that_was_asked_for(bench, dtype, tmp_path, monkeypatch):
+    make_model(TOY["shape"], tmp_path, "float32")
+    options = step.StepOptions(**TOY | {"dtype": dtype})
+    loaded, load = [], policy.load_policy
+
+    def seen(*args, **options):
+        loaded.append(load(*args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr("bpo_fast.policy.load_policy", seen)
+    monkeypatch.setattr("bpo_fast.setup.load_policy", seen)
+    blocks = bench._ours(options.contender("step", "ours", "helpfulness", 0, str(tmp_path)).case)
+    next(blocks)
+    assert next(blocks) > 0
+    blocks.close()
+    assert {str(p.dtype) for p in loaded[0].parameters()} == {f"torch.{dtype}"}
+
+
 def test_stages_are_rows_of_their_own(tmp_path):
-    options = TOY | {"forms": ("sft", "sft-lora", "reward"), "out": str(tmp_path / "out.json")}
+    options = TOY | {"forms": ("sft-lora", "reward"), "out": str(tmp_path / "out.json")}
     said = []
     stages.run(stages.StageOptions(**options), said.append)
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [row["form"] for row in rows] == ["sft", "sft-lora", "reward"]
+    assert [row["form"] for row in rows] == ["sft-lora", "reward"]
     assert all(row["ours"]["pairs_per_s"] > 0 for row in rows)
     assert [line.split(":")[0] for line in said] == [f"helpfulness {form}" for form in options["forms"]]
 
