@@ -9,6 +9,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch is: workers share c
 
 import pytest
 import torch
+from forks import fork_ranks
 from tiny_world import answer, question, write_rows
 
 
@@ -23,6 +24,18 @@ class TinyData:
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch):
+    """Ranks are forks of this process: see forks.py."""
+    fork_ranks(monkeypatch)
+
+
+@pytest.fixture
+def without_drawings(monkeypatch):
+    """Reports without what is in their figures, which takes most of a tiny run; test_cli.py and test_report.py draw."""
+    monkeypatch.setattr("bpo_fast.drawing.Plot.svg", lambda plot, prefix: "<svg></svg>")
 
 
 @pytest.fixture(scope="session")

@@ -254,7 +254,7 @@ def test_the_summary_says_what_a_run_was_and_what_it_gave(trained):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="peaks are those of the GPU")
-def test_the_peak_of_a_phase_begins_with_it(tiny_args, tmp_path):
+def test_the_peak_of_a_phase_begins_with_it(tiny_args, tmp_path, without_drawings):
     held = bytearray(2**29)  # what was held and freed before counts for the run, not for its phases
     del held
     before_gib = machine.peak_memory_gib()
@@ -383,7 +383,7 @@ def test_training_data_alone_is_not_evaluated_on_other_data(tiny_args, monkeypat
     assert "evaluation: no held-out data (--eval-data)" in err
 
 
-def test_recorded_pairs_are_replayed(trained, tiny_args, tmp_path, monkeypatch):
+def test_recorded_pairs_are_replayed(trained, tiny_args, tmp_path, monkeypatch, without_drawings):
     monkeypatch.chdir(tmp_path)
     code, _, err = call(*tiny_args, "--out", "again", "--from-pairs", trained[1], "--phases", "1")
     assert code == 0, err
@@ -397,7 +397,7 @@ def test_recorded_pairs_are_replayed(trained, tiny_args, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "again" / "summary.json").read_text())["pairs"]["kept"] == 24
 
 
-def test_preference_rows_are_trained_on_without_an_annotator(tiny_model_dir, tmp_path, monkeypatch):
+def test_preference_rows_are_trained_on_without_an_annotator(tiny_model_dir, tmp_path, monkeypatch, without_drawings):
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": question(i), "chosen": f"Do {i}.", "rejected": "No idea."} for i in range(12)]
     args = [
@@ -430,7 +430,7 @@ def test_pairs_of_a_larger_vocabulary_are_named(trained, tiny_args, tmp_path, mo
     assert not (tmp_path / "new").exists()
 
 
-def test_recorded_pairs_that_cannot_be_trained_on(trained, tiny_args, tmp_path, monkeypatch):
+def test_recorded_pairs_that_cannot_be_trained_on(trained, tiny_args, tmp_path, monkeypatch, without_drawings):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "phase-00.jsonl"
     header, first, *rest = (trained[1] / "pairs" / "phase-00.jsonl").read_text().splitlines()
@@ -450,7 +450,7 @@ def test_recorded_pairs_that_cannot_be_trained_on(trained, tiny_args, tmp_path, 
     assert (counts["kept"], counts["too_long"]) == (len(rest), 1)
 
 
-def test_a_config_file_is_weaker_than_set_and_set_than_flags(tiny_args, tmp_path, monkeypatch):
+def test_a_config_file_is_weaker_than_set_and_set_than_flags(tiny_args, tmp_path, monkeypatch, without_drawings):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.toml").write_text("[method]\nbeta = 0.5\nphases = 3\n[run]\nseed = 7\n")
     files = ("--config", "run.toml", "--set", "run.seed=8", "--set", "method.pairs=4", "--set", "eval.prompts=0")

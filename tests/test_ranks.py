@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import Forked
 
 from bpo_fast import config as configs
 from bpo_fast.loop import Loop
@@ -122,7 +123,7 @@ def together(code: str, size: int, folder) -> list:
     """What the ranks print that run the code; None for nothing."""
     command = [sys.executable, "-c", RANK + code]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(size), str(folder / "meeting")], stdout=subprocess.PIPE, text=True)
+        Forked([*command, str(rank), str(size), str(folder / "meeting")], stdout=subprocess.PIPE, text=True)
         for rank in range(size)
     ]
     said = [rank.communicate(timeout=120)[0] for rank in ranks]
@@ -163,7 +164,7 @@ def test_others_save_whatever_they_are_doing(tmp_path):
 def test_a_save_that_fails_ends_its_rank(tmp_path):
     code = RANK + SAVE.replace("(3, 5)", "(9,)")
     ranks = [
-        subprocess.Popen(
+        Forked(
             [sys.executable, "-c", code, str(rank), "2", str(tmp_path / "meeting")], stderr=subprocess.PIPE, text=True
         )
         for rank in range(2)

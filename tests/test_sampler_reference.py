@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 from tiny_policy import make_pairs, make_policy
-from tiny_world import run_cli
+from typer.testing import CliRunner
 
 from bpo_fast.batches import TokenBudget
+from bpo_fast.cli import app
 from bpo_fast.pairs import PairCounts, PhasePairs
 from bpo_fast.sampler_reference import with_sampler_reference
 
@@ -62,10 +63,11 @@ def test_completions_without_log_probs_are_named():
         with_sampler_reference(found, make_policy(), BUDGET, tolerance=0.1)
 
 
-def test_a_run_with_the_samplers_log_probs(tiny_args, tmp_path):
+def test_a_run_with_the_samplers_log_probs(tiny_args, tmp_path, monkeypatch, without_drawings):
+    monkeypatch.chdir(tmp_path)
     for name, more in (("trainer", []), ("sampler", ["--ref-logps", "sampler"])):
-        done = run_cli([*tiny_args, "--members", "2", "--out", name, *more], tmp_path)
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(app, [*tiny_args, "--members", "2", "--out", name, *more])
+        assert done.exit_code == 0, done.stderr
     rows = {}
     for name in ("trainer", "sampler"):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -74,6 +76,6 @@ def test_a_run_with_the_samplers_log_probs(tiny_args, tmp_path):
         assert len(phases) == (2 if name == "sampler" else 0)
     for a, b in zip(rows["trainer"], rows["sampler"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-    refused = run_cli([*tiny_args, "--ref", "initial", "--ref-logps", "sampler", "--out", "new"], tmp_path)
-    assert refused.returncode == 2
+    refused = CliRunner().invoke(app, [*tiny_args, "--ref", "initial", "--ref-logps", "sampler", "--out", "new"])
+    assert refused.exit_code == 2
     assert "method.ref_logps = sampler: not with method.ref = initial" in refused.stderr

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from forks import Forked
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_world import rows_of_stages, write_rows
@@ -39,7 +40,7 @@ QUIET = Progress(quiet=True)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread(forked_ranks):
     torch.set_num_threads(1)
 
 
@@ -501,7 +502,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path, data):
         knobs = SMALL | {"epochs": 8, "save_minutes": 1e-9}
         flags = [part for name, value in knobs.items() for part in (f"--{name.replace('_', '-')}", str(value))]
         command = [sys.executable, "-m", "bpo_fast", "sft", "--data", str(data), "--out", str(out), *flags]
-        return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return Forked(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     assert start(tmp_path / "whole").wait() == 0
     out, reached = tmp_path / "out", 0

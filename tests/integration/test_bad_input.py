@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from forks import Forked
 from safetensors import safe_open
 from tiny_world import question, run_cli, write_rows
 from typer.testing import CliRunner
@@ -25,7 +26,7 @@ ROWS = [{"prompt": question(i)} for i in range(8)]
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
+def _in_an_empty_folder(tmp_path, monkeypatch, without_drawings):
     monkeypatch.chdir(tmp_path)
 
 
@@ -420,10 +421,13 @@ def test_the_process_itself_prints_one_line_and_exits_with_2(tiny_args, tmp_path
     done = run_cli([*tiny_args, "--out", "new", "--task", "nothing"], tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: task = 'nothing': no such task; known: helpfulness, tldr, harmlessness\n"
-    done = run_cli([*with_option(tiny_args, "--data", "none.jsonl"), "--out", "new"], tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1] == "error: none.jsonl: no such file or folder"
-    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    command = [sys.executable, "-P", "-m", "bpo_fast", *with_option(tiny_args, "--data", "none.jsonl"), "--out", "new"]
+    process = Forked(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, errors = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert errors.splitlines()[-1] == "error: none.jsonl: no such file or folder"
+    assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,7 +16,7 @@ NUM_STEPS = 7
 
 
 @pytest.fixture
-def run(tiny_model_dir, tmp_path, monkeypatch):
+def run(tiny_model_dir, tmp_path, monkeypatch, without_drawings):
     """Trains a pair a step; the loss of the steps in `bad` is NaN. Returns the lines of the steps."""
 
     def start(bad, max_bad_steps=3):

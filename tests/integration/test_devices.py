@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import Forked
 from safetensors.torch import load_file
 from test_resume import HERE, contents, environment, settings
 from tiny_world import rows_of_stages, write_rows
@@ -30,7 +31,7 @@ SHORT = {"method__pairs": 24, "method__phases": 2, "run__save_steps": 0, "eval__
 
 
 @pytest.fixture(autouse=True)
-def _scorers(monkeypatch):
+def _scorers(monkeypatch, forked_ranks, without_drawings):
     monkeypatch.syspath_prepend(HERE)
 
 
@@ -93,11 +94,24 @@ def test_what_ends_a_stage_ends_all_of_its_processes(tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i}?", "label": "yes"}) + "\n" for i in range(8)))
     small = ["--hidden", "32", "--layers", "1", "--heads", "2", "--vocab", "300", "--device", "cpu"]
-    command = [sys.executable, "-m", "bpo_fast", "sft", "--data", data, "--out", tmp_path / "out", "--devices", "2"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "bpo_fast",
+        "sft",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "out",
+        "--devices",
+        "2",
+    ]
     options = ["--epochs", "9", "--learning-rate", "1e30"]
-    done = subprocess.run([*map(str, command), *small, *options], env=environment(), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: sft: loss = ")
+    process = Forked([*map(str, command), *small, *options], env=environment(), stderr=subprocess.PIPE, text=True)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    assert stderr.splitlines()[-1].startswith("error: sft: loss = ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
 
 
@@ -125,9 +139,9 @@ def test_others_stay_for_the_last_checkpoint(tiny_model_dir, tiny_data, tmp_path
     assert len(list(complete_checkpoints(tmp_path / "run")[-1].glob("optimizer-*-of-2.safetensors"))) == 2
 
 
-def start(*options: str, cwd: Path = HERE) -> subprocess.Popen:
+def start(*options: str, cwd: Path = HERE, kind=Forked) -> subprocess.Popen:
     command = [sys.executable, "-P", "-m", "bpo_fast", "train", *options]
-    return subprocess.Popen(command, env=environment(), cwd=cwd, stderr=subprocess.PIPE, text=True)
+    return kind(command, env=environment(), cwd=cwd, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_steps(process: subprocess.Popen, run: Path, num: int) -> list[int]:
@@ -243,6 +257,6 @@ def test_files_of_the_working_folder_are_not_those_of_a_rank(tiny_model_dir, tin
     (tmp_path / "typer.py").write_text("raise ImportError('not the real one')\n")
     toml = tmp_path / "run.toml"
     toml.write_text(configs.to_toml(settings(tiny_model_dir, tiny_data, tmp_path / "run", **SHORT, run__devices=2)))
-    process = start("--config", str(toml), cwd=tmp_path)
+    process = start("--config", str(toml), cwd=tmp_path, kind=subprocess.Popen)
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 0, stderr

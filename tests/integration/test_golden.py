@@ -20,7 +20,7 @@ FORMS = {"dpo": {"model.members": 2, "model.lora_r": 4}, "ipo": {"model.full": T
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "slic"])
-def test_twenty_steps(loss, tiny_model_dir, tiny_data, tmp_path):
+def test_twenty_steps(loss, tiny_model_dir, tiny_data, tmp_path, without_drawings):
     rows = [json.loads(line) for path in (tiny_data.train, tiny_data.eval) for line in path.read_text().splitlines()]
     pairs = [
         {"prompt": row["prompt"], "chosen": row["label"], "rejected": rows[i - 3]["label"]}

@@ -22,7 +22,7 @@ AT_ZERO = {"dpo": math.log(2), "slic": 1.0, "ipo": 25.0}
 
 
 @pytest.fixture
-def run(tiny_model_dir, tiny_data, tmp_path):
+def run(tiny_model_dir, tiny_data, tmp_path, without_drawings):
     def start(name, **knobs):
         values = {
             "model.path": str(tiny_model_dir),
@@ -57,25 +57,23 @@ def test_first_step_of_every_phase_has_margin_zero(run, loss, full):
         assert steps[later]["rewards/margins"] != 0.0
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "slic"])
-def test_on_policy_bpo_has_margin_zero_at_every_step(run, loss):
-    steps = run("on-policy", method__loss=loss, method__phases="on-policy")
-    assert [s["phase"] for s in steps] == [0, 1, 2, 3]
-    assert all(s["rewards/margins"] == 0.0 for s in steps)
-    assert [s["loss"] for s in steps] == pytest.approx([AT_ZERO[loss]] * 4, rel=1e-6)
-    assert all(s["grad_norm"] > 0 for s in steps)
-
-
-@pytest.mark.parametrize(("phases", "passes"), [("on-policy", False), (2, True)])
-def test_on_policy_bpo_takes_no_reference_pass(run, monkeypatch, phases, passes):
+@pytest.mark.parametrize(("phases", "loss"), [*[("on-policy", loss) for loss in AT_ZERO], (2, "dpo")])
+def test_on_policy_bpo_has_margin_zero_at_every_step_and_takes_no_reference_pass(run, monkeypatch, phases, loss):
     num_calls, logps = [], Policy.logps
     monkeypatch.setattr(
         Policy, "logps", lambda policy, batch: num_calls.append(len(batch.pairs)) or logps(policy, batch)
     )
-    steps = run("counted", method__phases=phases)
+    steps = run("counted", method__loss=loss, method__phases=phases)
     probes = 2 + 1  # of shared prompts: twice apart, once packed
     assert len(steps) == 4
-    assert len(num_calls) > probes if passes else len(num_calls) == probes
+    if phases == "on-policy":
+        assert len(num_calls) == probes
+        assert [s["phase"] for s in steps] == [0, 1, 2, 3]
+        assert all(s["rewards/margins"] == 0.0 for s in steps)
+        assert [s["loss"] for s in steps] == pytest.approx([AT_ZERO[loss]] * 4, rel=1e-6)
+        assert all(s["grad_norm"] > 0 for s in steps)
+    else:
+        assert len(num_calls) > probes
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -111,6 +109,7 @@ def test_on_policy_gradient_is_the_scaled_gradient_of_the_log_prob_difference(ti
     pairs = [Pair(Prompt(0, "", (5, 6, 20)), *sides, 1.0, 0.0)]
     (batch,) = microbatches(pairs, policy, 1000)
     value, _ = policy.loss(batch, None, MethodConfig(loss=loss), num_pairs=1)
+    assert value.item() == pytest.approx(AT_ZERO[loss], rel=1e-6)
     value.backward()
     found = [p.grad.clone() for p in policy.model.parameters()]
     policy.model.zero_grad()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import Forked
 from safetensors.torch import load_file
 
 from bpo_fast import config as configs
@@ -18,6 +19,8 @@ from bpo_fast.train import train
 
 HERE = Path(__file__).parent
 NOT_COMPARED = ("timing/", "perf/", "memory/")
+
+pytestmark = pytest.mark.usefixtures("without_drawings")
 
 
 def settings(model, data, out, **knobs):
@@ -68,9 +71,9 @@ def environment() -> dict[str, str]:
         (
             "lora",
             {"model__members": 2, "model__lora_dropout": 0.1, "method__ref": "ema", "run__save_total_limit": 1},
-            20,
+            8,
         ),
-        ("full", {"model__full": True}, 20),
+        ("full", {"model__full": True}, 8),
         ("initial", {"method__sampler": "initial"}, 0),  # among the places: after the pairs of some phases, not all
     ],
 )
@@ -80,9 +83,11 @@ def test_sigkill_at_any_moment_changes_nothing(tiny_model_dir, tiny_data, tmp_pa
         tomls.append(tmp_path / f"{kind}.toml")
         tomls[-1].write_text(configs.to_toml(settings(tiny_model_dir, tiny_data, tmp_path / kind, **knobs)))
     command = [sys.executable, str(HERE / "kill_driver.py"), *map(str, tomls), "5", str(num_random)]
-    done = subprocess.run(command, env=environment(), cwd=HERE, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    num_kills, num_places = map(int, done.stdout.split())
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    driver = Forked(command, env=environment(), cwd=HERE, text=True, **pipes)
+    out, errors = driver.communicate(timeout=300)
+    assert driver.returncode == 0, errors[-2000:]
+    num_kills, num_places = map(int, out.split())
     assert num_kills >= num_random
     assert num_places >= 10
     runs = {kind: contents(tmp_path / kind) for kind in ("straight", "killed")}
@@ -97,7 +102,7 @@ def test_interrupt_writes_a_checkpoint_and_leaves_with_130(tiny_model_dir, tiny_
     toml = tmp_path / "run.toml"
     toml.write_text(configs.to_toml(config))
     command = [sys.executable, "-m", "bpo_fast", "train", "--config", str(toml)]
-    process = subprocess.Popen(command, env=environment(), cwd=HERE, stderr=subprocess.PIPE, text=True)
+    process = Forked(command, env=environment(), cwd=HERE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count('"step"') >= 4):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import Forked
 from judge_server import by_length, endpoint
 from test_devices import assert_gone
 from test_resume import HERE, environment
@@ -27,7 +28,7 @@ FILES = ("outputs.jsonl", "against.jsonl")
 
 
 @pytest.fixture(autouse=True)
-def _scorers(monkeypatch):
+def _scorers(monkeypatch, forked_ranks, without_drawings):
     monkeypatch.syspath_prepend(HERE)
 
 
@@ -128,7 +129,7 @@ def start(*args) -> subprocess.Popen:
     # a shell has its background processes ignore the signal, and this may be one
     default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
     command = [sys.executable, "-P", "-m", "bpo_fast", *map(str, args)]
-    return subprocess.Popen(command, env=environment(), cwd=HERE, stderr=subprocess.PIPE, text=True, **default)
+    return Forked(command, env=environment(), cwd=HERE, stderr=subprocess.PIPE, text=True, **default)
 
 
 def options(command, model, data, out):
@@ -179,10 +180,8 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
     """The processes of the other ranks, once they are there."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        found = [int(pid) for pid in children if b"rank_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        if found:
-            return found
+        if found := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            return [int(pid) for pid in found]
         time.sleep(0.05)
     raise AssertionError(f"no second process: {process.returncode}")
 
