@@ -48,7 +48,7 @@ for part in "$@"; do
     first)
       limit=130 kernel_tests
       # --op forward times the mm ceilings first: in the inputs' type, and with the float32 output that Plan B needs
-      limit=80 run kernels "${bpo[@]}" bench kernels --op forward --op step --shapes "$main_shape" --json "$out/kernels.json"
+      limit=80 run kernels "${bpo[@]}" bench kernels --op forward --op step --shapes "$main_shape" --tile 128x256x64x4p --json "$out/kernels.json"
       limit=80 run step "${bpo[@]}" bench step --device cuda --lengths tldr --form full --form lora --rounds 2 --json "$out/step.json"
       limit=75 engine_tests -k kv_cache # every test opens an engine, which compiles and captures graphs
       limit=75 run sampling "${bpo[@]}" bench sampling --form full --rounds 2 --memory-hidden 0 --json "$out/sampling.json"
