@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-LIMIT_S = 300
+LIMIT_S = 500
 
 
 class Prepared:

@@ -112,13 +112,14 @@ def cuda_functions(ops):
         **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True),
         **dict.fromkeys(("current_stream", "default_stream"), stream),
         "is_current_stream_capturing": False,
-        "device_count": len(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")),  # all of them this process's own
         **dict.fromkeys(("current_device", "_exchange_device", "_maybe_exchange_device"), 0),
         "get_device_capability": (9, 0),
         "get_device_name": facts.name,
         "get_device_properties": facts,
     }
     return {name: lambda *args, answer=answer, **options: answer for name, answer in answers.items()} | {
+        # all of them this process's own
+        "device_count": lambda: len(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")),
         "memory_allocated": lambda device=None: ops.live(),
         "memory_reserved": lambda device=None: ops.live(),
         "max_memory_allocated": lambda device=None: ops.peak(),
