@@ -24,15 +24,27 @@ def fresh(monkeypatch, tmp_path):
         picker.cache_clear()
 
 
-def test_the_library_is_built_once_and_found_again(tmp_path):
-    # in processes of their own: one process cannot load two copies of the operators
+@pytest.fixture
+def small(fresh, monkeypatch, tmp_path):
+    """Builds another text in place of ops_cpu.cpp, which takes many seconds."""
+
+    def built(text, libraries=()):
+        build.built_library.cache_clear()  # as in another process
+        (tmp_path / "ops_cpu.cpp").write_text(text)
+        monkeypatch.setattr(build, "source_dir", lambda: tmp_path)
+        return build.built_library("ops_cpu.cpp", (build.find_cxx(), "-shared", "-fPIC"), libraries)
+
+    return built
+
+
+def test_a_library_is_built_once_and_found_again(fresh, small):
     times = []
     for _ in range(2):
-        code = "from bpo_fast_kernels.native_backend import NativeBackend; NativeBackend()"
-        subprocess.run([sys.executable, "-c", code], env=os.environ | {"BPO_FAST_CACHE": str(tmp_path)}, check=True)
-        (library,) = tmp_path.iterdir()
+        library = small("int one() { return 1; }")
+        assert list(fresh.iterdir()) == [library]
         times.append(library.stat().st_mtime_ns)
     assert times[0] == times[1]
+    assert small("int two() { return 2; }") != library
 
 
 def test_other_flags_make_another_library(fresh, monkeypatch):
@@ -71,11 +83,10 @@ def test_without_a_compiler_native_is_refused(fresh, monkeypatch):
         linear_token_logps(case.hidden, case.weight, case.targets, backend="native")
 
 
-@pytest.mark.parametrize(("standard", "libraries"), [("c++98", ()), ("c++20", ("no_such",))])
-def test_a_failed_build_names_the_error_and_leaves_nothing(fresh, standard, libraries):
-    command = (build.find_cxx(), "-shared", "-fPIC", f"-std={standard}")
+@pytest.mark.parametrize(("text", "libraries"), [("nonsense", ()), ("int one() { return 1; }", ("no_such",))])
+def test_a_failed_build_names_the_error_and_leaves_nothing(fresh, small, text, libraries):
     with pytest.raises(build.NativeUnavailable, match=r"could not compile csrc: .*(error|-lno_such)") as caught:
-        build.load_library("ops_cpu.cpp", command, libraries)
+        small(text, libraries)
     assert "\n" not in str(caught.value)
     assert not list(fresh.iterdir())
 
@@ -89,14 +100,17 @@ def test_a_cache_that_cannot_be_written_is_named(fresh, monkeypatch):
 @pytest.mark.parametrize(
     "flags", [["-mavx2", "-mfma", "-mno-avx512f"], ["-mno-avx", "-mno-avx512f"]], ids=["avx2", "sse2"]
 )
-def test_narrower_vectors_give_the_same_answers(tmp_path, flags):
-    """The tests of the native backend again in a process whose library is built for an older processor."""
+def test_narrower_vectors_give_the_same_answers(fresh, tmp_path, flags, monkeypatch):
+    """The tests of the native backend again in a process whose library is built for an older processor.
+
+    It builds the library once, and this process finds it.
+    """
     if os.uname().machine != "x86_64":
         pytest.skip("flags of x86-64")
     wrapper = tmp_path / "older-g++"
     wrapper.write_text(f'#!/bin/sh\nexec {build.find_cxx()} "$@" -march=x86-64-v2 {" ".join(flags)}\n')
     wrapper.chmod(0o755)
-    env = os.environ | {"CXX": str(wrapper), "BPO_FAST_CACHE": str(tmp_path / "cache")}
+    monkeypatch.setenv("CXX", str(wrapper))
     tests = Path(__file__).with_name("test_linear_logps.py")
     command = [
         sys.executable,
@@ -112,8 +126,13 @@ def test_narrower_vectors_give_the_same_answers(tmp_path, flags):
         "native",
         str(tests),
     ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
+    (library,) = fresh.iterdir()
+    before = library.stat().st_mtime_ns
+    command = (*build.cxx_command(), build.ABI_FLAG)
+    assert build.built_library("ops_cpu.cpp", command, ("torch_cpu", "torch")) == library
+    assert library.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("arch", ["80", "90a"])
