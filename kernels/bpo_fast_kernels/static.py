@@ -5,11 +5,14 @@ that `--widen`, in an environment with another triton, raises it to what that on
 """
 
 import argparse
+import bisect
+import itertools
 import json
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from bpo_fast_kernels.triton_trunk import gate_config, norm_config
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 ARCHS = (80, 89, 90, 100)
+EXECUTABLE = 4  # SHF_EXECINSTR of an ELF section
 # Arguments that hold no address and no stride: nothing is known of their divisibility at run time.
 PLAIN = {"scale", "softcap", "slack", "limit", "beta", "smoothing", "vocab", "first", "num_tiles"}
 PLAIN |= {"num_rows", "num_slots", "num_pairs", "tile_cols", "eps", "offset"}
@@ -185,14 +189,46 @@ def figure(usage: str, name: str) -> int:
     return int(found[1])
 
 
-def measure(build: Build, arch: int) -> dict[str, Any]:
-    """Registers, stack, spills, shared memory, tensor-core and copy instructions of a compiled kernel."""
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of the one kernel in an ELF file."""
+    (table,), (size, num) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(num)]
+    (code,) = (cubin[start : start + length] for _, _, flags, _, start, length in sections if flags & EXECUTABLE)
+    return code
+
+
+def disassembled(codes: list[bytes], arch: int) -> list[str]:
+    """Each one's instructions, by one run of the disassembler, most of whose time is its start."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        listing = tool("nvdisasm", "-b", f"SM{arch}{'a' if arch >= 90 else ''}", file.name)
+    ends, texts = list(itertools.accumulate(map(len, codes))), [""] * len(codes)
+    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/(.*)", listing):
+        texts[bisect.bisect_right(ends, int(address, 16))] += text + "\n"
+    assert all(text.count("\n") == len(code) // 16 for text, code in zip(texts, codes, strict=True))
+    return texts
+
+
+def measure(builds: Iterable[Build], arch: int) -> dict[str, dict[str, Any]]:
+    """By name: registers, stack, spills, shared memory, tensor-core and copy instructions of compiled kernels."""
+    compiled = {build.name: compiled_kernel(build, arch) for build in builds}
+    codes = disassembled([machine_code(kernel.asm["cubin"]) for kernel in compiled.values()], arch)
+    return {name: figures(kernel, code) for (name, kernel), code in zip(compiled.items(), codes, strict=True)}
+
+
+def compiled_kernel(build: Build, arch: int) -> Any:
+    """As triton compiles it without a GPU."""
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
-    compiled = triton.compile(source(build), target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source(build), target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def figures(compiled: Any, code: str) -> dict[str, Any]:
+    """What is measured of a kernel and its disassembly."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
+        usage = tool("cuobjdump", "-res-usage", file.name)
     found = set(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTMALDG|UTMASTG|LDGSTS)[.\w]*", code))
     if re.search(r"\bLDG\.E\.128\b", code):
         found.add("LDG.E.128")
@@ -244,7 +280,7 @@ def over_budget(name: str, got: dict[str, Any], budget: dict[str, Any] | None, a
 
 def measure_all(arch: int) -> dict[str, dict[str, Any]]:
     """Figures of every kernel on one architecture, by name."""
-    return {build.name: measure(build, arch) for build in builds(arch)}
+    return measure(builds(arch), arch)
 
 
 def _budget(row: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any]:

@@ -86,5 +86,5 @@ def _rows_kernel(x, stride_x, width, WIDE: tl.constexpr):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_offsets_that_would_wrap_are_found(wide):
-    found = measure(Build("rows", _rows_kernel, {"WIDE": wide}, narrow=("x",)), 90)
-    assert len(found["narrow"]) == (0 if wide else 1)
+    found = measure([Build("rows", _rows_kernel, {"WIDE": wide}, narrow=("x",))], 90)
+    assert len(found["rows"]["narrow"]) == (0 if wide else 1)
