@@ -158,11 +158,13 @@ def test_dw_of_live_rows_with_e_as_on_a_gpu(backend, gpu_types):
 @pytest.mark.parametrize("backend", PLANS)
 @pytest.mark.parametrize("mode", MODES)
 def test_targets_that_lie_apart(backend, mode):
-    case = random_case(35, 24, 97)
+    case = random_case(17, 8, 40)
     targets = torch.stack([case.targets, torch.zeros_like(case.targets)], 1)[:, 0]
     assert targets.stride() == (2,)
     assert_close(Case(case.hidden, case.weight, targets), backend, mode, logp=1e-5, gradient=1e-5)
-    options = {"cu_seqlens": offsets([20, 15]), "behavior_hidden": case.hidden, "backend": backend}
+    if mode != "fused":
+        return  # what follows knows no mode
+    options = {"cu_seqlens": offsets([10, 7]), "behavior_hidden": case.hidden, "backend": backend}
     found = linear_logps(case.hidden, case.weight, targets, **options)
     assert all(map(torch.equal, found, linear_logps(case.hidden, case.weight, case.targets, **options)))
 
