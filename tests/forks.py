@@ -6,6 +6,7 @@ test_devices.py (of the files of the working folder).
 """
 
 import atexit
+import ctypes
 import gc
 import logging
 import os
@@ -34,6 +35,7 @@ class Forked(subprocess.Popen):
             _become(command[1:], os.environ.copy() if env is None else env)
 
         if CAN_FORK:
+            _end_openmp_threads()
             super().__init__(command, env=env, preexec_fn=become, **options)
         else:
             super().__init__(command, env=env, preexec_fn=preexec_fn, **options)
@@ -46,6 +48,14 @@ def fork_ranks(monkeypatch) -> None:
         monkeypatch.setattr(
             "bpo_fast.ranks.subprocess", SimpleNamespace(Popen=Forked, **{n: getattr(subprocess, n) for n in names})
         )
+
+
+def _end_openmp_threads() -> None:
+    """Of this process, until it needs them again: a fork would have none of them, and wait for them forever."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        libraries = {line.split()[-1] for line in maps if "libgomp" in line}
+    for library in libraries:
+        ctypes.CDLL(library).omp_pause_resource_all(2)  # omp_pause_hard
 
 
 def _become(arguments, env) -> None:

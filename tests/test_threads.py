@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from forks import Forked
+import torch
+from forks import CAN_FORK, Forked
 from judge_server import by_length, endpoint
 
 from bpo_fast import config as configs
@@ -141,3 +142,15 @@ def test_a_thread_that_is_busy_in_torch_changes_no_exit_code(tmp_path, error, co
     assert (process.returncode, out) == (code, "the last words\n"), errors
     assert words in errors
     assert "terminate called" not in errors
+
+
+@pytest.mark.skipif(not CAN_FORK, reason="starts real processes")
+def test_a_fork_computes_with_threads_that_its_parent_had():
+    code = "import torch; torch.set_num_threads(2); print(float((torch.ones(500, 500) @ torch.ones(500, 500)).sum()))"
+    torch.set_num_threads(2)
+    torch.ones(500, 500) @ torch.ones(500, 500)
+    fork = Forked([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert fork.communicate(timeout=60)[0] == "125000000.0\n"
+    finally:
+        fork.kill()
