@@ -9,8 +9,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch is: workers share c
 
 import pytest
 import torch
-from forks import fork_ranks
+from forks import fork_processes_of
 from tiny_world import answer, question, write_rows
+
+
+# whole files go to pytest's workers: those that take longest first, or one of the workers would be left with them
+LONGEST = ("test_stand_in.py", "test_interpreter.py", "test_static.py", "test_devices.py", "test_build.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ def _one_thread():
 @pytest.fixture
 def forked_ranks(monkeypatch):
     """Ranks are forks of this process: see forks.py."""
-    fork_ranks(monkeypatch)
+    fork_processes_of("bpo_fast.ranks", monkeypatch)
 
 
 @pytest.fixture

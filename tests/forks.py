@@ -26,7 +26,10 @@ CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()
 
 
 class Forked(subprocess.Popen):
-    """A process of `[sys.executable, "-P", "-m", MODULE, ...]`, or of `-c CODE`, or of a script."""
+    """A process of `[sys.executable, OPTION..., "-m", MODULE, ...]`, or of `-c CODE`, or of a script.
+
+    Options, -P and -W, are those of this process.
+    """
 
     def __init__(self, command, *, env=None, preexec_fn=None, **options):
         def become():
@@ -41,13 +44,9 @@ class Forked(subprocess.Popen):
             super().__init__(command, env=env, preexec_fn=preexec_fn, **options)
 
 
-def fork_ranks(monkeypatch) -> None:
-    """Ranks that this process starts, or a fork of it, are forks, too."""
-    if CAN_FORK:
-        names = ("PIPE", "DEVNULL", "TimeoutExpired")
-        monkeypatch.setattr(
-            "bpo_fast.ranks.subprocess", SimpleNamespace(Popen=Forked, **{n: getattr(subprocess, n) for n in names})
-        )
+def fork_processes_of(module: str, monkeypatch) -> None:
+    """Processes that a module of this process starts, or of a fork of it, are forks, too."""
+    monkeypatch.setattr(f"{module}.subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Forked}))
 
 
 def _end_openmp_threads() -> None:
@@ -90,7 +89,9 @@ def _become(arguments, env) -> None:
 def _code_of(arguments) -> int:
     """Runs what a Python interpreter would run; its exit code."""
     try:
-        kind, *rest = [a for a in arguments[:1] if a != "-P"] + arguments[1:]
+        while arguments[0] in ("-P", "-W"):
+            arguments = arguments[2 if arguments[0] == "-W" else 1 :]
+        kind, *rest = arguments
         if kind == "-c":
             sys.argv = ["-c", *rest[1:]]
             exec(rest[0], {"__name__": "__main__"})

@@ -7,6 +7,7 @@ import torch
 from bpo_fast_bench import contenders, loop, stages, step
 from bpo_fast_bench.contenders import Work, compare, line, measure, pick_peers, write_rows
 from bpo_fast_bench.shapes import SHAPES, Shape, make_model, parse_shape
+from forks import fork_processes_of
 
 from bpo_fast import policy
 from bpo_fast.stages import Steps
@@ -17,6 +18,7 @@ TOY |= {"device": "cpu", "dtype": "float32"}
 
 @pytest.mark.parametrize(("bench", "dtype"), [("step", "float32"), ("loop", "bfloat16")])
 def test_a_toy_run_writes_a_row(bench, dtype, tmp_path, monkeypatch):
+    fork_processes_of("bpo_fast_bench.contenders", monkeypatch)
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out.json"
     full = "full" if dtype == "float32" else "full, dtype = bfloat16"  # a CPU's own goes without saying
@@ -67,7 +69,8 @@ def test_weights_are_of_the_type_that_was_asked_for(bench, dtype, tmp_path, monk
     assert {str(p.dtype) for p in loaded[0].parameters()} == {f"torch.{dtype}"}
 
 
-def test_stages_are_rows_of_their_own(tmp_path):
+def test_stages_are_rows_of_their_own(tmp_path, monkeypatch):
+    fork_processes_of("bpo_fast_bench.contenders", monkeypatch)
     options = TOY | {"forms": ("sft-lora", "reward"), "out": str(tmp_path / "out.json")}
     said = []
     stages.run(stages.StageOptions(**options), said.append)

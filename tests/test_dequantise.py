@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from forks import Forked
 from quantised import name_quantiser, save_fp8
 from tiny_world import run_cli
 from transformers import AutoModelForCausalLM
@@ -48,7 +49,7 @@ def test_lora_trains_on_the_dequantised_base(tiny_model_dir, tiny_args, tmp_path
     save_fp8(tiny_model_dir, tmp_path / "fp8")
     args = [str(tmp_path / "fp8") if arg == str(tiny_model_dir) else arg for arg in tiny_args]
     args += ["--pairs", "8", "--out", "run"]
-    done = run_cli(args, tmp_path)
+    done = run_cli(args, tmp_path, popen=Forked)
     assert done.returncode == 0, done.stderr
     assert "its fp8 weights are dequantised to float32" in done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["pairs"]["kept"] == 8

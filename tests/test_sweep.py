@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import Forked, fork_processes_of
 from tiny_world import run_cli
 
 from bpo_fast import sweep
@@ -18,6 +19,18 @@ from bpo_fast.sweep import Sweep, read_results, row_words
 from bpo_fast.tasks import resolve
 
 SPEC = RunSpec("a", "helpfulness", "dpo", "bpo", 2, 1, 42, values={"method.beta": 0.1})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forks():
+    """Sweeps and their workers begin as forks, but for those of `test_an_interrupted_sweep_goes_on`: see forks.py."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fork_processes_of("bpo_fast.sweep", monkeypatch)
+        yield
+
+
+def run_sweep(args, folder):
+    return run_cli(["sweep", *args], folder, popen=Forked)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +65,7 @@ def swept(settings, tmp_path_factory):
         + '[[grid]]\nmethod = "golden"\nset.method.golden = "run:helpfulness-dpo-bpo-F2-M1-s42"\n'
     )
     (folder / "g.toml").write_text(grid, encoding="utf-8")
-    return folder, run_cli(["sweep", "g.toml", "--jobs", "2"], folder)
+    return folder, run_sweep(["g.toml", "--jobs", "2"], folder)
 
 
 def test_a_failing_run_is_recorded_and_the_rest_goes_on(swept):
@@ -86,10 +99,10 @@ def test_a_run_is_the_same_after_another_one_in_its_process(swept):
 def test_finished_runs_are_skipped_and_failed_ones_tried_again(swept):
     folder, _ = swept
     summaries = {p: p.stat().st_mtime_ns for p in (folder / "sweeps" / "g" / "runs").rglob("summary.json")}
-    listed = run_cli(["sweep", "g.toml", "--dry-run"], folder)
+    listed = run_sweep(["g.toml", "--dry-run"], folder)
     assert listed.stdout.endswith("6 runs, 2 to do\n")
     assert "helpfulness-dpo-offline-F1-M1-s42: letters " in listed.stdout
-    done = run_cli(["sweep", "g.toml", "--jobs", "2"], folder)
+    done = run_sweep(["g.toml", "--jobs", "2"], folder)
     assert done.returncode == 1
     assert "sweep: 4/6  4 already done\n" in done.stderr
     assert {p: p.stat().st_mtime_ns for p in summaries} == summaries
@@ -97,7 +110,7 @@ def test_finished_runs_are_skipped_and_failed_ones_tried_again(swept):
 
 def test_other_settings_in_the_same_folder_are_refused(swept):
     folder, _ = swept
-    done = run_cli(["sweep", "g.toml", "--set", "method.beta=0.7"], folder)
+    done = run_sweep(["g.toml", "--set", "method.beta=0.7"], folder)
     assert done.returncode == 2
     assert done.stderr.startswith("error: method.beta = 0.7: the run in sweeps/g/runs/helpfulness-dpo-offline")
     assert "Traceback" not in done.stderr
@@ -109,7 +122,7 @@ def test_other_settings_in_the_same_folder_are_refused(swept):
 def test_another_budget_is_another_run(swept, change):
     folder, _ = swept
     (folder / "changed.toml").write_text((folder / "g.toml").read_text().replace(*change), encoding="utf-8")
-    done = run_cli(["sweep", "changed.toml", "--out", "sweeps/g"], folder)
+    done = run_sweep(["changed.toml", "--out", "sweeps/g"], folder)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {change[1]}: the run in sweeps/g/runs/helpfulness-dpo-offline")
 
@@ -118,7 +131,7 @@ def test_a_setting_that_is_gone_is_a_difference(swept):
     folder, _ = swept
     text = "".join(line for line in (folder / "g.toml").open() if not line.startswith("optim.learning_rate"))
     (folder / "shorter.toml").write_text(text, encoding="utf-8")
-    done = run_cli(["sweep", "shorter.toml", "--out", "sweeps/g"], folder)
+    done = run_sweep(["shorter.toml", "--out", "sweeps/g"], folder)
     assert done.returncode == 2
     assert done.stderr.startswith("error: optim.learning_rate = 5e-05: the run in sweeps/g/runs/helpfulness-dpo-offl")
 
@@ -126,8 +139,8 @@ def test_a_setting_that_is_gone_is_a_difference(swept):
 def test_a_budget_that_the_data_cut_is_the_same_budget(settings, tmp_path):
     (tmp_path / "g.toml").write_text(settings.replace("method.pairs = 24", "method.pairs = 9999") + "[grid]\n")
     for status in ("1 runs, 1 to do", "1 runs, 0 to do"):
-        assert run_cli(["sweep", "g.toml", "--dry-run"], tmp_path).stdout.endswith(status + "\n")
-        done = run_cli(["sweep", "g.toml"], tmp_path)
+        assert run_sweep(["g.toml", "--dry-run"], tmp_path).stdout.endswith(status + "\n")
+        done = run_sweep(["g.toml"], tmp_path)
         assert done.returncode == 0, done.stderr
     [row] = read_results(tmp_path / "sweeps" / "g" / "results.jsonl")
     assert (row["asked_pairs"], row["pairs"]["kept"] <= 64) == (9999, True)
@@ -139,7 +152,7 @@ def test_no_run_is_made_against_a_golden_run_that_failed(settings, tmp_path):
         + "[[grid]]\n[[grid]]\nmethod = 'golden'\nset.method.golden = 'run:helpfulness-dpo-bpo-F2-M1-s42'\n"
     )
     (tmp_path / "g.toml").write_text(grid)
-    done = run_cli(["sweep", "g.toml", "--jobs", "2"], tmp_path)
+    done = run_sweep(["g.toml", "--jobs", "2"], tmp_path)
     assert done.returncode == 1
     rows = {r["method"]: r["error"] for r in read_results(tmp_path / "sweeps" / "g" / "results.jsonl")}
     assert rows["golden"] == "it needs helpfulness-dpo-bpo-F2-M1-s42, which failed"
@@ -164,7 +177,7 @@ def test_an_interrupted_sweep_goes_on(settings, tmp_path):
     assert started.returncode == 130, err
     assert "interrupted" in err
     assert read_results(tmp_path / "sweeps" / "g" / "results.jsonl") == []
-    done = run_cli(command[3:], tmp_path)
+    done = run_sweep(command[4:], tmp_path)
     assert done.returncode == 0, done.stderr
     rows = read_results(tmp_path / "sweeps" / "g" / "results.jsonl")
     assert [(r["seed"], r["status"], r["steps"]) for r in rows] == [(1, "finished", 6), (2, "finished", 6)]

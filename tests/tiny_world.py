@@ -33,16 +33,17 @@ def write_rows(path: Path, rows) -> Path:
     return path
 
 
-def run_cli(args, cwd: Path, env: dict[str, str] | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
+def run_cli(
+    args, cwd: Path, env: dict[str, str] | None = None, timeout: float = 120, popen=subprocess.Popen
+) -> subprocess.CompletedProcess:
     """Runs `python -m bpo_fast ARGS` in `cwd`; `toy_annotator` can be imported there."""
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    return subprocess.run(
-        [sys.executable, "-m", "bpo_fast", *map(str, args)],
-        cwd=cwd,
-        env=os.environ | own | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    command = [sys.executable, "-m", "bpo_fast", *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with popen(command, cwd=cwd, env=os.environ | own | (env or {}), **pipes) as process:
+        try:
+            said = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, *said)

@@ -418,7 +418,7 @@ def test_a_folder_that_may_not_be_written(tiny_args, tmp_path):
 
 
 def test_the_process_itself_prints_one_line_and_exits_with_2(tiny_args, tmp_path):
-    done = run_cli([*tiny_args, "--out", "new", "--task", "nothing"], tmp_path)
+    done = run_cli([*tiny_args, "--out", "new", "--task", "nothing"], tmp_path, popen=Forked)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: task = 'nothing': no such task; known: helpfulness, tldr, harmlessness\n"
     assert list(tmp_path.iterdir()) == []
