@@ -12,7 +12,6 @@ import torch
 from forks import fork_processes_of
 from tiny_world import answer, question, write_rows
 
-
 # whole files go to pytest's workers: those that take longest first, or one of the workers would be left with them
 LONGEST = ("test_stand_in.py", "test_interpreter.py", "test_static.py", "test_devices.py", "test_build.py")
 
