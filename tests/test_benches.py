@@ -37,7 +37,6 @@ def test_a_toy_run_writes_a_row(bench, dtype, tmp_path, monkeypatch):
     )
     assert old == {"lengths": "tldr", "form": full}
     assert new["ours"]["pairs_per_s"] > 0
-    assert new["ours"]["peak_extra_mib"] > 0
     assert len(new["ours"]["block_s"]) == 1
     assert new["machine"]["cpu"]
     assert said[0].startswith(f"helpfulness {full}: ours ")
@@ -111,6 +110,7 @@ def test_who_fails_leaves_a_reason_and_the_others_go_on(tmp_path):
     contestants = {name: options.contender("step", "ours", "helpfulness", 0, str(f)) for name, f in folders.items()}
     found = measure(contestants, 1)
     assert found["full"]["pairs_per_s"] > 0
+    assert found["full"]["peak_extra_mib"] > 0  # of a process of its own: forks begin with memory of the tests
     assert found["trl"]["failed"].startswith("exit code 1: ")
     row = compare(found, "full", ("trl",), runs=1, lengths="helpfulness", form="full")
     assert row["trl"] == found["trl"]
