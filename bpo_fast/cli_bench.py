@@ -64,6 +64,7 @@ def bench_sampling(
     model: Annotated[str | None, typer.Option(help="policy folder; none: the embedded one")] = None,
     data: Annotated[str | None, typer.Option(help="prompts; none: the embedded ones")] = None,
     form: Annotated[list[str] | None, typer.Option(help="such as 'full' or 'lora 5, merged'; all by default")] = None,
+    prompts: Annotated[int, typer.Option(help="two completions of each are sampled", min=1)] = 128,
     rounds: Annotated[int, typer.Option(help="turns of both engines", min=1)] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them alone", min=0)] = 0,
     memory_hidden: Annotated[
@@ -75,8 +76,8 @@ def bench_sampling(
     from bpo_fast_bench.sampling import FORMS, SamplingBench, run, table
 
     forms = tuple(form or FORMS)
-    options = {"rounds": rounds, "threads": threads, "memory_hidden": memory_hidden, "json_path": json_path}
-    print(table(run(SamplingBench(model, data, forms, **options))))
+    options = {"num_prompts": prompts, "rounds": rounds, "threads": threads, "memory_hidden": memory_hidden}
+    print(table(run(SamplingBench(model, data, forms, **options, json_path=json_path))))
 
 
 DEVICE = typer.Option(help="auto, cpu or cuda")
