@@ -1,8 +1,8 @@
 """Python processes that begin as forks of this one, which has imported what they need: that is most of a short run.
 
 Their pipes, their session, their signals, their exit code and all the code that they run are those of any other: only
-the interpreter is not started anew. That is done for a command in test_cli.py, and for a command with two ranks in
-test_devices.py (of the files of the working folder).
+the interpreter is not started anew, so that hashes, and with them the order of sets, are this one's. It is for a
+command in test_cli.py, and for a command with two ranks in test_devices.py (of the files of the working folder).
 """
 
 import atexit
@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from types import SimpleNamespace
 
@@ -79,6 +80,7 @@ def _become(arguments, env) -> None:
         sys.path[:0] = [p for p in env.get("PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
         torch.set_num_threads(int(env.get("OMP_NUM_THREADS", torch.get_num_threads())))
         code = _code_of(arguments)
+        threading._shutdown()  # waits for threads that are no daemons, as an interpreter's end does
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

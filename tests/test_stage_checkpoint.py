@@ -38,10 +38,7 @@ SMALL = {
 NUM_STEPS = 6  # two epochs of three
 QUIET = Progress(quiet=True)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(forked_ranks):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 
 
 @pytest.fixture

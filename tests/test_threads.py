@@ -144,6 +144,11 @@ def test_a_thread_that_is_busy_in_torch_changes_no_exit_code(tmp_path, error, co
     assert "terminate called" not in errors
 
 
+def test_a_fork_waits_for_its_threads_as_an_interpreter_does(tmp_path):
+    code = "import threading; threading.Timer(0.3, print, ['the last words']).start()"
+    assert start(["-c", code], tmp_path).communicate(timeout=60)[0] == "the last words\n"
+
+
 @pytest.mark.skipif(not CAN_FORK, reason="starts real processes")
 def test_a_fork_computes_with_threads_that_its_parent_had():
     code = "import torch; torch.set_num_threads(2); print(float((torch.ones(500, 500) @ torch.ones(500, 500)).sum()))"

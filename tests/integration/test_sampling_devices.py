@@ -180,8 +180,10 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
     """The processes of the other ranks, once they are there."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        if found := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            return [int(pid) for pid in found]
+        children = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+        # a rank leads a session; a compiler, or a fork that is not yet a rank, does not
+        if found := [pid for pid in children if os.getsid(pid) == pid]:
+            return found
         time.sleep(0.05)
     raise AssertionError(f"no second process: {process.returncode}")
 
