@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from bpo_fast_kernels.checks import require
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
-BARRIER_BYTES = 1024  # at most, of a pipeline
+BARRIER_BYTES = 2048  # at most, of a pipeline, and of what aligns its tiles
 
 
 @dataclass(frozen=True)

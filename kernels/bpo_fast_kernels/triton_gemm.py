@@ -166,6 +166,7 @@ def exp_gemm_kernel(
     empty launch otherwise; never persistent. A second head is chosen by pointer, so it cannot be read through a
     descriptor (TMA). HALVES writes half a tile at a time, for want of shared memory.
     """
+    tl.static_assert(not (PERSISTENT and FLAGGED))
     row_blocks = tl.cdiv(num_slots, BLOCK_M)
     col_blocks = tl.cdiv(vocab, BLOCK_N)
     first = tl.program_id(0)

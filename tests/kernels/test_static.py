@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from bpo_fast_kernels.static import ARCHS, BUDGETS, Build, builds, measure, over_budget
+from bpo_fast_kernels.triton_config import BARRIER_BYTES
 from triton.runtime import JITFunction
 
 
@@ -88,3 +89,11 @@ def _rows_kernel(x, stride_x, width, WIDE: tl.constexpr):
 def test_offsets_that_would_wrap_are_found(wide):
     found = measure([Build("rows", _rows_kernel, {"WIDE": wide}, narrow=("x",))], 90)
     assert len(found["rows"]["narrow"]) == (0 if wide else 1)
+
+
+@pytest.mark.parametrize("arch", ["90", "100"])
+def test_what_a_pipeline_takes_beside_its_tiles_is_reckoned_with(arch):
+    """Or a whole tile of E would be chosen where it does not fit."""
+    row = json.loads(BUDGETS.read_text())[arch]["exp_gemm_128x256x64x3p"]
+    tiles = 2 * (3 * (128 + 256) * 64 + 128 * 256)
+    assert tiles < row["shared"] <= tiles + BARRIER_BYTES
