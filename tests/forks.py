@@ -104,7 +104,14 @@ def _code_of(arguments) -> int:
             sys.argv = arguments
             runpy.run_path(kind, run_name="__main__")
     except SystemExit as error:
-        return int(error.code or 0)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+            return 1
+        return error.code or 0
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         traceback.print_exc()
         return 1
