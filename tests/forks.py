@@ -3,6 +3,7 @@
 Their pipes, their session, their signals, their exit code and all the code that they run are those of any other: only
 the interpreter is not started anew, so that hashes, and with them the order of sets, are this one's. It is for a
 command in test_cli.py, and for a command with two ranks in test_devices.py (of the files of the working folder).
+What waits for threads of a library, as torch.compile does, cannot be forked.
 """
 
 import atexit
