@@ -18,10 +18,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
 from types import SimpleNamespace
 
 import torch
+from prepared import exit_code_of
 
 # elsewhere processes are started as ever: libraries do not survive a fork on other systems, and CUDA does on none
 CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()
@@ -80,7 +80,7 @@ def _become(arguments, env) -> None:
             setattr(sys, f"__{name}__", stream)
         sys.path[:0] = [p for p in env.get("PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
         torch.set_num_threads(int(env.get("OMP_NUM_THREADS", torch.get_num_threads())))
-        code = _code_of(arguments)
+        code = exit_code_of(lambda: _run(arguments))
         threading._shutdown()  # waits for threads that are no daemons, as an interpreter's end does
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -89,31 +89,17 @@ def _become(arguments, env) -> None:
         os._exit(code)
 
 
-def _code_of(arguments) -> int:
-    """Runs what a Python interpreter would run; its exit code."""
-    try:
-        while arguments[0] in ("-P", "-W"):
-            arguments = arguments[2 if arguments[0] == "-W" else 1 :]
-        kind, *rest = arguments
-        if kind == "-c":
-            sys.argv = ["-c", *rest[1:]]
-            exec(rest[0], {"__name__": "__main__"})
-        elif kind == "-m":
-            sys.argv = rest
-            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = arguments
-            runpy.run_path(kind, run_name="__main__")
-    except SystemExit as error:
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-            return 1
-        return error.code or 0
-    except KeyboardInterrupt:
-        traceback.print_exc()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
+def _run(arguments) -> None:
+    """What a Python interpreter would run."""
+    while arguments[0] in ("-P", "-W"):
+        arguments = arguments[2 if arguments[0] == "-W" else 1 :]
+    kind, *rest = arguments
+    if kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(rest[0], {"__name__": "__main__"})
+    elif kind == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(kind, run_name="__main__")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 LIMIT_S = 500
@@ -79,17 +79,29 @@ def _work(code: str, env: Mapping[str, str]) -> None:
     """Ends the process."""
     signal.alarm(LIMIT_S)
     os.environ.update(env)
-    exit_code = 0
-    try:
-        exec(code, {"runpy": runpy})
-    except SystemExit as error:
-        exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        exit_code = 1
+    exit_code = exit_code_of(lambda: exec(code, {"runpy": runpy}))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
+
+
+def exit_code_of(run: Callable[[], object]) -> int:
+    """What an interpreter that runs this would end with, having said what it says; an interrupt ends the process."""
+    try:
+        run()
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+            return 1
+        return error.code or 0
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,8 +47,9 @@ def prepared():
         patch.syspath_prepend(HERE)
         from stand_in import environment
 
+        env = environment()
+        del env["PYTHONPATH"]  # that of `Prepared` has all of sys.path
         patch.syspath_prepend(HERE / "site")
-        env = environment() | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, sys.path)])}
         with Prepared(IMPORTS, env) as process:
             yield process
 
@@ -79,10 +79,7 @@ def members(run, tiny_args, tmp_path_factory):
     """A run of three members."""
     out = tmp_path_factory.mktemp("members") / "run"
     form = ("--members", "3", "--set", "sampling.members=single", "--set", "sampling.top_p=0.9", "--loss", "ipo")
-    said = run(
-        *tiny_args, *FEW, "--device", "cuda", "--set", "model.dtype=bfloat16", *form, "--ref", "ema", "--out", out
-    )
-    return out, said
+    return out, run(*tiny_args, *FEW, *ON_GPU, *form, "--ref", "ema", "--out", out)
 
 
 def losses_of(out):
@@ -125,6 +122,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(run, members, tmp_path):
     out, _ = members
     whole = shutil.copytree(out / "checkpoint-2", tmp_path / "whole")
     shutil.rmtree(out / "checkpoint-2")
+    assert (out / "checkpoint-1").is_dir()
     (out / "summary.json").unlink()
     run("train", "--resume", out)
     paths = list(whole.glob("*.safetensors"))

@@ -44,10 +44,12 @@ time.sleep(60)
 """
 
 
-def start(command, cwd, kind=Forked):
+def start(command, cwd, popen=Forked):
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return kind([sys.executable, *command], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return popen(
+        [sys.executable, *command], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_an_orphan_notices_even_if_its_parent_was_gone_when_it_began():
@@ -134,7 +136,7 @@ def test_an_interrupt_does_not_wait_for_an_endpoint_that_hangs(
 
 @pytest.mark.parametrize(("error", "code", "words"), [("SystemExit(130)", 130, ""), ("KeyError('x')", 1, "KeyError: ")])
 def test_a_thread_that_is_busy_in_torch_changes_no_exit_code(tmp_path, error, code, words):
-    process = start(["-c", BUSY.format(error=error)], tmp_path, kind=subprocess.Popen)
+    process = start(["-c", BUSY.format(error=error)], tmp_path, popen=subprocess.Popen)
     try:
         out, errors = process.communicate(timeout=30)
     finally:

@@ -278,11 +278,6 @@ def over_budget(name: str, got: dict[str, Any], budget: dict[str, Any] | None, a
     return faults + [f"{name}: no {one}" for one in missing]
 
 
-def measure_all(arch: int) -> dict[str, dict[str, Any]]:
-    """Figures of every kernel on one architecture, by name."""
-    return measure(builds(arch), arch)
-
-
 def _budget(row: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any]:
     """What a kernel with these figures keeps, at least the old one; other instructions or any spills are not let in."""
     # releases of the assembler move a few registers; everything else is exact
@@ -300,7 +295,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="make the figures the new budget")
     parser.add_argument("--widen", action="store_true", help="raise the budget to the figures where they are over it")
     options = parser.parse_args()
-    got, key = measure_all(options.arch), str(options.arch)
+    got, key = measure(builds(options.arch), options.arch), str(options.arch)
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
     if options.write or options.widen:
         old = {} if options.write else budgets[key]

@@ -173,6 +173,7 @@ def exp_gemm_kernel(
     E_BY_TMA: tl.constexpr = TMA and PERSISTENT
     epilogue = (targets, shift, e, num_rows, vocab, stride_e, scale, softcap)
     product = (x, w, w_behavior, partial, num_slots, width, stride_x, stride_w, stride_partial)
+    # Twice: a loop over one tile spills on sm_100, and constants in a starred tuple would be tensors.
     if PERSISTENT:
         for tile in tl.range(first, row_blocks * col_blocks, tl.num_programs(0), flatten=True):  # pyright: ignore[reportGeneralTypeIssues]
             _exp_tile(

@@ -422,12 +422,10 @@ def test_the_process_itself_prints_one_line_and_exits_with_2(tiny_args, tmp_path
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: task = 'nothing': no such task; known: helpfulness, tldr, harmlessness\n"
     assert list(tmp_path.iterdir()) == []
-    command = [sys.executable, "-P", "-m", "bpo_fast", *with_option(tiny_args, "--data", "none.jsonl"), "--out", "new"]
-    process = Forked(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    out, errors = process.communicate(timeout=120)
-    assert (process.returncode, out) == (2, "")
-    assert errors.splitlines()[-1] == "error: none.jsonl: no such file or folder"
-    assert "Traceback" not in errors
+    done = run_cli([*with_option(tiny_args, "--data", "none.jsonl"), "--out", "new"], tmp_path, popen=Forked)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "error: none.jsonl: no such file or folder"
+    assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

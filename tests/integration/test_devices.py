@@ -13,7 +13,7 @@ import pytest
 from forks import Forked
 from safetensors.torch import load_file
 from test_resume import HERE, contents, environment, settings
-from tiny_world import rows_of_stages, write_rows
+from tiny_world import rows_of_stages, run_cli, write_rows
 
 from bpo_fast import config as configs
 from bpo_fast.checkpoint import complete_checkpoints, save_weights
@@ -94,24 +94,10 @@ def test_what_ends_a_stage_ends_all_of_its_processes(tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i}?", "label": "yes"}) + "\n" for i in range(8)))
     small = ["--hidden", "32", "--layers", "1", "--heads", "2", "--vocab", "300", "--device", "cpu"]
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "bpo_fast",
-        "sft",
-        "--data",
-        data,
-        "--out",
-        tmp_path / "out",
-        "--devices",
-        "2",
-    ]
-    options = ["--epochs", "9", "--learning-rate", "1e30"]
-    process = Forked([*map(str, command), *small, *options], env=environment(), stderr=subprocess.PIPE, text=True)
-    stderr = process.communicate(timeout=120)[1]
-    assert process.returncode == 2
-    assert stderr.splitlines()[-1].startswith("error: sft: loss = ")
+    options = ["--devices", "2", "--epochs", "9", "--learning-rate", "1e30"]
+    done = run_cli(["sft", "--data", data, "--out", tmp_path / "out", *small, *options], tmp_path, popen=Forked)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: sft: loss = ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
 
 
@@ -139,9 +125,9 @@ def test_others_stay_for_the_last_checkpoint(tiny_model_dir, tiny_data, tmp_path
     assert len(list(complete_checkpoints(tmp_path / "run")[-1].glob("optimizer-*-of-2.safetensors"))) == 2
 
 
-def start(*options: str, cwd: Path = HERE, kind=Forked) -> subprocess.Popen:
+def start(*options: str, cwd: Path = HERE, popen=Forked) -> subprocess.Popen:
     command = [sys.executable, "-P", "-m", "bpo_fast", "train", *options]
-    return kind(command, env=environment(), cwd=cwd, stderr=subprocess.PIPE, text=True)
+    return popen(command, env=environment(), cwd=cwd, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_steps(process: subprocess.Popen, run: Path, num: int) -> list[int]:
@@ -257,6 +243,6 @@ def test_files_of_the_working_folder_are_not_those_of_a_rank(tiny_model_dir, tin
     (tmp_path / "typer.py").write_text("raise ImportError('not the real one')\n")
     toml = tmp_path / "run.toml"
     toml.write_text(configs.to_toml(settings(tiny_model_dir, tiny_data, tmp_path / "run", **SHORT, run__devices=2)))
-    process = start("--config", str(toml), cwd=tmp_path, kind=subprocess.Popen)
+    process = start("--config", str(toml), cwd=tmp_path, popen=subprocess.Popen)
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 0, stderr
