@@ -29,7 +29,7 @@ def dry_run(config: Config, *, from_pairs: str | None = None, quiet: bool = Fals
         config = resolve(config)
         devices_of(config).check()
         parts = build(config, progress, from_pairs=from_pairs, ranks=_OneOf(config.run.devices))
-        plan = parts.plan
+        plan = parts.work.plan
         out: dict[str, Any] = {"steps": plan.num_steps, "phases": len(plan.phases), "pairs": plan.num_prompts}
         ledger = make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
         progress.print(ledger.words())

@@ -40,7 +40,7 @@ class Loop:
 
     def __init__(self, parts: Parts, run: Run, progress: Progress, ranks: Ranks | None = None):
         self._parts, self._run, self._progress, self._ranks = parts, run, progress, ranks or Ranks()
-        self._config, self._policy = parts.config, parts.policy
+        self._config, self._policy, self._work = parts.config, parts.policy, parts.work
         self._budget = token_budget(parts.config, parts.policy)
         self._flop = StepFlop.of(parts.policy)
         self.num_steps = 0
@@ -55,7 +55,7 @@ class Loop:
             self._num_ended_phases, self._evaluated_step = state.num_ended_phases, state.evaluated_step
             self._num_bad_steps, self._num_tokens = state.num_bad_steps, state.num_tokens
             run.seconds = dict(state.seconds)
-            progress.print(f"resuming at step {state.step} of {parts.plan.num_steps}")
+            progress.print(f"resuming at step {state.step} of {self._work.plan.num_steps}")
         self._policy.version = self.num_steps
         self._ranks.on_save(self._save_moments)
         keep_lines = num_lines if run.resume else None
@@ -78,7 +78,7 @@ class Loop:
 
     def remaining_phases(self) -> list[Phase]:
         """Phases that have not been ended."""
-        return list(self._parts.plan.phases[self._num_ended_phases :])
+        return list(self._work.plan.phases[self._num_ended_phases :])
 
     def collect(self, phase: Phase) -> PhasePairs:
         """The pairs of a phase with reference log-probs: from disk if they are there, else sampled now."""
@@ -94,10 +94,10 @@ class Loop:
                 self._phase = phase.index
         path = self._run.pairs_path(phase.index)
         # the initial policy is the current one before the first step only: it samples for all phases then
-        ahead = self._config.method.sampler == "initial" and self._parts.replayed is None
+        ahead = self._config.method.sampler == "initial" and self._work.replayed is None
         if ahead and self.num_steps and not path.exists():
             raise ValueError(f"{path}: missing; the initial policy, which samples it, has been trained since")
-        for p in self._parts.plan.phases if ahead and not self.num_steps else (phase,):
+        for p in self._work.plan.phases if ahead and not self.num_steps else (phase,):
             if not self._run.pairs_path(p.index).exists():
                 new = self._collect_new(p)
                 nothing_scored = new.counts.unscored == p.last_prompt - p.first_prompt
@@ -138,7 +138,7 @@ class Loop:
             self._num_bad_steps = 0 if finite else self._num_bad_steps + 1
             self._num_tokens += sums.pop("tokens", 0)
             values = {name: float(value) for name, value in sums.items()}
-            values |= {"learning_rate": learning_rate(self._config.optim, step, self._parts.plan.num_steps)}
+            values |= {"learning_rate": learning_rate(self._config.optim, step, self._work.plan.num_steps)}
             values |= {"grad_norm": norm, "num_tokens": self._num_tokens, "pairs/step": len(pairs)}
             values |= {"phase": self._phase, "policy_version": self.num_steps, "bad_step": int(not finite)}
             values |= self._flop.rates(mine, self._run.seconds["train"] - seconds_before)
@@ -163,24 +163,24 @@ class Loop:
         values |= {"perf/peak_memory_gib": peak_memory_gib()} | self._memory
         if phase.num_steps > 1 or phase.index == 0:
             self._progress.print(f"phase {phase.index + 1}: {pairs_words(vars(found.counts))}")
-        due = self.num_steps - max(0, self._saved_step) >= self._parts.plan.num_steps / 10
+        due = self.num_steps - max(0, self._saved_step) >= self._work.plan.num_steps / 10
         with self._run.critical():
             self._metrics.log("phase", self.num_steps, values)
             self._num_ended_phases = phase.index + 1
-            if self.num_steps == self._parts.plan.num_steps or (due and not self._config.run.save_steps):
+            if self.num_steps == self._work.plan.num_steps or (due and not self._config.run.save_steps):
                 self.save()
 
     def evaluate(self, when: str) -> None:
         """Judges greedy answers to the held-out prompts and logs the result; rows already on disk are taken as they
         are."""
         parts, config = self._parts, self._config
-        if not parts.held_out or (when == "before" and self._evaluated_step >= 0):
+        if not self._work.held_out or (when == "before" and self._evaluated_step >= 0):
             return
         rows = self._run.read_eval()
         mine = [r for r in rows if r["when"] == when and r["step"] == self.num_steps]
         self._parts.engine.refresh(self.num_steps)
         seconds_before = self._run.seconds.get("eval", 0.0)
-        share = self._ranks.share(parts.held_out, prompt_tokens)
+        share = self._ranks.share(self._work.held_out, prompt_tokens)
         with self._run.timed("eval"), self._progress.task(f"evaluation {when}", len(share.mine)) as task:
             assert config.sampling.max_new_tokens, "resolve() has set it"
             if not mine:  # and so for all ranks: rank 0 writes them once it has those of all
@@ -236,7 +236,7 @@ class Loop:
             return {}
         config, rows = self._config, self._run.read_eval()
         counts = PairCounts()
-        for phase in self._parts.plan.phases:
+        for phase in self._work.plan.phases:
             counts += read_pairs(self._run.pairs_path(phase.index)).counts
         seconds = {**self._run.seconds, "total": sum(self._run.seconds.values())}
         judges = [j.name for j in self._parts.judges]
@@ -290,15 +290,15 @@ class Loop:
 
     def _collect_new(self, phase: Phase) -> PhasePairs:
         owned = slice(phase.first_prompt, phase.last_prompt)
-        if self._parts.replayed is not None:
-            pairs = self._parts.replayed[owned]
+        if self._work.replayed is not None:
+            pairs = self._work.replayed[owned]
             counts = PairCounts.of(pairs)
             if phase.index == 0:  # of the whole source
-                counts += self._parts.not_replayed
+                counts += self._work.not_replayed
             return PhasePairs(phase.index, self.num_steps, pairs, counts, {})
         num_used = sum(read_pairs(self._run.pairs_path(f)).num_spare for f in range(phase.index))
-        spare = self._parts.spare[num_used:]
-        return self._collector.collect(phase, self._parts.prompts[owned], spare, self.num_steps)
+        spare = self._work.spare[num_used:]
+        return self._collector.collect(phase, self._work.prompts[owned], spare, self.num_steps)
 
     def _score_reference(self, phase: Phase, found: PhasePairs) -> PhasePairs:
         if self._parts.reference.is_policy(phase.num_steps):
@@ -340,12 +340,12 @@ class Loop:
             write_pairs(path, found)
 
     def _summarise(self, rows: list[EvalRow]) -> dict[str, Any]:
-        num_aborted = len(self._parts.held_out) - len(rows)
+        num_aborted = len(self._work.held_out) - len(rows)
         return summarise(rows, [j.name for j in self._parts.judges]) | {"num_aborted": num_aborted}
 
     def _held_out_kl(self) -> float | None:
         """Nats a completion, on fresh samples of held-out prompts."""
-        prompts = self._parts.held_out[: self._config.eval.kl_prompts]
+        prompts = self._work.held_out[: self._config.eval.kl_prompts]
         if not prompts:
             return None
         sampling = self._config.sampling
@@ -366,7 +366,7 @@ class Loop:
     def _is_last_chance(self, phase: Phase) -> bool:
         """Whether the run trains on the pairs of this phase or on none at all."""
         earlier = range(phase.index)
-        return phase is self._parts.plan.phases[-1] and not any(
+        return phase is self._work.plan.phases[-1] and not any(
             read_pairs(self._run.pairs_path(f)).pairs for f in earlier
         )
 

@@ -18,7 +18,7 @@ from bpo_fast.memory import token_budget
 from bpo_fast.optim import Optimizer
 from bpo_fast.pairs import PairCounts, replay_pairs
 from bpo_fast.plan import Plan, make_plan
-from bpo_fast.policy import Policy, load_policy
+from bpo_fast.policy import Policy, load_policy, load_tokenizer
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import Devices, Ranks
 from bpo_fast.reference import Reference
@@ -29,33 +29,44 @@ from bpo_fast.types import Pair, Prompt
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What one run works with.
+class Work:
+    """What there is to do in one run.
 
     Attributes:
-        config: resolved, with the budget as the data allow.
         plan: phases and steps.
-        policy, engine, reference, optimizer: the learner.
-        annotator: None when pairs are replayed.
-        judges: of the evaluation.
         prompts: the budget, in order; spare: what is left over; held_out: for evaluation.
         replayed: pairs to train on instead of sampling, or None.
         not_replayed: counts of recorded pairs that were left out or cut.
     """
 
-    config: Config
     plan: Plan
+    prompts: tuple[Prompt, ...]
+    spare: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    replayed: tuple[Pair, ...] | None
+    not_replayed: PairCounts
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one run works with.
+
+    Attributes:
+        config: resolved, with the budget as the data allow.
+        work: what there is to do.
+        policy, engine, reference, optimizer: the learner.
+        annotator: None when pairs are replayed.
+        judges: of the evaluation.
+    """
+
+    config: Config
+    work: Work
     policy: Policy
     engine: Engine
     reference: Reference
     optimizer: Optimizer
     annotator: Checked | None
     judges: tuple[Checked, ...]
-    prompts: tuple[Prompt, ...]
-    spare: tuple[Prompt, ...]
-    held_out: tuple[Prompt, ...]
-    replayed: tuple[Pair, ...] | None
-    not_replayed: PairCounts
 
 
 def build(config: Config, progress: Progress, *, from_pairs: str | None = None, ranks: Ranks | None = None) -> Parts:
@@ -77,47 +88,32 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None, 
     if config.optim.offload and device.type == "cpu":
         raise ValueError("optim.offload = true: on a CPU the moments are in host memory already")
     check_sampler_reference(config, from_pairs)
+    annotator, judges = _annotator(config) if from_pairs is None else None, judge_specs(config)
+    for spec in dict.fromkeys((annotator, *judges)):
+        if spec is not None:
+            check_scorer(spec, config)
+    work = _to_sample(config, load_tokenizer(config.model)[0], progress) if from_pairs is None else None
+    # what can be said without weights has been said: they take a while, and so does the start of an engine
     policy, engine = load_learner(config, device, max_length, progress.print)
     token_budget(config, policy)  # or a pair would not fit it
-    budget = config.method.pairs
-    assert budget, "resolve() has set it"
-    if from_pairs is None:
-        usable = train_prompts(config, policy.tokenizer, progress)
-        replayed, not_replayed = None, PairCounts()
-        num_pairs = min(budget, len(usable))
-        if num_pairs < budget:
-            progress.print(f"data has {len(usable)} usable prompts: method.pairs is {num_pairs}, not {budget}")
-    else:
-        recorded, not_replayed = _replayed(config, policy, from_pairs, progress)
-        replayed = tuple(recorded[:budget])
-        usable = tuple(p.prompt for p in replayed)
-        num_pairs = len(replayed)
-    plan = make_plan(config.method, num_pairs)
+    work = work or _to_replay(config, policy, str(from_pairs), progress)
     reference = Reference(policy, config.method, config.model, max_length=max_length)
-    members = policy.num_members if policy.lora else None
-    optimizer = Optimizer(policy.parameters(), config.optim, num_steps=plan.num_steps, num_members=members, ranks=ranks)
-    judges, scoring = judge_specs(config), _share_requests(config)
-    held_out = held_out_prompts(config, policy.tokenizer, usable, progress) if judges else ()
-    if held_out and not config.eval.judges and replayed is None:
-        progress.print("judge: the annotator itself, so a win rate says how well it was pleased; --judge names another")
+    members, num_steps = policy.num_members if policy.lora else None, work.plan.num_steps
+    optimizer = Optimizer(policy.parameters(), config.optim, num_steps=num_steps, num_members=members, ranks=ranks)
+    scoring = _share_requests(config)
     return Parts(
         config=replace(
             config,
-            method=replace(config.method, pairs=num_pairs),
+            method=replace(config.method, pairs=work.plan.num_prompts),
             sampling=replace(config.sampling, engine=engine.name),  # a resumed run draws with the same one
         ),
-        plan=plan,
+        work=work,
         policy=policy,
         engine=engine,
         reference=reference,
         optimizer=optimizer,
-        annotator=None if replayed is not None else _annotator(scoring, device),
-        judges=tuple(load_scorer(j, scoring, device) for j in judges) if held_out else (),
-        prompts=usable[:num_pairs],
-        spare=usable[num_pairs:] if replayed is None else (),
-        held_out=held_out,
-        replayed=replayed,
-        not_replayed=not_replayed,
+        annotator=None if annotator is None else load_scorer(annotator, scoring, device),
+        judges=tuple(load_scorer(j, scoring, device) for j in judges) if work.held_out else (),
     )
 
 
@@ -179,10 +175,10 @@ def _share_requests(config: Config) -> Config:
     return replace(config, annotator=replace(config.annotator, requests=requests))
 
 
-def _annotator(config: Config, device: torch.device) -> Checked:
+def _annotator(config: Config) -> str:
     if config.annotator.path is None:
         raise ValueError("annotator.path: no annotator; name a reward model, module:function or file with --annotator")
-    return load_scorer(config.annotator.path, config, device)
+    return config.annotator.path
 
 
 def load_scorer(spec: str, config: Config, device: torch.device) -> Checked:
@@ -236,6 +232,29 @@ def held_out_prompts(config: Config, tokenizer: Any, train: Sequence[Prompt], pr
     )
     progress.print(f"evaluation data: {found.words(config.data.max_prompt_length)}")
     return found.prompts[:num_wanted]
+
+
+def _to_sample(config: Config, tokenizer: Any, progress: Progress) -> Work:
+    """Work on the budget's prompts; what is left over is spare."""
+    usable, budget = train_prompts(config, tokenizer, progress), config.method.pairs
+    assert budget, "resolve() has set it"
+    if len(usable) < budget:
+        progress.print(f"data has {len(usable)} usable prompts: method.pairs is {len(usable)}, not {budget}")
+    plan = make_plan(config.method, min(budget, len(usable)))
+    held_out = held_out_prompts(config, tokenizer, usable, progress) if judge_specs(config) else ()
+    if held_out and not config.eval.judges:
+        progress.print("judge: the annotator itself, so a win rate says how well it was pleased; --judge names another")
+    return Work(plan, usable[:budget], usable[budget:], held_out, None, PairCounts())
+
+
+def _to_replay(config: Config, policy: Policy, source: str, progress: Progress) -> Work:
+    """Work on recorded pairs, within the budget."""
+    recorded, not_replayed = _replayed(config, policy, source, progress)
+    replayed = tuple(recorded[: config.method.pairs])
+    prompts = tuple(p.prompt for p in replayed)
+    plan = make_plan(config.method, len(replayed))
+    held_out = held_out_prompts(config, policy.tokenizer, prompts, progress) if judge_specs(config) else ()
+    return Work(plan, prompts, (), held_out, replayed, not_replayed)
 
 
 def _replayed(config: Config, policy: Policy, source: str, progress: Progress) -> tuple[list[Pair], PairCounts]:

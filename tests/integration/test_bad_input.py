@@ -47,6 +47,12 @@ def refused(args, message, *, code=2):
     return lines[-1]
 
 
+@pytest.fixture
+def without_weights(monkeypatch):
+    """Nothing is loaded that takes a while: a model, an engine."""
+    monkeypatch.setattr("bpo_fast.setup.load_learner", None)
+
+
 def with_option(args, name, value):
     """The arguments with another value of an option that they hold."""
     at = args.index(name)
@@ -71,6 +77,7 @@ def with_option(args, name, value):
     ],
     ids=lambda v: str(v)[:40],
 )
+@pytest.mark.usefixtures("without_weights")
 def test_bad_data(name, content, message, tiny_args, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -78,6 +85,7 @@ def test_bad_data(name, content, message, tiny_args, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.usefixtures("without_weights")
 def test_no_usable_prompt(tiny_args, tmp_path):
     write_rows(tmp_path / "rows.jsonl", ROWS)
     args = [*with_option(tiny_args, "--data", "rows.jsonl"), "--max-prompt-tokens", "2", "--out", "new"]
@@ -85,6 +93,7 @@ def test_no_usable_prompt(tiny_args, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.usefixtures("without_weights")
 def test_bad_evaluation_data(tiny_args, tiny_data, tmp_path):
     (tmp_path / "eval.jsonl").write_text('{"prompt": "a"}\n{')
     refused([*with_option(tiny_args, "--eval-data", "eval.jsonl"), "--out", "new"], "eval.jsonl: line 2: invalid JSON")
@@ -186,7 +195,6 @@ def test_zero_and_negative_sizes(flag, knob, value, tiny_args, tmp_path):
         (["--set", "method.bta=1"], "method.bta: no such knob; did you mean method.beta?"),
         (["--set", "method.beta"], "--set method.beta: expected NAME=VALUE"),
         (["--config", "none.toml"], "--config none.toml: No such file or directory"),
-        (["--phases", "7"], "method.phases = 7: 24 pairs in batches of 4 make only 6 optimizer steps"),
         (["--phases", "sometimes"], "method.phases = 'sometimes': a number of phases or on-policy"),
         (["--device", "tpu"], "run.device = tpu: not a device; auto, cpu, cuda or cuda:N"),
         (["--device", "meta"], "run.device = meta: not supported; auto, cpu, cuda or cuda:N"),
@@ -204,7 +212,6 @@ def test_zero_and_negative_sizes(flag, knob, value, tiny_args, tmp_path):
         (["--set", "model.lora_targets=q_prj"], "model.lora_targets = q_prj: no such linear layer"),
         (["--set", "model.adapters=nowhere"], "model.adapters = nowhere: "),
         (["--ref", "golden", "--set", "method.golden=nowhere"], "method.golden: model.path = nowhere: "),
-        (["--set", "data.chat_template=true"], "data.chat_template = true: the tokenizer has no chat template"),
         (
             ["--judge", "a=toy_annotator:letters", "--judge", "a=toy_annotator:same"],
             "eval.judges = a=toy_annotator:letters, ",
@@ -220,6 +227,24 @@ def test_bad_settings(args, message, tiny_args, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--phases", "7"], "method.phases = 7: 24 pairs in batches of 4 make only 6 optimizer steps"),
+        (["--set", "data.chat_template=true"], "data.chat_template = true: the tokenizer has no chat template"),
+        (["--annotator", "nowhere"], "reward model nowhere: "),
+        (["--annotator", "nowhere:score"], "annotator nowhere:score: ModuleNotFoundError"),
+        (["--judge", "scores.jsonl"], "annotator scores.jsonl: no such file"),
+        (["--judge", "a=toy_annotator:lettrs"], "annotator toy_annotator:lettrs: module toy_annotator has no function"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+@pytest.mark.usefixtures("without_weights")
+def test_what_needs_no_weights_is_said_before_they_are_loaded(args, message, tiny_args):
+    assert refused([*tiny_args, "--out", "new", *args], message).startswith(f"error: {message}")
+
+
+@pytest.mark.usefixtures("without_weights")
 def test_no_annotator(tiny_args, tmp_path):
     at = tiny_args.index("--annotator")
     refused(
