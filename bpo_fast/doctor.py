@@ -22,7 +22,7 @@ from rich.text import Text
 TESTED = {
     "torch": ("2.11", "2.14"),
     "triton": ("3.6", None),
-    "transformers": ("5", "6"),
+    "transformers": ("5.10", "6"),
     "vllm": ("0.25.1", "0.33"),
     "flash-attn": ("2.7", None),
 }

@@ -90,8 +90,8 @@ def make_model(name, dtype=torch.float32, **changes):
 
 def skip_where_wrong(name):
     """Leaves out models that transformers itself computes otherwise beside padding."""
-    if name == "doge-32" and transformers.__version__.startswith("5.17."):
-        pytest.skip("Doge of transformers 5.17 looks at padding")
+    if name == "doge-32" and int(transformers.__version__.split(".")[1]) < 18:
+        pytest.skip("Doge of transformers before 5.18 looks at padding")
 
 
 def make_pairs(lengths=LENGTHS):

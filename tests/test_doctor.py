@@ -88,7 +88,7 @@ def test_bare_machine_is_told_what_to_install(bare_machine):
         "attention path": "ok",
     }
     assert checks["torch"].advice == 'pip install "torch>=2.11,<2.14"'
-    assert checks["transformers"].advice == 'pip install "transformers>=5,<6"'
+    assert checks["transformers"].advice == 'pip install "transformers>=5.10,<6"'
     assert "apt-get install g++" in checks["C++ compiler"].advice
     # Nothing for a GPU is advised where there is none.
     assert [name for name, check in checks.items() if check.advice] == ["torch", "transformers", "C++ compiler"]
@@ -275,7 +275,7 @@ def test_printed_plain_and_within_the_width(bare_machine, width):
     assert "\x1b" not in text
     assert all(len(line) <= width for line in table.splitlines())
     # A command that one copies is never wrapped.
-    assert 'transformers: pip install "transformers>=5,<6"' in advice.splitlines()
+    assert 'transformers: pip install "transformers>=5.10,<6"' in advice.splitlines()
 
 
 def test_environment_keeps_secrets_and_names_out(monkeypatch, tmp_path):
