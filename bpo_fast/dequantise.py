@@ -33,7 +33,7 @@ def loading_options(config: PreTrainedConfig) -> dict[str, Any]:
     if stored is None or method in _AFTERWARDS:
         return {}
     try:
-        found = AutoQuantizationConfig.from_dict(dict(stored))
+        found: Any = AutoQuantizationConfig.from_dict(dict(stored))
     except ValueError:
         found = None  # a method that transformers does not know
     if not hasattr(found, "dequantize"):

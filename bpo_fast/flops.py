@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bpo_fast.loading import head_weight
 from bpo_fast.policy import Policy
 from bpo_fast.types import Pair
 
@@ -73,7 +74,7 @@ class StepFlop:
         return cls(
             num_members=policy.num_members,
             trunk=sum(_row_flop(w, config) for w in matrices) + 6 * adapters,
-            head=_row_flop(policy.model.get_output_embeddings().weight, config),
+            head=_row_flop(head_weight(policy.model), config),
             width=num_heads * head_dim,
             windows=_windows(config),
             peak_tflops=_peak_tflops(policy.device),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from bpo_fast.loading import trunk_of
+from bpo_fast.loading import head_weight, num_embeddings, trunk_of
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +40,12 @@ def probe_head(model: PreTrainedModel) -> Head:
         return Head(fused=False)
     was_training = model.training
     model.eval()
-    ids = torch.arange(1, 6, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 6, device=model.device)[None] % num_embeddings(model)
     own = model(input_ids=ids, use_cache=False).logits.double()
     hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     model.train(was_training)
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    plain = (hidden @ model.get_output_embeddings().weight.T).double()
+    plain = (hidden @ head_weight(model).T).double()
     if softcap:
         plain = softcap * torch.tanh(plain / softcap)
     scale = float((own * plain).sum() / (plain * plain).sum().clamp_min(1e-30))

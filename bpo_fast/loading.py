@@ -72,9 +72,8 @@ def quiet_transformers() -> Iterator[None]:
 
 def check_vocabulary(what: str, model: Any, tokenizer: Any) -> None:
     """ValueError if the tokenizer can produce ids that the model has no embedding for."""
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > num_embeddings:
-        raise ValueError(f"{what}: {num_embeddings} embeddings for a tokenizer of {len(tokenizer)} tokens")
+    if len(tokenizer) > num_embeddings(model):
+        raise ValueError(f"{what}: {num_embeddings(model)} embeddings for a tokenizer of {len(tokenizer)} tokens")
 
 
 def position_limit(model: Any) -> tuple[int | None, str]:
@@ -105,6 +104,16 @@ def trunk_of(model: Any) -> Any:
     if trunk is None:
         raise ValueError(f"{type(model).__name__}: its trunk cannot be found")
     return trunk
+
+
+def head_weight(model: Any) -> torch.Tensor:
+    """[V, H] of the output embeddings of a causal LM."""
+    return model.get_output_embeddings().weight
+
+
+def num_embeddings(model: Any) -> int:
+    """How many token ids a model has an embedding for."""
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def checkpoint_layers_(model: Any, **options: Any) -> None:

@@ -242,8 +242,8 @@ class Loop:
         judges = [j.name for j in self._parts.judges]
         judge = judges[0] if judges else None
         first, last = ([r for r in rows if r["when"] == when] for when in ("before", "after"))
-        before = self._summarise(first) | {"kl": 0.0} if first else {}
-        after = self._summarise(last) | {"kl": self._kl} if last else {}
+        before: dict[str, Any] = self._summarise(first) | {"kl": 0.0} if first else {}
+        after: dict[str, Any] = self._summarise(last) | {"kl": self._kl} if last else {}
         summary = {
             "task": config.task,
             "method": {k: getattr(config.method, k) for k in ("ref", "loss", "phases", "sampler", "beta")}

@@ -21,6 +21,7 @@ from bpo_fast.batches import TokenBudget, microbatch_tokens
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, sampling_params
 from bpo_fast.gradients import microbatches
+from bpo_fast.loading import head_weight
 from bpo_fast.optim import Optimizer
 from bpo_fast.packing import PairBatch
 from bpo_fast.policy import Policy
@@ -193,7 +194,7 @@ def _activations(policy: Policy, batch: PairBatch) -> int:
 def _head_chunk(config: Config, policy: Policy, num_pairs: int) -> int:
     """Bytes of dW and of E beside it in a chunk of whole pairs; with a frozen head E lives in tiles and dX is kept."""
     assert config.sampling.max_new_tokens, "resolve() has set it"
-    weight, rows_a_pair = policy.model.get_output_embeddings().weight, 2 * config.sampling.max_new_tokens
+    weight, rows_a_pair = head_weight(policy.model), 2 * config.sampling.max_new_tokens
     num_rows = num_pairs * rows_a_pair
     if not policy.head.fused:
         return 3 * num_rows * len(weight) * 4  # logits, their log-softmax and its gradient

@@ -168,7 +168,7 @@ class Optimizer:
             num_dims = piece.parameter.dim() - bool(num_members)
             groups[is_alone][num_dims < 2]["params"].append(piece.master)
         self._one_pass = OnePassAdamW(groups[True], states=config.states, **options)
-        self._fused = torch.optim.AdamW(groups[False], fused=True, **options)
+        self._fused: Any = torch.optim.AdamW(groups[False], fused=True, **options)
         self._adamws = [self._one_pass if is_alone else self._fused for is_alone in alone]
 
     def num_bytes(self, device: torch.device) -> int:

@@ -34,7 +34,9 @@ from bpo_fast.head import probe_head
 from bpo_fast.loading import (
     check_vocabulary,
     checkpoint_layers_,
+    head_weight,
     named_load_errors,
+    num_embeddings,
     position_limit,
     trunk_of,
     working_dtype,
@@ -257,7 +259,7 @@ class Policy:
         return module(input_ids=batch.input_ids, **packed_arguments(batch.layout, batch.position_ids))
 
     def _weight(self) -> Tensor:
-        return self.model.get_output_embeddings().weight
+        return head_weight(self.model)
 
     def _plain_token_logps(self, batch: PairBatch) -> Tensor:
         """[T] through the model's own logits, for heads that the kernels do not know."""
@@ -369,7 +371,7 @@ def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, PreTra
 def _share_prompts(policy: Policy) -> bool:
     """Switches the model to shared-prompt attention if it then gives the same log-probs as sequences apart."""
     generator = torch.Generator().manual_seed(0)
-    vocab = policy.model.get_input_embeddings().weight.shape[0]
+    vocab = num_embeddings(policy.model)
     pairs = []
     for i, (prompt, chosen, rejected) in enumerate(((9, 5, 10), (4, 11, 3))):
         ids = torch.randint(0, vocab, (prompt + chosen + rejected,), generator=generator).tolist()

@@ -184,10 +184,11 @@ class Group(Ranks):
         store.set(f"here/{self.rank}", "")
         here = [f"here/{rank}" for rank in range(self.size)]
         self._until(lambda: store.check(here))
-        options = distributed.ProcessGroupGloo._Options()
-        options._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        gloo: Any = distributed.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
         options._timeout = NO_LIMIT
-        self._host = distributed.ProcessGroupGloo(distributed.PrefixStore("host", store), self.rank, self.size, options)
+        self._host = gloo(distributed.PrefixStore("host", store), self.rank, self.size, options)
         if device.type == "cuda" and distributed.is_nccl_available():
             nccl = distributed.ProcessGroupNCCL
             options = nccl.Options()

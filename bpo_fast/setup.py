@@ -13,7 +13,7 @@ from bpo_fast.annotate import Checked, check_annotator, judge_name, load_annotat
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, versions
 from bpo_fast.engine.hf import HfEngine
-from bpo_fast.loading import pick_device
+from bpo_fast.loading import num_embeddings, pick_device
 from bpo_fast.memory import token_budget
 from bpo_fast.optim import Optimizer
 from bpo_fast.pairs import PairCounts, replay_pairs
@@ -277,7 +277,7 @@ def _replayed(config: Config, policy: Policy, source: str, progress: Progress) -
         to_prompts=to_prompts,
     )
     progress.print(f"recorded pairs: {pairs_words({k: n for k, n in vars(counts).items() if n})}")
-    num_rows = policy.model.get_input_embeddings().weight.shape[0]
+    num_rows = num_embeddings(policy.model)
     for pair in pairs:
         last = max(*pair.prompt.ids, *pair.chosen.ids, *pair.rejected.ids)
         if last >= num_rows:

@@ -93,7 +93,8 @@ class Checked:
     """An annotator whose answers are checked: the right number of them, each a finite number or None."""
 
     def __init__(self, name: str, inner: Annotator | PairwiseJudge):
-        self.name, self._inner = name, inner
+        self.name = name
+        self._inner: Any = inner  # `is_pairwise` says which
 
     @property
     def is_pairwise(self) -> bool:

@@ -207,14 +207,15 @@ class SharedRows:
 
     def __init__(self, model: Any, prompts: Sequence[tuple[int, ...]]):
         self._model = trunk_of(model)
-        self._cache = DynamicCache(config=model.config)
-        self._cache.layers = [SharedLayer() for _ in self._cache.layers]
+        self._cache: Any = DynamicCache(config=model.config)
+        layers = [SharedLayer() for _ in self._cache.layers]
+        self._cache.layers = layers
         self._options = {cache_argument(self._model): self._cache, "use_cache": True}
         lengths = [len(ids) for ids in prompts]
         self.last = torch.cat([self._encode(part) for part in _parts(prompts, PROMPT_TOKENS)])
-        for layer in self._cache.layers:
+        for layer in layers:
             layer.join()
-        self._rows = DecodedRows(self._cache.layers, bounds_of(lengths), torch.arange(len(prompts)))
+        self._rows = DecodedRows(layers, bounds_of(lengths), torch.arange(len(prompts)))
         self._positions = torch.tensor(lengths)
 
     def _encode(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:

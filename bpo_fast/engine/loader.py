@@ -147,8 +147,7 @@ def add_live_lora_(model: nn.Module, lora: LiveLora) -> None:
 def live_lora_storage(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     """(A, B) of the transformers layer `name` as vLLM reads them."""
     layer, rows = locate_linear(model, name)
-    parts: Any = layer.lora_parts
-    return next((a, b) for part, a, b in parts if part == rows)
+    return next((a, b) for part, a, b in layer.lora_parts if part == rows)
 
 
 def reads_live_lora(model: nn.Module, names: Iterable[str]) -> bool:

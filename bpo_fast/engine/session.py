@@ -1,6 +1,7 @@
 """One vLLM inside this process: how it is opened on a policy, how the weights are held, how it is closed."""
 
 import gc
+import importlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -48,8 +49,6 @@ _open: "Session | None" = None
 
 with preserved(ENVIRON):
     import pydantic
-    import vllm
-    from vllm import envs
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
     from vllm.model_executor.models import ModelRegistry
@@ -57,6 +56,9 @@ with preserved(ENVIRON):
 
     from bpo_fast.engine import loader
     from bpo_fast.engine.held import Held, held_by_workers, held_here
+
+    # where vLLM is not installed, type checkers take `import vllm` for the file beside this one
+    vllm: Any = importlib.import_module("vllm")
 
 
 @dataclass
@@ -299,7 +301,7 @@ def _start(
     # all that the processes of its workers can load is what lies in memory they map, too
     handing_over = handed_over(loader.checkpoint_weights(model)) if num_workers > 1 else nullcontext()
     with preserved(environ), preserved_class(type(model.base_model)), quiet, handing_over as handover:
-        envs.disable_envs_cache()  # an engine before this one has left its variables there
+        vllm.envs.disable_envs_cache()  # an engine before this one has left its variables there
         if on_gpu and device.index is not None:  # "cuda" is the current one
             torch.cuda.set_device(device)
         try:

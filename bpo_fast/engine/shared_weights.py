@@ -6,6 +6,7 @@ vocabulary; the trainer has the first rows. Everything else is one to one, and t
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def find_views(vllm_model: nn.Module, parameters: Mapping[str, Tensor]) -> Views
     return views
 
 
-def locate_linear(vllm_model: nn.Module, name: str) -> tuple[nn.Module, slice]:
+def locate_linear(vllm_model: nn.Module, name: str) -> tuple[Any, slice]:
     """The vLLM layer that computes the transformers layer `name`, and which of its output rows are that layer's."""
     parent, _, leaf = name.rpartition(".")
     packed_modules = getattr(vllm_model, "packed_modules_mapping", None) or {}
@@ -93,7 +94,7 @@ def _locate(vllm_model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     return whole, whole.data[rows]
 
 
-def _submodule(vllm_model: nn.Module, path: str, name: str) -> nn.Module:
+def _submodule(vllm_model: nn.Module, path: str, name: str) -> Any:
     mapper = getattr(vllm_model, "hf_to_vllm_mapper", None)  # of names in a checkpoint: gpt_neox.layers is model.layers
     for known in (path, *(mapper.apply_list([path]) if mapper else [])):
         with suppress(AttributeError):

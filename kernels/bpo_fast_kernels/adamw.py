@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from bpo_fast_kernels.adamw_moments import State, kind_of
-from bpo_fast_kernels.backends import pick_backend
+from bpo_fast_kernels.backends import native_ops, pick_backend
 from bpo_fast_kernels.checks import FLOATS, NATIVE_FLOATS, require
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -185,5 +185,5 @@ def _take_native(tensor: Stepped, step: Step) -> None:
     grad_scale = 1.0 if step.grad_scale is None else float(step.grad_scale)
     corrections = map(float, form.corrections(state["step"]))
     numbers = (grad_scale, form.lr, *form.betas, form.eps, form.weight_decay, *corrections)
-    operator = getattr(pick_backend("native", tensor.weight.device).ops, moments.name)
+    operator = getattr(native_ops(tensor.weight.device), moments.name)
     operator(tensor.weight, tensor.grad.contiguous(), tensor.rounded, *kept, *numbers)

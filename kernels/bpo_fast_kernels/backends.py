@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+from typing import Any
 
 import torch
 
@@ -81,3 +82,9 @@ def pick_backend(name: str, device: torch.device) -> Backend:
         return _native_cpu() if on_cpu else _native_cuda(torch.cuda.get_device_capability(device))
     except NativeUnavailable as reason:
         raise BackendUnavailable(f"backend = 'native': {reason}") from reason
+
+
+def native_ops(device: torch.device) -> Any:
+    """The operators of the backend "native"; raises as `pick_backend` does."""
+    native: Any = pick_backend("native", device)
+    return native.ops

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bpo_fast_kernels.backends import pick_backend
+from bpo_fast_kernels.backends import native_ops
 from bpo_fast_kernels.checks import NATIVE_FLOATS, check_bounds, check_softcap, require
 
 
@@ -179,8 +179,8 @@ def decoded_attention(
     q, prompt_k, prompt_v, k, v = map(_dense, (q, prompt_k, prompt_v, k, v))
     cu_seqlens, prompts = cu_seqlens.contiguous(), prompts.contiguous()
     out = _like(q)
-    native = pick_backend("native", q.device)
-    native.ops.attend_decoded(q, prompt_k, prompt_v, cu_seqlens, prompts, k, v, float(scale), softcap or 0.0, out)
+    rows = (q, prompt_k, prompt_v, cu_seqlens, prompts, k, v)
+    native_ops(q.device).attend_decoded(*rows, float(scale), softcap or 0.0, out)
     return out
 
 
@@ -199,7 +199,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple[Any, ...]) -> torch.Tensor:
         out, shifts = _like(q), q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
-        pick_backend("native", q.device).ops.attend(q, k, v, *options, out, shifts)
+        native_ops(q.device).attend(q, k, v, *options, out, shifts)
         ctx.save_for_backward(q, k, v, out, shifts)
         ctx.options = options
         return out
@@ -208,8 +208,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, shifts = ctx.saved_tensors
         grads = [_like(x) for x in (q, k, v)]
-        native = pick_backend("native", q.device)
-        native.ops.attend_backward(q, k, v, *ctx.options, out, shifts, _dense(dout), *grads)
+        native_ops(q.device).attend_backward(q, k, v, *ctx.options, out, shifts, _dense(dout), *grads)
         return *grads, None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from bpo_fast_kernels.backends import pick_backend
+from bpo_fast_kernels.backends import native_ops, pick_backend
 from bpo_fast_kernels.checks import FLOATS, NATIVE_FLOATS, require
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -139,7 +139,7 @@ class _Native:
     @staticmethod
     def norm(x: torch.Tensor, weight: torch.Tensor, form: tuple[float, float, bool]) -> tuple[torch.Tensor, ...]:
         out, scales = x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)
-        pick_backend("native", x.device).ops.rms_norm(x, weight, *form, out, scales)
+        native_ops(x.device).rms_norm(x, weight, *form, out, scales)
         return out, scales
 
     @staticmethod
@@ -153,13 +153,13 @@ class _Native:
         dweight: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         dx, dw = x.new_empty(x.shape), torch.zeros_like(weight, dtype=torch.float32) if dweight else None
-        pick_backend("native", x.device).ops.rms_norm_backward(dout, x, weight, scales, form[1], dx, dw)
+        native_ops(x.device).rms_norm_backward(dout, x, weight, scales, form[1], dx, dw)
         return dx, None if dw is None else dw.to(weight.dtype)
 
     @staticmethod
     def gating(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         out = gate.new_empty(gate.shape)
-        pick_backend("native", gate.device).ops.gated(gate, up, activation == "silu", out)
+        native_ops(gate.device).gated(gate, up, activation == "silu", out)
         return out
 
     @staticmethod
@@ -167,8 +167,7 @@ class _Native:
         dout: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-        native = pick_backend("native", gate.device)
-        native.ops.gated_backward(dout, gate, up, activation == "silu", dgate, dup)
+        native_ops(gate.device).gated_backward(dout, gate, up, activation == "silu", dgate, dup)
         return dgate, dup
 
 
