@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from bpo_fast_kernels import decoded_attention, packed_attention
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import NATIVE_FLOATS
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -29,6 +29,7 @@ DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  
 # lengths, of configurations and of layers, below which a restriction of attention is not felt
 SPANS = ("sliding_window", "attention_chunk_size", "floor_scale")
 TRIED_SPAN = 6  # tokens
+_uncompiled: Any = torch.compiler.disable  # its types forget the arguments of what it decorates
 
 
 @dataclass(eq=False)  # not frozen, or the compiler of PyTorch 2.11 makes code anew for every number of groups
@@ -179,12 +180,12 @@ def has_native() -> bool:
     return pick_backend("auto", torch.device("cpu")).name == "native"
 
 
-@torch.compiler.disable  # kernels of their own, called with host numbers that vary
+@_uncompiled  # kernels of their own, called with host numbers that vary
 def _by_varlen(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, call: Varlen, **options: Any) -> Tensor:
     return attend_varlen(q, k, v, layout.varlen(len(q)), call, **options)
 
 
-@torch.compiler.disable
+@_uncompiled
 def _natively(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, **options: Any) -> Tensor:
     return packed_attention(q, k, v, *layout.bounds, **options)
 
@@ -232,7 +233,7 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
 
 
 def _attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -256,9 +257,9 @@ def _attend(
     if decoded_rows is not None:
         if sliding_window:
             raise ValueError("its layers have windows that its cache does not know of")
-        prompts, rows = decoded_rows.caches[module.layer_idx].prompts, decoded_rows
-        options = {"scale": scale, "softcap": softcap}
-        out = decoded_attention(query, *prompts, rows.cu_seqlens, rows.prompts, key, value, **options)
+        prompt_k, prompt_v = decoded_rows.caches[module.layer_idx].prompts
+        rows = (decoded_rows.cu_seqlens, decoded_rows.prompts, key, value)
+        out = decoded_attention(query, prompt_k, prompt_v, *rows, scale=scale, softcap=softcap)
         return out.transpose(1, 2), None
     if softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

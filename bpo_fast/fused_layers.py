@@ -96,7 +96,7 @@ def _apart(module: Any, x: Tensor, *, activation: str) -> Tensor:
 
 
 def _joined(module: Any, x: Tensor, *, activation: str) -> Tensor:
-    return module.down_proj(_gated(*module.gate_up_proj(x).chunk(2, -1), activation))
+    return module.down_proj(_gated(*module.gate_up_proj(x).chunk(2, -1), activation=activation))
 
 
 def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

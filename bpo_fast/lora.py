@@ -309,7 +309,7 @@ def read_adapter_config(folder: Path, named: str) -> dict[str, Any]:
     return config
 
 
-def find_linears(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Module]:
+def find_linears(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, Any]:
     """The linear layers of the trunk by name, all or those called `targets`; ValueError for a target not there."""
     head = model.get_output_embeddings()
     linears = {

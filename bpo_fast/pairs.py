@@ -231,7 +231,7 @@ def _pairs_of_text(source: str, tokenizer: Any, eos_id: int, to_prompts: RowRead
             text = with_leading_space(lead, text) if lead else text
             ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], eos_id)
             sides.append(Completion(prompt.id, i, ids, text, truncated=False, policy_version=-1, seed=0))
-        pairs.append(Pair(prompt, *sides, 1.0, 0.0))
+        pairs.append(Pair(prompt, *sides, chosen_score=1.0, rejected_score=0.0))
     return pairs
 
 

@@ -377,7 +377,7 @@ def _share_prompts(policy: Policy) -> bool:
         ids = torch.randint(0, vocab, (prompt + chosen + rejected,), generator=generator).tolist()
         cuts = (ids[prompt : prompt + chosen], ids[prompt + chosen :])
         sides = [Completion(i, k, tuple(cut), "", False, 0, 0) for k, cut in enumerate(cuts)]
-        pairs.append(Pair(Prompt(i, "", tuple(ids[:prompt])), *sides, 1.0, 0.0))
+        pairs.append(Pair(Prompt(i, "", tuple(ids[:prompt])), *sides, chosen_score=1.0, rejected_score=0.0))
     # bf16 keeps 8 bits: a sum over ten tokens may be off by about 0.1 nats
     reason = exchange_attention_(
         policy.model,

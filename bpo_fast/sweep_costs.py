@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -56,7 +57,7 @@ def phase_costs(group: Group) -> PhaseCosts | None:
     phases = sorted(set.intersection(*map(set, by_run))) if by_run else []
 
     def mean(key: str) -> np.ndarray | None:
-        rows = [[lines[p].get(key) for p in phases] for lines in by_run]
+        rows: list[list[Any]] = [[lines[p].get(key) for p in phases] for lines in by_run]
         known = [row for row in rows if None not in row]
         return np.mean(known, axis=0) if phases and known else None
 

@@ -178,7 +178,7 @@ def problems(options: KernelBench, device: torch.device) -> list[AnyProblem]:
             own = tuple((*lengths, ATTENTION_HEADS[device.type]) for lengths in LENGTHS.values())
             given = options.shapes if options.ops == (op,) else ()
             wanted = given or (QUICK_ATTENTION_SHAPES if options.quick else own)
-            out += [AttentionProblem(*shape, options.pairs) for shape in wanted]
+            out += [AttentionProblem(*shape, pairs=options.pairs) for shape in wanted]
             continue
         if op in ROW_OPS:
             given = options.shapes if set(options.ops) <= set(ROW_OPS) else ()
@@ -188,7 +188,7 @@ def problems(options: KernelBench, device: torch.device) -> list[AnyProblem]:
             continue
         for shape in shapes:
             heads = options.heads if op in ("step", "behavior") else ("frozen",)
-            out += [Problem(op, head, *shape, options.pairs, options.data) for head in heads]
+            out += [Problem(op, head, *shape, pairs=options.pairs, data=options.data) for head in heads]
     return out
 
 

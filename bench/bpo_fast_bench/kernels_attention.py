@@ -89,7 +89,7 @@ def attention_inputs(
         for *qkv, _ in forms:
             for x in qkv:
                 x.requires_grad_()
-        out.append(AttentionInputs(*forms, layout))
+        out.append(AttentionInputs(*forms, layout=layout))
     return out
 
 
@@ -97,9 +97,13 @@ def attention_answer(inputs: AttentionInputs) -> Outcome:
     """float64 on the very same inputs, all scores of a pair at once."""
     lengths, parts = inputs.layout.lengths[0], []
     bounds = lay_out([lengths], torch.device("cpu"))[0].bounds
+
+    def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return packed_attention_reference(q, k, v, *bounds, scale=SCALE)
+
     for *qkv, weights in zip(*(x.detach().double().cpu().split(sum(lengths), 2) for x in inputs.packed), strict=True):
         leaves = [x.requires_grad_() for x in qkv]
-        part = both_ways(lambda *qkv: packed_attention_reference(*qkv, *bounds, scale=SCALE), leaves, weights, GRADS)
+        part = both_ways(reference, leaves, weights, GRADS)
         parts.append((part.values, *part.grads.values()))
     values, *grads = (torch.cat(part, 2).to(inputs.packed[0].device) for part in zip(*parts, strict=True))
     return Outcome(values, **dict(zip(GRADS, grads, strict=True)))

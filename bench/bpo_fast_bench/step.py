@@ -131,7 +131,7 @@ def _pairs(case: Case, policy: Any) -> list[Any]:
             Completion(i, k, (*ids[side], policy.eos_ids[0]), "", False, 0, 0)
             for k, side in enumerate(("chosen", "rejected"))
         ]
-        pairs.append(Pair(Prompt(i, "", ids["prompt"]), *sides, 1.0, 0.0))
+        pairs.append(Pair(Prompt(i, "", ids["prompt"]), *sides, chosen_score=1.0, rejected_score=0.0))
     return pairs
 
 

@@ -26,8 +26,8 @@ from bpo_fast.policy import Policy, load_policy
 from bpo_fast.types import Completion, Prompt
 
 with preserved():
-    from vllm import SamplingParams as VllmParams
     from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import SamplingParams as VllmParams
 
 
 CUT_LOGPS = "at a temperature other than 1 its log-probs are those after the cut of sampling.top_p and sampling.top_k"

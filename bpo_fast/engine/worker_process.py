@@ -7,7 +7,7 @@ import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.platforms import current_platform
@@ -46,7 +46,8 @@ class WorkerProcess(DeviceWorker):
 
     def take_weights(self, handover: Handover) -> None:
         """Copies the part of this rank from the trainer's weights."""
-        self.model_runner.get_model().load_weights(handover.weights())
+        model: Any = self.model_runner.get_model()
+        model.load_weights(handover.weights())
 
 
 @contextmanager

@@ -4,6 +4,9 @@ Policy rows and behavior rows share the launch: `x` holds the policy's rows in w
 row's place there is its slot. Behavior rows may have a head of their own and never store E. Legend: R policy rows.
 """
 
+# `*epilogue` is unpacked by Triton, which knows its length
+# pyright: reportCallIssue=false
+
 import triton
 import triton.language as tl
 
