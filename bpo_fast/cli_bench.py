@@ -75,9 +75,17 @@ def bench_sampling(
     """Time engine vllm against engine hf on the same model, prompts and lengths."""
     from bpo_fast_bench.sampling import FORMS, SamplingBench, run, table
 
-    forms = tuple(form or FORMS)
-    options = {"num_prompts": prompts, "rounds": rounds, "threads": threads, "memory_hidden": memory_hidden}
-    print(table(run(SamplingBench(model, data, forms, **options, json_path=json_path))))
+    options = SamplingBench(
+        model,
+        data,
+        tuple(form or FORMS),
+        num_prompts=prompts,
+        rounds=rounds,
+        threads=threads,
+        memory_hidden=memory_hidden,
+        json_path=json_path,
+    )
+    print(table(run(options)))
 
 
 DEVICE = typer.Option(help="auto, cpu or cuda")
@@ -163,7 +171,7 @@ def _bench_options(
     from bpo_fast_bench.contenders import pick_peers
     from bpo_fast_bench.shapes import parse_shape
 
-    given = {"lengths": tuple(lengths or ()), "forms": tuple(forms or ())}
+    given: dict[str, Any] = {"lengths": tuple(lengths or ()), "forms": tuple(forms or ())}
     given = {name: value for name, value in given.items() if value}
     if shape:
         given["shape"] = parse_shape(shape)

@@ -98,7 +98,10 @@ class Plot:
 
 def paler(color: str, share: float) -> str:
     """A color mixed with that share of white."""
-    return to_hex([(1 - share) * x + share for x in to_rgb(color)]) if share else color
+    if not share:
+        return color
+    red, green, blue = ((1 - share) * x + share for x in to_rgb(color))
+    return to_hex((red, green, blue))
 
 
 def stack(axis: Axes, positions: np.ndarray, parts: Sequence[tuple[str, str, np.ndarray]], *, width: float) -> None:

@@ -212,6 +212,7 @@ def _spec(label: str, place: dict[str, Any], settings: Mapping[str, Any]) -> Run
     name = "-".join([*filter(None, [label]), name, *(f"{k.rpartition('.')[2]}={_short(v)}" for k, v in extra.items())])
     golden = str(values.get("method.golden", ""))
     config = resolve(configs.replace(Config(), values))
+    assert config.method.pairs, "resolve() has set it"
     make_plan(config.method, config.method.pairs)  # or there are more phases than steps
     return RunSpec(
         name=name,

@@ -106,6 +106,11 @@ def trunk_of(model: Any) -> Any:
     return trunk
 
 
+def move_(model: Any, device: torch.device) -> None:
+    """Puts a model on a device; the types of transformers' own `to` fit no call of it."""
+    model.to(device)
+
+
 def head_weight(model: Any) -> torch.Tensor:
     """[V, H] of the output embeddings of a causal LM."""
     return model.get_output_embeddings().weight

@@ -271,4 +271,4 @@ def _from_dropped_row(row: dict[str, Any]) -> Dropped:
 
 
 def _from_prompt_row(row: dict[str, Any]) -> Prompt:
-    return Prompt(**row | {"ids": tuple(row["ids"])})
+    return Prompt(**{**row, "ids": tuple(row["ids"])})

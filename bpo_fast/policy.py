@@ -35,6 +35,7 @@ from bpo_fast.loading import (
     check_vocabulary,
     checkpoint_layers_,
     head_weight,
+    move_,
     named_load_errors,
     num_embeddings,
     position_limit,
@@ -256,6 +257,7 @@ class Policy:
     def _forward(self, module: nn.Module, batch: PairBatch) -> Any:
         if batch.layout is None:
             return module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        assert batch.position_ids is not None, "a layout comes with them"
         return module(input_ids=batch.input_ids, **packed_arguments(batch.layout, batch.position_ids))
 
     def _weight(self) -> Tensor:
@@ -323,7 +325,7 @@ def load_policy(
     if place:
         place(model)
     else:
-        model.to(device)
+        move_(model, device)
     return Policy(model, tokenizer, config, seed=seed, temperature=temperature)
 
 

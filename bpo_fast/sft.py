@@ -263,7 +263,7 @@ def _open_model(config: SftConfig, data: SftData, device: torch.device) -> Any:
         return fresh_model(transformers.AutoModelForCausalLM, fresh, dtype, device)
     what = f"sft.model = {config.model}"
     with named_load_errors(what):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     check_vocabulary(what, model, data.tokenizer)

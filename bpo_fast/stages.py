@@ -180,7 +180,9 @@ class Steps:
         self.optimizer = Optimizer(parameters, optim_config(config, num), num_steps=num, num_members=None, ranks=ranks)
         self.num_taken = 0
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._sums = dict.fromkeys(("loss", "num_terms", "num_bad", "in_a_row", "most_in_a_row"), zero)
+        self._sums: dict[str, Tensor] = dict.fromkeys(
+            ("loss", "num_terms", "num_bad", "in_a_row", "most_in_a_row"), zero
+        )
 
     def so_far(self, fitted: Fitted, started: float) -> Fitted:
         """How far it is after the steps that were taken since; they began, or could have, at `started`."""

@@ -149,7 +149,7 @@ def build_sft(build: Build, name: str, role: str, num_rows: int, seed: int, sett
         data = build.rows(f"{name}-sft", sft_rows, num_rows, seed, role)
         held_out = build.rows(f"{name}-sft-eval", sft_rows, 1000, 2, "eval")
         files = {"data": data, "eval_data": held_out, "out": str(out)}
-        train_sft(SftConfig(**files, device="cpu", **{"seed": seed} | settings))
+        train_sft(SftConfig(**files, device="cpu", **{"seed": seed, **settings}))
 
 
 def ship(build: Build) -> None:

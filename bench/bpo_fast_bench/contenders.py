@@ -419,6 +419,8 @@ def run_rows(
     """
     check_names(options, known)
     options, rows = resolved(options), []
+    assert options.shape, "resolved() has set it"
+    assert options.dtype, "resolved() has set it"
     with tempfile.TemporaryDirectory() as folder:
         make_model(options.shape, Path(folder), options.dtype)
         for lengths in options.lengths:

@@ -28,6 +28,7 @@ BYTES = 16  # a weight, at least: gradient in, weight and two codes in and out, 
 STATES = {"": "float32", ":8bit": "8bit"}
 PEERS = {"torchao": "torchao.optim", "bitsandbytes": "bitsandbytes.optim"}
 Step = Callable[[], object]
+Maker = Callable[[torch.Tensor, torch.Tensor], Step]  # of (weights of its own, their gradient)
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class AdamwInputs:
 
     weight: torch.Tensor
     grad: torch.Tensor
-    _own: dict[str, tuple[torch.Tensor, Step]] = field(default_factory=dict)
+    _own: dict[str, tuple[torch.Tensor, Step]] = field(default_factory=dict, kw_only=True)
 
-    def step(self, name: str, make: Callable[[torch.Tensor, torch.Tensor], Step]) -> Outcome:
-        """A step by an implementation, which its first call makes of (weights of its own, their gradient)."""
+    def step(self, name: str, make: Maker) -> Outcome:
+        """A step by an implementation, which its first call makes."""
         if name not in self._own:
             weight = self.weight.clone()
             self._own[name] = weight, make(weight, self.grad)
@@ -78,7 +79,7 @@ def adamw_implementations(like: AdamwInputs, peers: bool) -> dict[str, Implement
     """PyTorch's, ours, and with `peers` those that are here: torchao's compiled one, bitsandbytes' on a GPU."""
     on_gpu, dtype = like.weight.is_cuda, like.weight.dtype
     wide = dtype == torch.float32
-    makers = {"eager": _eager}
+    makers: dict[str, Maker] = {"eager": _eager}
     for backend in ("triton",) if on_gpu else ("native", "torch"):
         if backend == "native" and dtype not in NATIVE_FLOATS:
             continue

@@ -236,6 +236,7 @@ def ours(problem: Problem, backend: str) -> Implementation:
             return gradients(inputs, parts.loss.sum() / len(parts.loss), parts.loss)
         with torch.no_grad():
             ref = linear_logps(inputs.behavior_hidden, *args, backend=backend)
+        assert isinstance(ref, torch.Tensor)
         scalar, parts = linear_pair_loss(inputs.hidden, *args, ref, beta=BETA, backend=backend)
         return gradients(inputs, scalar, parts.loss)
 

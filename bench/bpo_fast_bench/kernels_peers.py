@@ -107,7 +107,7 @@ def liger_dpo(problem: Problem) -> Implementation:
     def call(inputs: Inputs) -> Outcome:
         lengths = inputs.cu_seqlens.diff().tolist()
         hidden, behavior, targets = (
-            torch.nn.utils.rnn.pad_sequence(part.split(lengths), batch_first=True, padding_value=fill)
+            torch.nn.utils.rnn.pad_sequence(list(part.split(lengths)), batch_first=True, padding_value=fill)
             for part, fill in ((inputs.hidden, 0.0), (inputs.behavior_hidden, 0.0), (inputs.targets, -100))
         )
         scalar, parts = loss(inputs.weight, hidden, targets, ref_input=behavior, ref_weight=inputs.weight.detach())

@@ -68,7 +68,9 @@ def _measure(options: LoopOptions, lengths: str, forms: Sequence[str], folder: s
     return rows
 
 
-def reward(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+def reward(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
+) -> list[float | None]:
     """The reward of both: the mean token id, which no two random completions share."""
     return [sum(ids) / max(1, len(ids)) for ids in completion_ids]
 
@@ -129,7 +131,8 @@ def _trl(case: Case) -> Iterator[Any]:
     def make_trainer(settings: dict[str, Any], **parts: Any) -> Any:
         length = case.prompt_tokens + case.completion_tokens
         sampling = {"max_new_tokens": case.completion_tokens, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-        args = OnlineDPOConfig(**settings, **sampling, beta=0.1, disable_dropout=True, max_length=length)
+        settings = settings | {"beta": 0.1}  # TRL's types know it as a list only
+        args = OnlineDPOConfig(**settings, **sampling, disable_dropout=True, max_length=length)
         rows = Dataset.from_list([{"prompt": p} for p in _prompts(case)])
         return OnlineDPOTrainer(args=args, train_dataset=rows, reward_funcs=reward, **parts)
 

@@ -32,7 +32,8 @@ def parse_shape(text: str) -> Shape:
     sizes = text.split("x")
     if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
         raise ValueError(f"bench.shape = {text}: not {', '.join(SHAPES)} or HIDDENxLAYERSxVOCABULARY")
-    return Shape(*map(int, sizes))
+    hidden, layers, vocab = map(int, sizes)
+    return Shape(hidden, layers, vocab)
 
 
 def make_model(shape: Shape, folder: Path, dtype: str) -> None:

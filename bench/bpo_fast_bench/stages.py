@@ -86,7 +86,8 @@ def _completion_rows(case: Case, texts: Sequence[dict[str, str]], active: ExitSt
     from bpo_fast.lora import LoraEnsemble
     from bpo_fast.sft import CompletionNll, Example, training_rows
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(case.model, dtype=case.dtype).to(case.device)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(case.model, dtype=case.dtype)
+    model = loaded.to(case.device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(case.model)
     examples = []
     for row in texts:
@@ -124,7 +125,7 @@ def _trl(case: Case, peer: str, form: str) -> Iterator[Any]:
             args = RewardConfig(**settings, max_length=None, disable_dropout=True)
             return RewardTrainer(args=args, train_dataset=Dataset.from_list(texts), **parts)
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in texts]
-        loss = {"loss_type": "chunked_nll"} if peer == "trl-chunked" else {}
+        loss: dict[str, Any] = {"loss_type": "chunked_nll"} if peer == "trl-chunked" else {}
         args = SFTConfig(**settings, **loss, max_length=None, completion_only_loss=True)
         return SFTTrainer(args=args, train_dataset=Dataset.from_list(rows), **parts)
 

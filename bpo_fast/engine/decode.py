@@ -116,7 +116,7 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :total] for room in self._room)
         return self.keys, self.values
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Goes on with these rows."""
         super().reorder_cache(beam_idx)
         self._room = None
@@ -170,7 +170,7 @@ class CachedRows:
         takes = inspect.signature(model.forward).parameters
         self._model, self._mask = model, mask
         self._takes_positions = "position_ids" in takes
-        self._cache = DynamicCache(config=model.config)
+        self._cache: Any = DynamicCache(config=model.config)
         self._cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self._cache.layers]
         self._options = {cache_argument(model): self._cache, "use_cache": True}
         first = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}

@@ -83,7 +83,7 @@ class Held:
                 yield name, parameter, storage
 
 
-def held_here(module: nn.Module, model: PreTrainedModel, lora_names: Iterable[str], *, live_lora: bool) -> Held:
+def held_here(module: Any, model: PreTrainedModel, lora_names: Iterable[str], *, live_lora: bool) -> Held:
     """Puts the trainer's weights, but for those that members are merged into, into vLLM's storages, where that can be.
 
     Args:

@@ -55,7 +55,7 @@ class PlainLinear(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing: the trainer shares the weight."""
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias + scale * sum_m w_m B_m A_m x, for the rows of W that have members; w is of the row of x."""
         out = F.linear(x, layer.weight, bias)
         for rows, a, b in getattr(layer, "lora_parts", ()):
@@ -75,7 +75,7 @@ class PlainEmbedding(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing: the trainer shares the weight."""
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias."""
         return F.linear(x, layer.weight, bias)
 
@@ -101,7 +101,7 @@ class PolicyLoader(DefaultModelLoader):
         assert self.policy is not None, "the engine's start has set it"
         return checkpoint_weights(self.policy)
 
-    def load_weights(self, model: nn.Module, model_config) -> None:
+    def load_weights(self, model: Any, model_config) -> None:
         """Loads, then swaps the methods that would repack."""
         super().load_weights(model, model_config)
         for layer in model.modules():

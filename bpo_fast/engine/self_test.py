@@ -4,6 +4,7 @@ import tempfile
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -93,7 +94,7 @@ def write_model(folder: Path) -> None:
     """A Llama of two layers with peaked distributions, and its tokenizer."""
     from bpo_fast.tokenizer import train_bpe
 
-    tokenizer = train_bpe(["a self-test needs few words"], vocab_size=270)
+    tokenizer: Any = train_bpe(["a self-test needs few words"], vocab_size=270)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(

@@ -29,7 +29,7 @@ from bpo_fast.engine.host_state import (
 )
 from bpo_fast.engine.kv_budget import BLOCK_SIZE, MAX_NUM_SEQS, kv_budget, workers_on
 from bpo_fast.engine.member_rows import MemberRows
-from bpo_fast.loading import batch_ropes
+from bpo_fast.loading import batch_ropes, move_
 from bpo_fast.lora import find_linears
 from bpo_fast.policy import Policy
 
@@ -206,7 +206,7 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
             held = held_here(module, model, lora_names, live_lora=live is not None)
             if lora_names and not held.live_lora:
                 _check_merging(config, module)
-        model.to(device)
+        move_(model, device)
         rows = live.rows if live and held.live_lora else None
         if rows:
             rows.attach(llm.collective_rpc(lambda worker: worker.model_runner)[0])

@@ -98,7 +98,7 @@ def _prove_copy(config: Config, policy: Policy, engine: "VllmEngine", why: str) 
     Raises:
         UnsupportedModelError: vLLM samples from something else.
     """
-    weights = list(policy.model.parameters())
+    weights: list[torch.Tensor] = list(policy.model.parameters())
     try:
         engine.refresh(0)
         for half in (weights[::2], weights[1::2]):
@@ -294,7 +294,8 @@ class VllmEngine:
             for i, (p, m) in enumerate(zip(prompts, members, strict=True))
         }
         done = self._run(requests, call)
-        return [done[i].ids for i in requests], [done[i].logps for i in requests]
+        logps: list[Any] = [done[i].logps for i in requests]  # asked for, and so none is None
+        return [done[i].ids for i in requests], logps
 
 
 def _cuts_logps(temperature: float, top_p: float, top_k: int) -> bool:
