@@ -22,7 +22,7 @@ from bpo_fast.ranks import Ranks
 
 MAY_CHANGE = {
     *("run.output_dir", "run.save_steps", "run.save_total_limit", "run.report_to", "run.devices"),
-    "sampling.batch_size",
+    *("sampling.batch_size", "annotator.timeout_s", "annotator.retries", "annotator.requests"),
 }
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from bpo_fast import config as configs
 from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.metrics import read_metrics
+from bpo_fast.run import check_same
 from bpo_fast.train import train
 
 HERE = Path(__file__).parent
@@ -123,6 +124,12 @@ def test_interrupt_writes_a_checkpoint_and_leaves_with_130(tiny_model_dir, tiny_
         load_file(complete_checkpoints(tmp_path / d)[-1] / "adapter_model.safetensors") for d in ("run", "straight")
     )
     assert all((ours[k] == theirs[k]).all() for k in theirs)
+
+
+def test_how_an_endpoint_is_asked_may_change_at_resume(tmp_path):
+    (tmp_path / "config.toml").write_text(configs.to_toml(configs.Config()), encoding="utf-8")
+    other = {"annotator.timeout_s": 9.0, "annotator.retries": 1, "annotator.requests": 2}
+    check_same(configs.replace(configs.Config(), other), tmp_path)
 
 
 def test_resume_refuses_other_settings_and_other_folders(tiny_model_dir, tiny_data, tmp_path):
