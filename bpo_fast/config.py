@@ -57,6 +57,12 @@ class ModelConfig:
         """What the backward pass recomputes, by either name: none, selective or full."""
         return "full" if self.gradient_checkpointing else self.activation_checkpointing
 
+    @property
+    def alpha(self) -> float:
+        """LoRA alpha, by default of the rank that `resolve` has set."""
+        assert self.lora_r, "resolve() has set it"
+        return self.lora_alpha or 2.0 * self.lora_r
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -98,12 +98,11 @@ class Policy:
         self.shares_prompts = False
         if not config.full:
             assert config.lora_r, "resolve() has set it"
-            assert config.lora_alpha, "resolve() has set it"
             self.lora = LoraEnsemble(
                 model,
                 num_members=config.members,
                 r=config.lora_r,
-                alpha=config.lora_alpha,
+                alpha=config.alpha,
                 dropout=config.lora_dropout,
                 targets=config.lora_targets,
                 seed=seed,

@@ -93,11 +93,10 @@ def resolve(config: Config) -> Config:
         config = _embed(config)
         base |= {"pairs": 1024, "batch_pairs": 16, "r": 16, "eval": 128}
         base |= {"lr": 3e-4 if config.model.full else 3e-3, "new": 64, "stop": ()}
-    r = config.model.lora_r or base["r"]
     several = config.sampling.tensor_parallel > 1
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, lora_r=r, lora_alpha=config.model.lora_alpha or 2.0 * r),
+        model=dataclasses.replace(config.model, lora_r=config.model.lora_r or base["r"]),
         data=dataclasses.replace(
             config.data,
             path=config.data.path or task.data,

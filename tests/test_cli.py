@@ -198,7 +198,8 @@ def test_the_resolved_settings_are_written(trained, tiny_model_dir):
     tree = tomllib.loads((run / "config.toml").read_text())
     assert tree["task"] == "helpfulness"
     assert tree["model"]["path"] == str(tiny_model_dir)
-    assert tree["model"]["lora_alpha"] == 8.0
+    assert tree["model"]["lora_r"] == 4
+    assert "lora_alpha" not in tree["model"], "it follows the rank"
     assert tree["data"]["max_prompt_length"] == 64
     assert tree["method"]["pairs"] == 24
     assert tree["run"]["output_dir"] == "runs/first"

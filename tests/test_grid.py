@@ -157,7 +157,7 @@ def test_the_paper_s_grid_has_the_released_settings():
         "harmlessness": (256, 128, 16, 10_000),
     }
     config = by_task["tldr"]
-    assert (config.model.lora_r, config.model.lora_alpha, config.model.members) == (256, 512, 5)
+    assert (config.model.lora_r, config.model.alpha, config.model.members) == (256, 512, 5)
     assert config.model.adapters[4] == "sft/tldr/member-4"
     assert {s.seed for s in specs} == {42, 43, 44}
     assert {s.loss for s in specs} == {"dpo", "ipo", "slic"}

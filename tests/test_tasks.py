@@ -18,7 +18,7 @@ def test_presets_are_the_paper_s(task, prompt_length, batch, ending):
     assert config.data.max_prompt_length == prompt_length
     assert config.sampling.max_new_tokens == 128
     assert (config.method.batch_pairs, config.method.pairs) == (batch, 10_000)
-    assert (config.model.lora_r, config.model.lora_alpha) == (256, 512)
+    assert (config.model.lora_r, config.model.alpha) == (256, 512)
     assert config.optim.learning_rate == 5e-5
     assert get_task(task).suffix.endswith(ending)
 
@@ -91,7 +91,12 @@ def test_the_default_is_the_embedded_world():
 
 
 def test_lora_alpha_follows_r():
-    assert resolved(model__lora_r=6).model.lora_alpha == 12
+    assert resolved(model__lora_r=6).model.alpha == 12
+
+
+def test_lora_alpha_follows_the_rank_that_replaces_another_run_s():
+    assert resolve(replace(resolved(), {"model.lora_r": 8})).model.alpha == 16
+    assert resolve(replace(resolved(model__lora_alpha=3.0), {"model.lora_r": 8})).model.alpha == 3
 
 
 def test_held_out_rows_beside_the_training_file(tmp_path):

@@ -414,9 +414,8 @@ def _live_lora(config: Config, device: torch.device, names: tuple[str, ...], max
         return None
     model = config.model
     assert model.lora_r, "resolve() has set it"
-    assert model.lora_alpha, "resolve() has set it"
     rows = MemberRows(_batched_tokens(max_length), model.members, device) if single_members(config) else None
-    return loader.LiveLora(names, model.members, model.lora_r, model.lora_alpha / (model.lora_r * model.members), rows)
+    return loader.LiveLora(names, model.members, model.lora_r, model.alpha / (model.lora_r * model.members), rows)
 
 
 def _batched_tokens(max_length: int) -> int:
