@@ -8,6 +8,8 @@ import dataclasses
 import difflib
 import json
 import operator
+import os
+import re
 import tomllib
 import types
 import typing
@@ -230,6 +232,10 @@ def knobs(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclass
 
 
 KNOBS = {name: (f, hint) for name, f, hint in knobs()}
+PATHS = (
+    *("model.path", "model.adapters", "data.path", "data.eval_path"),
+    *("annotator.path", "eval.judges", "method.golden"),
+)
 
 
 def replace(config: Config, values: Mapping[str, Any]) -> Config:
@@ -286,6 +292,25 @@ def parse_assignments(assignments: list[str]) -> dict[str, str]:
             raise ValueError(f"--set {item}: expected NAME=VALUE")
         out[name.strip()] = value.strip()
     return out
+
+
+def with_full_paths(config: Config) -> Config:
+    """The same with files and folders by their full paths: they are found from another working directory, too."""
+    flat = to_flat(config)
+    full = {
+        n: tuple(map(full_path, v)) if isinstance(v, tuple) else full_path(v)
+        for n, v in flat.items()
+        if n in PATHS and v
+    }
+    return replace(config, full)
+
+
+def full_path(spec: str) -> str:
+    """Of a file or folder that is there, with the name before it and the rows behind it; anything else as it is."""
+    found = re.fullmatch(r"([\w-]+=)?(.+?)(\[\d*:\d*\])?", spec, re.DOTALL)
+    if not found or not os.path.exists(found[2]):
+        return spec
+    return f"{found[1] or ''}{os.path.abspath(found[2])}{found[3] or ''}"
 
 
 def to_flat(config: Config) -> dict[str, Any]:

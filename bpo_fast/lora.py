@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from bpo_fast.config import full_path
+
 ADAPTER_FILE = "adapter_config.json"
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal")  # of PEFT's names, those that leave the base as it is
 _WEIGHTS_FILE = "adapter_model.safetensors"
@@ -151,7 +153,7 @@ class LoraEnsemble(nn.Module):
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
+            "base_model_name_or_path": full_path(base),
             "r": rank,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,

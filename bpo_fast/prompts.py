@@ -81,6 +81,8 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
     match = _SLICE.match(source)
     start, stop = (int(match["start"] or 0), int(match["stop"]) if match["stop"] else None) if match else (0, None)
     name = match["name"] if match else source
+    if not match and source.endswith("]") and not Path(source).exists():
+        raise ValueError(f"{source}: rows are taken as [:n] or [m:n], counted from the first")
     rows: list[Row] = []
     for path in _files(name, split):
         if path.suffix.lower() in (".csv", ".tsv"):
@@ -184,7 +186,7 @@ def row_text(
     value = row.get(column) if column else None
     is_turns = isinstance(value, str) and _TURN.match(value if value.startswith("\n\n") else "\n\n" + value)
     # a bare answer in "chosen" holds no prompt
-    if not value or (isinstance(value, str) and not (value.strip() if column != "chosen" else is_turns)):
+    if value in (None, [], {}) or (isinstance(value, str) and not (value.strip() if column != "chosen" else is_turns)):
         raise missing(row, index, f"prompt (column {data.prompt_column or 'prompt'})", "prompt_column", source)
     label = row_label(row, data, column)
     if isinstance(value, str) and is_turns:

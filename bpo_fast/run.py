@@ -145,7 +145,7 @@ def _open_as_main(config: Config, resume: Path | None, command: list[str]) -> tu
     check_free(path)
     config = configs.replace(config, {"run.output_dir": str(path)})
     path.mkdir(parents=True, exist_ok=True)
-    write_atomic(path / "config.toml", configs.to_toml(config))
+    write_atomic(path / "config.toml", configs.to_toml(configs.with_full_paths(config)))
     run = Run(path, resume=False)
     run.write_json("env.json", environment(command))
     return config, run
@@ -163,15 +163,15 @@ def check_free(path: Path) -> None:
 
 
 def saved_config(path: Path) -> Config:
-    """The settings of the run in a folder; ValueError if there is none."""
+    """The settings of the run in a folder, with full paths; ValueError if there is none."""
     if not (path / "config.toml").is_file():
         raise ValueError(f"{path}: no run there (no config.toml)")
-    return configs.load(path / "config.toml")
+    return configs.with_full_paths(configs.load(path / "config.toml"))
 
 
 def check_same(config: Config, path: Path, *, but: Collection[str] = ()) -> None:
     """Raises ValueError if a setting is not that of the run in a folder, `but` for some, or if there is no run."""
-    old, new = configs.to_flat(saved_config(path)), configs.to_flat(config)
+    old, new = configs.to_flat(saved_config(path)), configs.to_flat(configs.with_full_paths(config))
     for name, value in new.items():
         if value != old[name] and name not in MAY_CHANGE and name not in but:
             raise ValueError(f"{name} = {value}: the run to resume has {old[name]}")

@@ -5,7 +5,17 @@ import tomllib
 
 import pytest
 
-from bpo_fast.config import KNOBS, Config, load, parse_assignments, replace, to_flat, to_toml
+from bpo_fast.config import (
+    KNOBS,
+    Config,
+    full_path,
+    load,
+    parse_assignments,
+    replace,
+    to_flat,
+    to_toml,
+    with_full_paths,
+)
 
 # a value that is no default, for every knob: as TOML gives it, and as text on the command line
 OTHER = {
@@ -236,6 +246,32 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "unknown.toml").write_text("[method]\nbetta = 1")
     with pytest.raises(ValueError, match=r"method\.betta: no such knob; did you mean method\.beta\?"):
         load(tmp_path / "unknown.toml")
+
+
+def test_full_paths_are_those_of_files_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.jsonl").touch()
+    (tmp_path / "rm").mkdir()
+    names = (
+        "owner/name",
+        "module:function",
+        "http://host/v1#m",
+        "none.jsonl[:3]",
+        "x=module:function",
+        f"{tmp_path}/rm",
+    )
+    for name in names:
+        assert full_path(name) == name
+    assert full_path("rm") == full_path("../" + tmp_path.name + "/rm/") == f"{tmp_path}/rm"
+    assert full_path("judge=rm") == f"judge={tmp_path}/rm"
+    assert full_path("./a=b.jsonl[2:]") == f"{tmp_path}/a=b.jsonl[2:]"
+    config = replace(Config(), {"eval.judges": ("rm", "x=rm"), "model.path": "rm", "task": "rm"})
+    full = with_full_paths(config)
+    assert (full.eval.judges, full.model.path, full.task) == (
+        (f"{tmp_path}/rm", f"x={tmp_path}/rm"),
+        f"{tmp_path}/rm",
+        "rm",
+    )
 
 
 def test_assignments():

@@ -353,6 +353,14 @@ def test_a_missing_file_is_named_and_not_sought_elsewhere(name):
         read_rows(name)
 
 
+@pytest.mark.parametrize("rows", ["[5]", "[-3:]", "[::2]", "[]"])
+def test_other_slices_are_not_sought_on_the_hub(rows, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, ROWS)
+    with pytest.raises(ValueError, match=r"rows\.jsonl\[.*\]: rows are taken as \[:n\] or \[m:n\]"):
+        read_rows(f"{path}{rows}")
+
+
 def test_a_slice_of_nothing_is_no_rows(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(ValueError, match=r"no rows$"):

@@ -69,7 +69,7 @@ def with_option(args, name, value):
         ("rows.jsonl", b'{"prompt": "a"}\n"b"', "rows.jsonl: line 2: not a JSON object"),
         ("rows.jsonl", b'{"prompt": "a"}\n{"text": "b"}', "rows.jsonl: row 2 has no prompt (column prompt)"),
         ("rows.jsonl", b'{"prompt": "a"}\n{"prompt": " "}', "rows.jsonl: row 2 has no prompt"),
-        ("rows.jsonl", b'{"prompt": 3}', "rows.jsonl: row 1: a prompt is text or messages"),
+        ("rows.jsonl", b'{"prompt": 0}', "rows.jsonl: row 1: a prompt is text or messages"),
         ("rows.jsonl", b'{"prompt": "\xff"}', "rows.jsonl: not UTF-8 text"),
         ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-4], "rows.jsonl.gz: Compressed file ended"),
         ("rows.parquet", b"no parquet", "rows.parquet: not a Parquet file"),

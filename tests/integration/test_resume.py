@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from forks import Forked
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from bpo_fast import config as configs
 from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.metrics import read_metrics
-from bpo_fast.run import check_same
+from bpo_fast.run import check_same, saved_config
 from bpo_fast.train import train
 
 HERE = Path(__file__).parent
@@ -145,3 +146,22 @@ def test_resume_refuses_other_settings_and_other_folders(tiny_model_dir, tiny_da
         train(config, quiet=True)
     again = train(saved, resume=tmp_path / "run", quiet=True)
     assert again == json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+def test_a_run_that_was_given_relative_paths_goes_on_from_another_folder(
+    tiny_model_dir, tiny_data, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(HERE)
+    for name, target in {"model": tiny_model_dir, "train.jsonl": tiny_data.train, "eval.jsonl": tiny_data.eval}.items():
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    few = {"method__pairs": 8, "method__phases": 1, "method__ref": "golden", "method__golden": "model"}
+    config = settings("model", SimpleNamespace(train="train.jsonl[:9]", eval="eval.jsonl"), "run", **few)
+    summary = train(config, quiet=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    run = Path("../run")
+    assert train(saved_config(run), resume=run, quiet=True) == summary
+    assert saved_config(run).data.path == f"{tmp_path}/train.jsonl[:9]"
+    [adapter] = complete_checkpoints(run)[-1].rglob("adapter_config.json")
+    assert json.loads(adapter.read_text())["base_model_name_or_path"] == f"{tmp_path}/model"
