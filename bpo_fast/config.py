@@ -232,10 +232,13 @@ def knobs(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclass
 
 
 KNOBS = {name: (f, hint) for name, f, hint in knobs()}
-PATHS = (
-    *("model.path", "model.adapters", "data.path", "data.eval_path"),
-    *("annotator.path", "eval.judges", "method.golden"),
-)
+# knobs that hold paths: what may stand before one, and behind it
+_PLAIN, _OF_ROWS, _OF_SCORERS = r"()(.+)()", r"()(.+?)((?:\[\d*:\d*\])?)", r"((?:[\w-]+=)?)(.+)()"
+PATHS = {
+    **dict.fromkeys(("model.path", "model.adapters", "method.golden"), _PLAIN),
+    **dict.fromkeys(("data.path", "data.eval_path"), _OF_ROWS),
+    **dict.fromkeys(("annotator.path", "eval.judges"), _OF_SCORERS),
+}
 
 
 def replace(config: Config, values: Mapping[str, Any]) -> Config:
@@ -296,21 +299,29 @@ def parse_assignments(assignments: list[str]) -> dict[str, str]:
 
 def with_full_paths(config: Config) -> Config:
     """The same with files and folders by their full paths: they are found from another working directory, too."""
-    flat = to_flat(config)
-    full = {
-        n: tuple(map(full_path, v)) if isinstance(v, tuple) else full_path(v)
-        for n, v in flat.items()
-        if n in PATHS and v
-    }
+    flat, full = to_flat(config), {}
+    for name, form in PATHS.items():
+        specs = flat[name] if isinstance(flat[name], tuple) else (flat[name],)
+        found = tuple(spec and _with_full_path(spec, form) for spec in specs)
+        full[name] = found if isinstance(flat[name], tuple) else found[0]
     return replace(config, full)
 
 
-def full_path(spec: str) -> str:
-    """Of a file or folder that is there, with the name before it and the rows behind it; anything else as it is."""
-    found = re.fullmatch(r"([\w-]+=)?(.+?)(\[\d*:\d*\])?", spec, re.DOTALL)
-    if not found or not os.path.exists(found[2]):
-        return spec
-    return f"{found[1] or ''}{os.path.abspath(found[2])}{found[3] or ''}"
+def full_path(path: str) -> str:
+    """Of a file or folder that is there; anything else, such as a name on the Hub, as it is."""
+    return os.path.abspath(path) if os.path.exists(path) else path
+
+
+def _with_full_path(spec: str, form: str) -> str:
+    found = re.fullmatch(form, spec, re.DOTALL)
+    assert found, "every form takes any text"
+    return found[1] + full_path(found[2]) + found[3]
+
+
+def in_force(config: Config) -> dict[str, Any]:
+    """`to_flat` of what counts, to compare runs by: full paths, and LoRA's alpha where only its rank is named."""
+    flat = to_flat(with_full_paths(config))
+    return flat | ({"model.lora_alpha": config.model.alpha} if config.model.lora_r else {})
 
 
 def to_flat(config: Config) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def proportion(hits: torch.Tensor) -> dict[str, Any]:
     n, share = len(hits), hits.double().mean().item()
     center = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
-    ends = [round(end, 12) for end in (center - half, center + half)]  # of no hits 0, not 1e-17
+    ends = [round(end, 12) + 0.0 for end in (center - half, center + half)]  # of no hits 0, not 1e-17 or -0
     return {"accuracy": share, "interval_95": ends, "num": n}
 
 

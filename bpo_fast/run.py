@@ -171,7 +171,7 @@ def saved_config(path: Path) -> Config:
 
 def check_same(config: Config, path: Path, *, but: Collection[str] = ()) -> None:
     """Raises ValueError if a setting is not that of the run in a folder, `but` for some, or if there is no run."""
-    old, new = configs.to_flat(saved_config(path)), configs.to_flat(configs.with_full_paths(config))
+    old, new = configs.in_force(saved_config(path)), configs.in_force(config)
     for name, value in new.items():
         if value != old[name] and name not in MAY_CHANGE and name not in but:
             raise ValueError(f"{name} = {value}: the run to resume has {old[name]}")

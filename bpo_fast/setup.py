@@ -89,7 +89,8 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None, 
         raise ValueError("optim.offload = true: on a CPU the moments are in host memory already")
     check_sampler_reference(config, from_pairs)
     annotator, judges = _annotator(config) if from_pairs is None else None, judge_specs(config)
-    for spec in dict.fromkeys((annotator, *judges)):
+    evaluates = config.eval.prompts and config.data.eval_path
+    for spec in dict.fromkeys((annotator, *(judges if evaluates else ()))):
         if spec is not None:
             check_scorer(spec, config)
     work = _to_sample(config, load_tokenizer(config.model)[0], progress) if from_pairs is None else None

@@ -55,7 +55,7 @@ class Sweep:
         results = folder / RESULTS_FILE
         before = {row["run"]: row for row in read_results(results)} if results.exists() else {}
         for spec in self.specs:
-            wanted = configs.to_flat(resolve(configs.replace(Config(), spec.values)))
+            wanted = configs.in_force(resolve(configs.replace(Config(), spec.values)))
             _check_same(wanted, self.run_dir(spec.name), before.get(spec.name, {}).get(ASKED))
             self._asked_pairs[spec.name] = wanted[PAIRS]
             if (summary := _summary(self.run_dir(spec.name))) is not None:
@@ -257,7 +257,7 @@ def _check_same(wanted: Mapping[str, Any], run_dir: Path, asked_pairs: int | Non
     """Raises ValueError if the run has other settings; it may have fewer pairs than it was asked for, as data allow."""
     if not (run_dir / "config.toml").is_file():
         return
-    there = configs.to_flat(configs.load(run_dir / "config.toml"))
+    there = configs.in_force(configs.load(run_dir / "config.toml"))
     if there[PAIRS] < wanted[PAIRS] and asked_pairs in (None, wanted[PAIRS]):
         there[PAIRS] = wanted[PAIRS]
     for name, value in wanted.items():

@@ -8,7 +8,7 @@ import pytest
 from bpo_fast.config import (
     KNOBS,
     Config,
-    full_path,
+    in_force,
     load,
     parse_assignments,
     replace,
@@ -250,28 +250,36 @@ def test_bad_files_are_named(tmp_path):
 
 def test_full_paths_are_those_of_files_that_are_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a=b.jsonl").touch()
+    for name in ("a=b.jsonl", "b.jsonl", "m[:3]"):
+        (tmp_path / name).touch()
     (tmp_path / "rm").mkdir()
-    names = (
-        "owner/name",
-        "module:function",
-        "http://host/v1#m",
-        "none.jsonl[:3]",
-        "x=module:function",
-        f"{tmp_path}/rm",
-    )
-    for name in names:
-        assert full_path(name) == name
-    assert full_path("rm") == full_path("../" + tmp_path.name + "/rm/") == f"{tmp_path}/rm"
-    assert full_path("judge=rm") == f"judge={tmp_path}/rm"
-    assert full_path("./a=b.jsonl[2:]") == f"{tmp_path}/a=b.jsonl[2:]"
-    config = replace(Config(), {"eval.judges": ("rm", "x=rm"), "model.path": "rm", "task": "rm"})
-    full = with_full_paths(config)
-    assert (full.eval.judges, full.model.path, full.task) == (
-        (f"{tmp_path}/rm", f"x={tmp_path}/rm"),
-        f"{tmp_path}/rm",
-        "rm",
-    )
+    values = {
+        "task": "rm",
+        "model.path": "m[:3]",
+        "model.adapters": ("../" + tmp_path.name + "/rm/", "owner/name"),
+        "data.path": "a=b.jsonl[2:]",
+        "data.eval_path": "none.jsonl[:3]",
+        "annotator.path": "a=b.jsonl",
+        "eval.judges": ("rm", "x=rm", "module:function", "x=module:function", "http://host/v1#m", f"{tmp_path}/rm"),
+    }
+    full = to_flat(with_full_paths(replace(Config(), values)))
+    assert {name: full[name] for name in values} == {
+        "task": "rm",
+        "model.path": f"{tmp_path}/m[:3]",
+        "model.adapters": (f"{tmp_path}/rm", "owner/name"),
+        "data.path": f"{tmp_path}/a=b.jsonl[2:]",
+        "data.eval_path": "none.jsonl[:3]",
+        "annotator.path": f"a={tmp_path}/b.jsonl",
+        "eval.judges": (f"{tmp_path}/rm", f"x={tmp_path}/rm", *values["eval.judges"][2:]),
+    }
+    assert full["method.golden"] is None
+
+
+def test_runs_are_compared_by_the_alpha_in_force():
+    unnamed, named = ({"model.lora_r": 4, "model.lora_alpha": alpha} for alpha in (None, 8.0))
+    assert in_force(replace(Config(), unnamed)) == in_force(replace(Config(), named))
+    assert in_force(replace(Config(), named | {"model.lora_r": 3})) != in_force(replace(Config(), {"model.lora_r": 3}))
+    assert in_force(Config())["model.lora_alpha"] is None
 
 
 def test_assignments():

@@ -1,6 +1,7 @@
 """Decoding with rows that share a prefill and leave the batch, for every architecture, against generate."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -135,8 +136,8 @@ def test_prompts_that_are_held_once_give_the_same_tokens(name, temperature, monk
         ("mistral", ""),
         ("gemma2", ""),
         ("diffllama", "hidden states differ by"),  # values are joined and repeated behind the cache
-        ("jetmoe", "prompt_k.shape = "),  # keys are repeated there
-        ("deepseek3", ".shape = "),  # heads are joined behind the cache
+        ("jetmoe", r"prompt_k\.shape = "),  # keys are repeated there
+        ("deepseek3", r"prompt_[kv]\.shape = "),  # heads are joined behind the cache
         ("bloom", "BloomForCausalLM"),  # its attention is its own
     ],
 )
@@ -144,7 +145,7 @@ def test_who_cannot_hold_prompts_once_decodes_rows_of_its_own(name, reason, capl
     model = make_model(name)
     model.set_attn_implementation(SHARED_PROMPTS)
     assert not shares_rows(model)
-    assert reason in caplog.text
+    assert re.search(reason, caplog.text)
     assert bool(caplog.text) == bool(reason)
 
 

@@ -295,7 +295,8 @@ def test_wilson_interval():
     assert got["accuracy"] == 0.9
     assert got["interval_95"] == pytest.approx([0.59585, 0.98212], abs=1e-4)
     assert proportion(torch.tensor([True] * 4))["interval_95"][1] == 1.0
-    assert [proportion(torch.zeros(n, dtype=torch.bool))["interval_95"][0] for n in range(1, 9)] == [0.0] * 8
+    lows = [proportion(torch.zeros(n, dtype=torch.bool))["interval_95"][0] for n in range(1, 12)]
+    assert {str(low) for low in lows} == {"0.0"}
 
 
 def test_calibration_compares_confidence_with_accuracy():

