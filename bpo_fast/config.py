@@ -232,12 +232,14 @@ def knobs(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclass
 
 
 KNOBS = {name: (f, hint) for name, f, hint in knobs()}
-# knobs that hold paths: what may stand before one, and behind it
-_PLAIN, _OF_ROWS, _OF_SCORERS = r"()(.+)()", r"()(.+?)((?:\[\d*:\d*\])?)", r"((?:[\w-]+=)?)(.+)()"
+# knobs that hold a path, and what may stand beside it: the slice of rows, the name of a scorer; they take any text
+PLAIN = re.compile(r"(?P<path>.*)", re.DOTALL)
+SLICED = re.compile(r"(?P<path>.*?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?", re.DOTALL)
+NAMED = re.compile(r"(?:(?P<name>[\w-]+)=(?=.))?(?P<path>.*)", re.DOTALL)
 PATHS = {
-    **dict.fromkeys(("model.path", "model.adapters", "method.golden"), _PLAIN),
-    **dict.fromkeys(("data.path", "data.eval_path"), _OF_ROWS),
-    **dict.fromkeys(("annotator.path", "eval.judges"), _OF_SCORERS),
+    **dict.fromkeys(("model.path", "model.adapters", "method.golden"), PLAIN),
+    **dict.fromkeys(("data.path", "data.eval_path"), SLICED),
+    **dict.fromkeys(("annotator.path", "eval.judges"), NAMED),
 }
 
 
@@ -312,10 +314,16 @@ def full_path(path: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else path
 
 
-def _with_full_path(spec: str, form: str) -> str:
-    found = re.fullmatch(form, spec, re.DOTALL)
+def read_spec(spec: str, form: re.Pattern[str]) -> re.Match[str]:
+    """The parts of what one of the knobs in `PATHS` holds: its path and what stands beside it."""
+    found = form.fullmatch(spec)
     assert found, "every form takes any text"
-    return found[1] + full_path(found[2]) + found[3]
+    return found
+
+
+def _with_full_path(spec: str, form: re.Pattern[str]) -> str:
+    start, stop = read_spec(spec, form).span("path")
+    return spec[:start] + full_path(spec[start:stop]) + spec[stop:]
 
 
 def in_force(config: Config) -> dict[str, Any]:

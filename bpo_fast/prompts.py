@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bpo_fast.config import DataConfig, did_you_mean
+from bpo_fast.config import SLICED, DataConfig, did_you_mean, read_spec
 from bpo_fast.tasks import ENDINGS, Task
 from bpo_fast.types import Prompt
 
@@ -23,7 +23,6 @@ PROMPT_COLUMNS = ("prompt", "question", "query", "post", "messages", "chosen")
 LABEL_COLUMNS = ("label", "completion", "response", "answer", "summary", "chosen")
 SPLIT_STEMS = {"train": ("train", "prompts"), "test": ("test", "dev", "eval", "validation")}
 _TURN = re.compile(r"\s*\n\n(Human|Assistant):[ ]?")
-_SLICE = re.compile(r"^(?P<name>.*)\[(?P<start>\d*):(?P<stop>\d*)\]$")
 
 # an annotator callable gets these from the run, never from a row
 RESERVED_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")
@@ -78,10 +77,9 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
     Raises:
         ValueError: nothing there, an empty file, invalid JSON or a row that is no object (file and line named).
     """
-    match = _SLICE.match(source)
-    start, stop = (int(match["start"] or 0), int(match["stop"]) if match["stop"] else None) if match else (0, None)
-    name = match["name"] if match else source
-    if not match and source.endswith("]") and not Path(source).exists():
+    found = read_spec(source, SLICED)
+    name, start, stop = found["path"], int(found["start"] or 0), int(found["stop"]) if found["stop"] else None
+    if name.endswith("]") and not Path(name).exists():
         raise ValueError(f"{source}: rows are taken as [:n] or [m:n], counted from the first")
     rows: list[Row] = []
     for path in _files(name, split):

@@ -24,6 +24,7 @@ from bpo_fast.head import probe_head
 from bpo_fast.loading import (
     check_vocabulary,
     checkpoint_layers_,
+    head_weight,
     named_load_errors,
     pick_device,
     position_limit,
@@ -303,8 +304,7 @@ class CompletionNll:
             logits = _logits(model, rows, inputs).float()
             return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         hidden = trunk_of(model)(**inputs).last_hidden_state.flatten(0, 1).index_select(0, rows)
-        weight = model.get_output_embeddings().weight
-        return -linear_token_logps(hidden, weight, targets, **head.options())
+        return -linear_token_logps(hidden, head_weight(model), targets, **head.options())
 
     @torch.no_grad()
     def sum(self, examples: Sequence[Example], batch_tokens: int) -> tuple[float, int]:

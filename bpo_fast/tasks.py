@@ -4,12 +4,11 @@ Source: the released settings of Xu et al. 2024 (arXiv 2406.12168).
 """
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bpo_fast.config import ON_POLICY, Config, SamplingConfig, did_you_mean
+from bpo_fast.config import ON_POLICY, SLICED, Config, SamplingConfig, did_you_mean, read_spec
 
 ASSETS = Path(__file__).parent / "assets"
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
@@ -144,7 +143,7 @@ def _default_eval(data: str | None, task: Task) -> str | None:
     """Held-out rows for training data: of the task, of the same Hub data set, or dev.jsonl and the like beside it."""
     if data is None:
         return task.eval_data
-    path = Path(re.sub(r"\[\d*:\d*\]$", "", data))
+    path = Path(read_spec(data, SLICED)["path"])
     if not path.exists():
         return str(path)
     folder = path if path.is_dir() else path.parent

@@ -175,3 +175,10 @@ def test_a_bad_recorded_file_is_named(tmp_path):
 )
 def test_names_of_judges(spec, name):
     assert judge_name(spec) == name
+
+
+def test_a_judge_in_the_working_folder_is_called_as_by_its_full_path(tmp_path, monkeypatch):
+    (tmp_path / "judge" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "judge" / "sub")
+    assert judge_name(".") == judge_name(f"{tmp_path}/judge/sub") == "sub"
+    assert judge_name("../") == judge_name(f"{tmp_path}/judge") == "judge"

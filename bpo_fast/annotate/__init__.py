@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bpo_fast.annotate.pairwise import HttpJudge
-from bpo_fast.config import AnnotatorConfig
+from bpo_fast.config import NAMED, AnnotatorConfig, full_path, read_spec
 from bpo_fast.prompts import read_rows
 from bpo_fast.tasks import TASKS
 from bpo_fast.types import Completion, Prompt
@@ -221,11 +221,11 @@ def _user_code(name: str) -> Iterator[None]:
 
 
 def _named(spec: str) -> tuple[str, str]:
-    match = re.match(r"^([\w-]+)=(.+)$", spec)
-    if match:
-        return match[1], match[2]
+    found = read_spec(spec, NAMED)
+    if found["name"]:
+        return found["name"], found["path"]
     name = re.split(r"[/:]", spec.rstrip("/"))[-1].removesuffix(".jsonl")
-    return Path(spec).absolute().resolve().name if name in (".", "..") else name, spec
+    return Path(full_path(spec)).name if name in (".", "..") else name, spec
 
 
 def _import(spec: str) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from bpo_fast.attention import DecodedRows, lay_out, no_mask, packed_arguments
 from bpo_fast.engine.choose import Chooser
-from bpo_fast.loading import trunk_of
+from bpo_fast.loading import head_weight, num_embeddings, trunk_of
 from bpo_fast.varlen import bounds_of
 
 # what cache and logits of a batch may take; how many rows it has at least (fewer leave matrix products waiting for the
@@ -84,7 +84,7 @@ def rows_together(model: Any, bytes_a_row: int, *, logits: bool) -> int:
         bytes_a_row: of the KV cache of one.
         logits: whether tokens are chosen from logits; drawn from hidden states, a row makes none.
     """
-    row = bytes_a_row + (model.get_output_embeddings().weight.shape[0] * 4 if logits else 0)
+    row = bytes_a_row + (len(head_weight(model)) * 4 if logits else 0)
     rows = (CPU_BYTES if model.device.type == "cpu" else GPU_BYTES) // row
     return min(max(rows, MIN_ROWS), MAX_ROWS)
 
@@ -257,7 +257,7 @@ def shares_rows(model: Any) -> bool:
         return False
     was_training = model.training
     model.eval()
-    vocab = model.get_input_embeddings().weight.shape[0]
+    vocab = num_embeddings(model)
     prompts = [tuple(i % vocab for i in ids) for ids in ((1, 2), (3, 4, 5, 6))]
     try:
         expected = _try_rows(CachedRows(model, *_padded(prompts, 0, model.device), hidden=True))

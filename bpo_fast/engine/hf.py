@@ -13,7 +13,7 @@ from bpo_fast.engine.choose import Chooser, reads_hidden
 from bpo_fast.engine.decode import cache_argument, decode, row_bytes, rows_together, shares_rows, takes_cache
 from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.head import Head
-from bpo_fast.loading import trunk_of
+from bpo_fast.loading import head_weight, trunk_of
 from bpo_fast.policy import Policy
 from bpo_fast.types import Completion, Prompt
 
@@ -138,7 +138,7 @@ class HfEngine:
     def _decode(
         self, requests: Sequence[Request], params: SamplingParams, stop: StopStrings
     ) -> list[tuple[tuple[int, ...], tuple[float, ...] | None]]:
-        head = self._head and (self._head, self._model.get_output_embeddings().weight)
+        head = self._head and (self._head, head_weight(self._model))
         choose = Chooser([r.seed for r in requests], params, self._model.device, head)
         sampled = decode(
             self._model,

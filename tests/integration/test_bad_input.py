@@ -69,6 +69,7 @@ def with_option(args, name, value):
         ("rows.jsonl", b'{"prompt": "a"}\n"b"', "rows.jsonl: line 2: not a JSON object"),
         ("rows.jsonl", b'{"prompt": "a"}\n{"text": "b"}', "rows.jsonl: row 2 has no prompt (column prompt)"),
         ("rows.jsonl", b'{"prompt": "a"}\n{"prompt": " "}', "rows.jsonl: row 2 has no prompt"),
+        ("rows.jsonl", b'{"prompt": 3}', "rows.jsonl: row 1: a prompt is text or messages"),
         ("rows.jsonl", b'{"prompt": 0}', "rows.jsonl: row 1: a prompt is text or messages"),
         ("rows.jsonl", b'{"prompt": "\xff"}', "rows.jsonl: not UTF-8 text"),
         ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-4], "rows.jsonl.gz: Compressed file ended"),
@@ -240,8 +241,9 @@ def test_bad_settings(args, message, tiny_args, tmp_path):
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 @pytest.mark.usefixtures("without_weights")
-def test_what_needs_no_weights_is_said_before_they_are_loaded(args, message, tiny_args):
+def test_what_needs_no_weights_is_said_before_they_are_loaded(args, message, tiny_args, tmp_path):
     assert refused([*tiny_args, "--out", "new", *args], message).startswith(f"error: {message}")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.usefixtures("without_weights")
