@@ -2,9 +2,7 @@
 
 import dataclasses
 import inspect
-import io
 import json
-import sys
 import typing
 from collections.abc import Callable
 from importlib import metadata
@@ -17,7 +15,7 @@ from rich.markup import escape
 from bpo_fast import config as configs
 from bpo_fast.allocator import keep_freed_memory, keep_less_code
 from bpo_fast.cli_bench import bench
-from bpo_fast.cli_errors import check_alone, reports_errors
+from bpo_fast.cli_errors import check_alone, names_output, reports_errors
 from bpo_fast.config import KNOBS, Config
 from bpo_fast.stage_config import RewardConfig, SftConfig
 from bpo_fast.threads import leaves_threads, share_cores
@@ -33,12 +31,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of `bpo-fast`."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what a model says need not fit the terminal's encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
     share_cores()
     keep_freed_memory()
     keep_less_code()
-    with leaves_threads():
+    with leaves_threads(), names_output():
         app(prog_name="bpo-fast")
 
 

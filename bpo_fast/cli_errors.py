@@ -2,17 +2,69 @@
 
 import errno
 import functools
+import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
+
+from bpo_fast.files import errors_name
 
 USER_ERRNOS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 )
+
+
+STANDARD_OUTPUT = "standard output"
+
+
+class StandardOutput(io.TextIOWrapper):
+    """Standard output; an OSError of it names it."""
+
+    def write(self, text: str, /) -> int:
+        """As that of a text file."""
+        with errors_name(Path(STANDARD_OUTPUT)):
+            return super().write(text)
+
+    def flush(self) -> None:
+        """As that of a text file."""
+        with errors_name(Path(STANDARD_OUTPUT)):
+            super().flush()
+
+
+@contextmanager
+def names_output() -> Iterator[None]:
+    """Standard output that takes not all is one line on standard error and exit code 2, and 1 if nobody reads it.
+
+    What a model says need not fit the terminal's encoding: it is escaped.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        old = sys.stdout
+        sys.stdout = StandardOutput(
+            old.buffer,
+            old.encoding,
+            "backslashreplace",
+            line_buffering=old.line_buffering,
+            write_through=old.write_through,
+        )
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename != STANDARD_OUTPUT:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter tries again to write what is left
+        if error.errno == errno.EPIPE:
+            raise SystemExit(1) from None
+        print(f"error: {STANDARD_OUTPUT}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -29,7 +81,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             _fail(str(error), 1)
         except OSError as error:
-            if error.errno not in USER_ERRNOS:
+            if error.errno not in USER_ERRNOS or error.filename == STANDARD_OUTPUT:
                 raise
             _fail(f"{error.filename or 'run folder'}: {error.strerror}", 2)
         except KeyboardInterrupt:

@@ -21,7 +21,7 @@ from bpo_fast.annotate import Checked
 from bpo_fast.config import Config
 from bpo_fast.engine import SamplingParams
 from bpo_fast.evaluate import against_labels
-from bpo_fast.files import write_atomic
+from bpo_fast.files import check_writable, write_atomic
 from bpo_fast.loading import pick_device
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import HOST, Ranks, Share, started
@@ -283,6 +283,7 @@ def _check_out(out: Path) -> None:
             f"--out {out}: holds answers of an eval that did not end; judge them with {flags} and another --out"
         )
     check_free(out)
+    check_writable(out / RESULT_FILE)
 
 
 def _rows(config: Config) -> list[data.Row]:

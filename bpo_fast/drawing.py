@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
+from bpo_fast.files import errors_name
+
 # Okabe and Ito's palette, told apart by every common kind of color vision; the page swaps in its variables.
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 AMBER, VIOLET = "#b58900", "#7b4fa3"
@@ -75,7 +77,8 @@ class Plot:
         for path in paths:
             with matplotlib.rc_context({**STYLE, "savefig.transparent": False, "svg.hashsalt": stem.name}):
                 metadata = {"Date": None} if path.suffix == ".svg" else None
-                self.figure.savefig(path, dpi=PNG_DPI, facecolor="white", metadata=metadata)
+                with errors_name(path):
+                    self.figure.savefig(path, dpi=PNG_DPI, facecolor="white", metadata=metadata)
         return paths
 
     def svg(self, prefix: str) -> str:

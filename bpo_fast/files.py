@@ -1,5 +1,6 @@
 """Files that are either whole or not there: temporary name, fsync, rename."""
 
+import errno
 import os
 import re
 import shutil
@@ -25,6 +26,14 @@ def write_atomic(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
+def check_writable(path: Path) -> None:
+    """OSError, naming `path`, if it could not be made: said before long work, rather than after it."""
+    above = next(p for p in path.absolute().parents if p.exists())
+    number = errno.EACCES if above.is_dir() else errno.ENOTDIR
+    if number == errno.ENOTDIR or not os.access(above, os.W_OK | os.X_OK):
+        raise OSError(number, os.strerror(number), str(path))
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
@@ -35,7 +44,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, before = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "before.tmp"))
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    with errors_name(path):
+        temporary.mkdir()
     try:
         with errors_name(path):
             yield temporary

@@ -181,7 +181,8 @@ class Loop:
         self._parts.engine.refresh(self.num_steps)
         seconds_before = self._run.seconds.get("eval", 0.0)
         share = self._ranks.share(self._work.held_out, prompt_tokens)
-        with self._run.timed("eval"), self._progress.task(f"evaluation {when}", len(share.mine)) as task:
+        num, done = len(share.mine), len(share.mine) if mine else 0
+        with self._run.timed("eval"), self._progress.task(f"evaluation {when}", num, done=done) as task:
             assert config.sampling.max_new_tokens, "resolve() has set it"
             if not mine:  # and so for all ranks: rank 0 writes them once it has those of all
                 mine = judge_greedy(

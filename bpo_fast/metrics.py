@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from bpo_fast.files import write_atomic
+from bpo_fast.files import errors_name, write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 KINDS = ("step", "phase", "eval")
@@ -80,8 +80,9 @@ class Metrics:
         """
         assert kind in KINDS, kind
         line = {"kind": kind, "step": step} | {name: _json_value(value) for name, value in values.items()}
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        with errors_name(Path(self._file.name)):
+            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
         self._num_lines += 1
         for tracker in self._trackers:
             tracker.log(step, values)

@@ -375,8 +375,8 @@ def score_notes(scores: Mapping[str, float | None] | None) -> list[str]:
 
 
 def html_text(text: str) -> str:
-    """A text of a model as a block."""
-    return f'<div class="text">{html(text.strip())}</div>'
+    """A text of a model as a block, in the direction of its first letter."""
+    return f'<div class="text" dir="auto">{html(text.strip())}</div>'
 
 
 def badges(notes: Sequence[str]) -> str:

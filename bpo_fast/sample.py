@@ -10,7 +10,7 @@ from bpo_fast import prompts as data
 from bpo_fast.config import Config
 from bpo_fast.engine import Engine, SamplingParams
 from bpo_fast.evaluate import prompt_tokens, sample_share, whole
-from bpo_fast.files import write_atomic
+from bpo_fast.files import check_writable, write_atomic
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import HOST, Ranks, started
 from bpo_fast.setup import devices_of
@@ -31,9 +31,11 @@ def sample(config: Config, source: str, out: Path, *, n: int, temperature: float
 
     Raises:
         ValueError: bad model or data, by name, or an `out` that is there already.
+        OSError: `out` cannot be written.
     """
     if out.exists():
         raise ValueError(f"--out {out}: already there")
+    check_writable(out)
     config = resolved(config, source)
     options: dict[str, Any] = {"source": source, "n": n, "temperature": temperature}
     job = {"name": "sample", "config": configs.to_flat(config)} | options

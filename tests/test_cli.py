@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,30 @@ def test_answers_are_shown_on_a_terminal_of_another_encoding():
 
 def test_the_version_is_that_of_the_package():
     assert call("--version") == (0, f"bpo-fast {metadata.version('bpo-fast')}\n", "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["--version", "--help", "knobs"])
+def test_standard_output_that_takes_not_all_is_one_line(command, unbuffered, tmp_path):
+    with (tmp_path / "out").open("w") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "bpo_fast", command],
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4, 4)),
+        )
+    assert (done.returncode, done.stderr) == (2, "error: standard output: File too large\n")
+
+
+def test_standard_output_that_nobody_reads_is_no_error_to_speak_of():
+    reads, writes = os.pipe()
+    os.close(reads)
+    command, env = [sys.executable, "-m", "bpo_fast", "--version"], os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, env=env, stdout=writes, stderr=subprocess.PIPE)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_no_arguments_show_the_help():
@@ -325,6 +350,16 @@ def test_bad_exports_are_named(source, out, message, trained, tmp_path, monkeypa
     assert files_below(tmp_path) == set()
 
 
+def test_answers_judged_before_a_kill_are_counted_as_done(trained, tmp_path, without_drawings):
+    run = tmp_path / "run"
+    shutil.copytree(trained[1], run, ignore=shutil.ignore_patterns("checkpoint-*", "summary.json", "pairs"))
+    rows = [row for row in lines_of(run / "eval.jsonl") if row["when"] == "before"]
+    code, _, err = call("train", "--resume", run, "--set", f"run.output_dir={run}")
+    assert code == 0, err
+    assert f"evaluation before: {len(rows)}/{len(rows)}" in err
+    assert "evaluation before: 0/" not in err
+
+
 def test_a_finished_run_is_not_run_again(trained):
     _, run = trained
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
@@ -485,6 +520,8 @@ def test_sample_writes_a_row_a_completion(tiny_model_dir, tiny_data, tmp_path):
         f"error: --out {tmp_path / 's.jsonl'}: already there\n",
         rows,
     )
+    code, _, err = call("sample", *args, "--out", tmp_path / "s.jsonl" / "t.jsonl")
+    assert (code, err) == (2, f"error: {tmp_path / 's.jsonl' / 't.jsonl'}: Not a directory\n"), "before any sampling"
     call("sample", *args, "--temperature", "0", "--out", tmp_path / "greedy.jsonl")
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)

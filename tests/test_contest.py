@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from judge_server import by_length, endpoint, said
@@ -283,6 +284,12 @@ def test_bad_input(args, message, tiny_model_dir, tiny_data, tmp_path):
     assert code == 2
     assert message in err
     assert len(err.strip().split("\n")) == 1 or "error: " in err
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_decoded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    code, _, err = call("eval", run, "--out", tmp_path / "e")
+    assert (code, err) == (2, f"error: {tmp_path / 'e' / 'eval.json'}: Permission denied\n")
 
 
 def test_a_run_without_checkpoint(run, tmp_path):

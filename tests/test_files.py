@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bpo_fast.files import new_folder, write_atomic
+from bpo_fast.files import check_writable, new_folder, write_atomic
 
 
 def test_a_file_is_written_with_its_folders(tmp_path):
@@ -120,3 +120,28 @@ def test_a_folder_that_does_not_reach_the_disk_vanishes(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         fill()
     assert list(tmp_path.iterdir()) == []
+
+
+def refused(handle, *_):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(handle))
+
+
+def test_a_folder_that_cannot_be_begun_is_named_by_its_own_name(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(os, "mkdir", refused)
+    with pytest.raises(PermissionError) as caught, new_folder(tmp_path / "there" / "folder"):
+        pass
+    assert caught.value.filename == str(tmp_path / "there" / "folder")
+
+
+def test_what_could_not_be_written_is_said_before(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "folders" / "c.txt")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError) as caught:
+        check_writable(tmp_path / "file" / "c.txt")
+    assert caught.value.filename == str(tmp_path / "file" / "c.txt")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(PermissionError) as caught:
+        check_writable(tmp_path / "new" / "c.txt")
+    assert caught.value.filename == str(tmp_path / "new" / "c.txt")

@@ -1,6 +1,8 @@
+import errno
 import json
 import math
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -47,6 +49,21 @@ def test_lines_are_exact_and_in_order(tmp_path):
     assert metrics.num_lines == 2
     # Readable while the run goes on: every line is flushed.
     assert read_metrics(tmp_path) == [{"kind": "step", "step": 3} | values, {"kind": "phase", "step": 3, "phase": 1}]
+    metrics.close()
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path):
+    metrics = Metrics(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))
+        with pytest.raises(OSError) as caught:
+            metrics.log("step", 1, {"loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "metrics.jsonl"))
     metrics.close()
 
 

@@ -1,13 +1,18 @@
+import errno
 import math
 import re
+import resource
+import signal
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 from fake_run import write_fake_run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from bpo_fast import plots
+from bpo_fast.drawing import Plot
 from bpo_fast.metrics import Metrics
 from bpo_fast.run_folder import read_run, stage_seconds
 
@@ -166,3 +171,17 @@ def test_svg_stands_alone_on_a_page(tmp_path):
         assert not re.findall(r'(?:href|src)="(?!#)', svg)
     assert len(ids) == len(set(ids))
     assert plot.svg("f") == plot.svg("f")
+
+
+def test_a_figure_that_cannot_be_written_is_named(tmp_path):
+    plot = Plot("title", "caption", Figure())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))
+        with pytest.raises(OSError) as caught:
+            plot.save(tmp_path / "figure")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "figure.png"))

@@ -9,7 +9,7 @@ from fake_run import write_fake_run
 from rich.console import Console
 
 from bpo_fast.metrics import Metrics
-from bpo_fast.report import print_examples, print_summary, write_report
+from bpo_fast.report import html_text, print_examples, print_summary, write_report
 from bpo_fast.tasks import ASSETS
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -291,3 +291,7 @@ def test_examples_cannot_drive_the_terminal():
     assert "\x07" not in text
     assert "[red]hi[/red]" in text
     assert "[bold]" in text
+
+
+def test_texts_run_in_the_direction_of_their_script():
+    assert html_text(" \u05e9\u05dc\u05d5\u05dd ") == '<div class="text" dir="auto">\u05e9\u05dc\u05d5\u05dd</div>'
