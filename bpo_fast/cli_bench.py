@@ -9,7 +9,7 @@ from bpo_fast.cli_errors import reports_errors
 
 SHAPES_HELP = (
     "rows x hidden x vocabulary, as 1024x256x32000; for attention alone prompt x completion x heads, "
-    "for norm, gate and adamw alone rows x width"
+    "for linear alone rows x width x outputs, for norm, gate and adamw alone rows x width"
 )
 bench = typer.Typer(help="Measure: correctness first, interleaved, medians.", no_args_is_help=True)
 
@@ -19,7 +19,9 @@ bench = typer.Typer(help="Measure: correctness first, interleaved, medians.", no
 def bench_kernels(
     op: Annotated[
         list[str] | None,
-        typer.Option(help="forward, step, behavior, draw, pair_loss, attention, norm, gate, adamw; all if none"),
+        typer.Option(
+            help="forward, step, behavior, draw, pair_loss, attention, linear, norm, gate, adamw; all if none"
+        ),
     ] = None,
     head: Annotated[list[str] | None, typer.Option(help="frozen, trained; both by default")] = None,
     shapes: Annotated[list[str] | None, typer.Option(help=SHAPES_HELP)] = None,

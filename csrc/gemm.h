@@ -94,11 +94,13 @@ void tile_of_parts(const typename Op::Word* const* parts, int64_t count, int64_t
 // for on the way, if `ahead`.
 template <class Op>
 void tile_of_rows(const typename Op::Word* rows, int64_t stride, const typename Op::Word* b, int64_t depth, float* c, int64_t ldc,
-                  bool ahead) {
+                  bool ahead, bool accumulate = false) {
+  constexpr int64_t kLine = 64 / sizeof(typename Op::Word);
   Tile<Op> t;
+  if (accumulate) t.read(c, ldc);
   const auto* next = rows + kRows * stride;
   for (int64_t k = 0; k < depth; ++k) {
-    if (ahead) __builtin_prefetch(next + k * kRows);
+    if (ahead && k % kLine < kRows) __builtin_prefetch(next + k % kLine * stride + k / kLine * kLine);
     t.add(rows + k, stride, b + k * kPanel);
   }
   t.write(c, ldc);
@@ -185,6 +187,18 @@ void pack_along(const T* src, int64_t stride, int64_t rows, int64_t width, typen
     const auto words = word_rows<Op>(src + r * stride, stride, count, width, room);
     pack_left(words.data, words.stride, count, depth, dst);
   }
+}
+
+// Whether products with so many panels read rows of words where they stand, which spares a pass over them. Not where rows of a
+// tile fall on the same sets of a first cache (8 ways of 4 KiB), as do rows of 4 KiB: a second panel would miss them.
+template <class Op, class T>
+bool rows_stand(const T* rows, int64_t width, int64_t panels) {
+  int on_set[64] = {}, most = 0;
+  for (int64_t i = 0; i < kRows; ++i) {
+    const int64_t line = i * width * static_cast<int64_t>(sizeof(T)) / 64;
+    most = std::max(most, ++on_set[line % 64]);
+  }
+  return (panels == 1 || most < 8) && stand_as_words<Op>(rows, width, width);
 }
 
 constexpr int64_t kLines = 4;

@@ -202,18 +202,6 @@ void add_dx(const H& head, const typename H::Grads::Word* left, const typename H
   }
 }
 
-// Whether the logits of so many panels are products of the head where it stands, which spares a pass over it. Not where rows of
-// a tile fall on the same sets of a first cache (8 ways of 4 KiB), as in heads of 4 KiB a row: a second panel would miss them.
-template <class H>
-bool stands_for_logits(const H& head, int64_t panels) {
-  int on_set[64] = {}, most = 0;
-  for (int64_t i = 0; i < kRows; ++i) {
-    const int64_t line = i * head.width * static_cast<int64_t>(sizeof(*head.weight)) / 64;
-    most = std::max(most, ++on_set[line % 64]);
-  }
-  return (panels == 1 || most < 8) && stand_as_words<typename H::Logits>(head.weight, head.width, head.width);
-}
-
 // One vocabulary block as the left operand of logits, of `panels` at most, and of dX; and the scratch for a panel's logits.
 template <class H>
 struct Block {
@@ -227,7 +215,7 @@ struct Block {
 
   Block(const H& h, int64_t panels, bool dx)
       : meets_tokens(panels > 0),
-        standing(meets_tokens && stands_for_logits(h, panels)),
+        standing(meets_tokens && rows_stand<typename H::Logits>(h.weight, h.width, panels)),
         along(make_array<Along>(meets_tokens ? (standing ? kRows : h.block()) * h.row_words() : 0)),
         row_words(make_array<Along>(meets_tokens ? kRows * h.row_words() : 0)),
         across(make_array<Across>(dx ? column_words<H>(h.block()) * h.padded_width() : 0)),

@@ -14,6 +14,7 @@
 #include "adamw_cpu.h"
 #include "attention_cpu.h"
 #include "head_dw_cpu.h"
+#include "linear_cpu.h"
 #include "trunk_cpu.h"
 
 namespace {
@@ -324,6 +325,20 @@ void attend_decoded(Tensor q, Tensor prompt_k, Tensor prompt_v, Tensor bounds, T
   });
 }
 
+// Float, contiguous; `panels` has room for x in whole panels.
+void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor panels, Tensor out) {
+  const bpo::Linear a = {floats(x),   floats(weight), bias ? floats(*bias) : nullptr, floats(out),
+                         x.size(0), x.size(1),      weight.size(0)};
+  torch::stable::parallel_for(0, a.num_panels(), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      bpo::pack_panel(a.x + p * a.panel_size(), a.num_rows - p * bpo::kPanel, a.width, floats(panels) + p * a.panel_size());
+  });
+  const int64_t tiles = (a.num_out + bpo::kRows - 1) / bpo::kRows;
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    bpo::linear_columns(a, floats(panels), begin * bpo::kRows, std::min(end * bpo::kRows, a.num_out));
+  });
+}
+
 template <class T>
 bpo::Matrix<T> matrix(const Tensor& t) {
   return {data<T>(t), t.stride(0)};
@@ -476,6 +491,7 @@ STABLE_TORCH_LIBRARY(bpo_fast_cpu, m) {
   m.def(
       "attend_decoded(Tensor q, Tensor prompt_k, Tensor prompt_v, Tensor bounds, Tensor prompts, Tensor k, Tensor v, "
       "float scale, float softcap, Tensor(a!) out) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) panels, Tensor(b!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset, bool twice, Tensor(a!) out, Tensor(b!) scales) -> ()");
   m.def(
       "rms_norm_backward(Tensor dout, Tensor x, Tensor weight, Tensor scales, float offset, Tensor(a!) dx, "
@@ -505,6 +521,7 @@ STABLE_TORCH_LIBRARY_IMPL(bpo_fast_cpu, CPU, m) {
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("attend_backward", TORCH_BOX(&attend_backward));
   m.impl("attend_decoded", TORCH_BOX(&attend_decoded));
+  m.impl("linear", TORCH_BOX(&linear));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   m.impl("gated", TORCH_BOX(&gated));

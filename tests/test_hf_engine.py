@@ -448,3 +448,19 @@ def test_logits_are_not_made_where_none_are_cut_off(tiny_model_dir, monkeypatch,
     assert sample(HfEngine.of(policy, None), [Prompt(0, "", (3, 7, 1))], n=2, **params)
     with pytest.raises(TypeError):
         sample(HfEngine.of(policy, None), [Prompt(0, "", (3, 7, 1))], n=2, top_k=5)
+
+
+def test_a_completion_has_the_same_bits_in_any_batch(tiny_model_dir, monkeypatch):
+    """Of a float32 policy that shares prompts: no product, attention or draw of a row looks at the others."""
+    monkeypatch.setattr(decode, "PROMPT_TOKENS", 40)  # prompts are encoded in parts
+    config = ModelConfig(path=str(tiny_model_dir), lora_r=4, lora_alpha=8.0)
+    policy = load_policy(config, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
+    own = [vars(module).get("forward") for module in policy.model.modules()]
+    questions = [Prompt(i, "", tuple(range(3, 4 + i % 11))) for i in range(60)]
+    together = sample(HfEngine.of(policy, 120), questions, n=2, logps=True)
+    assert len({len(c.ids) for both in together for c in both}) > 1  # some rows left before others
+    for size in (1, 7, 64):
+        assert sample(HfEngine.of(policy, size), questions, n=2, logps=True) == together
+    backwards = sample(HfEngine.of(policy, 50), questions[::-1], n=2, logps=True)
+    assert backwards[::-1] == together
+    assert [vars(module).get("forward") for module in policy.model.modules()] == own

@@ -45,6 +45,13 @@ from bpo_fast_bench.kernels_impls import (
     errors,
     make_inputs,
 )
+from bpo_fast_bench.kernels_linear import (
+    LinearInputs,
+    LinearProblem,
+    linear_answer,
+    linear_implementations,
+    linear_inputs,
+)
 from bpo_fast_bench.kernels_peers import PEERS, implementations
 from bpo_fast_bench.kernels_trunk import (
     TrunkInputs,
@@ -54,10 +61,10 @@ from bpo_fast_bench.kernels_trunk import (
     trunk_inputs,
 )
 
-AnyProblem = Problem | AttentionProblem | TrunkProblem
-AnyInputs = Inputs | AttentionInputs | TrunkInputs | AdamwInputs
+AnyProblem = Problem | AttentionProblem | LinearProblem | TrunkProblem
+AnyInputs = Inputs | AttentionInputs | LinearInputs | TrunkInputs | AdamwInputs
 ROW_OPS = ("norm", "gate", "adamw")  # whose shapes are rows and width
-OPS = ("forward", "step", "behavior", "draw", "pair_loss", "attention", *ROW_OPS)
+OPS = ("forward", "step", "behavior", "draw", "pair_loss", "attention", "linear", *ROW_OPS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CEILINGS = ("mm", "mm-f32")
 OUR_BACKENDS = ("native", "torch", "triton", "triton-gemm")
@@ -72,6 +79,11 @@ GPU_SHAPES = ((4096, 2048, 128256), (4096, 4096, 128256))
 QUICK_SHAPES = ((128, 64, 4000),)
 ATTENTION_HEADS = {"cpu": 4, "cuda": 16}
 QUICK_ATTENTION_SHAPES = ((24, 9, 2),)
+# of a model of 2 million parameters and of Qwen2.5-0.5B
+LINEAR_SHAPES = tuple(
+    (rows, *shape) for shape in ((192, 512), (896, 896), (896, 4864), (4864, 896)) for rows in (32, 256)
+)
+QUICK_LINEAR_SHAPES = ((5, 33, 48),)
 TRUNK_SHAPES = {
     "cpu": ((1024, 256), (1024, 672), (4096, 1024)),
     "cuda": ((8192, 896), (8192, 4864), (8192, 4096)),
@@ -85,16 +97,18 @@ class KernelBench:
     """What to measure.
 
     Attributes:
-        ops: of "forward", "step", "behavior", "draw", "pair_loss", "attention", "norm", "gate", "adamw".
+        ops: of "forward", "step", "behavior", "draw", "pair_loss", "attention", "linear" (on a CPU, in float32),
+            "norm", "gate", "adamw".
         heads: of "frozen", "trained"; for "step" and "behavior".
         shapes: (rows, hidden, vocabulary) each, or (prompt, completion, heads) where "attention" is the one operation,
-            (rows, width) where there are none but "norm", "gate" and "adamw"; the device's own list if empty.
+            (rows, width, outputs) where "linear" is, (rows, width) where there are none but "norm", "gate" and
+            "adamw"; the device's own list if empty.
         peers: of "compile", "liger", "liger-dpo", "cce", "verl", "verl-triton"; only where importable, and on a CPU
             none that is written in Triton.
         tiles: of Plan A beside its own, as `triton_config.with_tile` takes them; on a GPU.
         dtypes: of "float32", "bfloat16", "float16"; if empty, bfloat16 on a GPU and float32 and bfloat16 on a CPU,
             without bfloat16 where PyTorch's products of it take minutes (no AVX512_BF16), and both for "adamw"
-            everywhere. "pair_loss" takes float32 whatever they are.
+            everywhere. "pair_loss" and "linear" take float32 whatever they are.
         data: "peaked" or "gauss".
         pairs: pairs of "forward", "step" and "attention".
         json_path: where the measurements go.
@@ -180,6 +194,11 @@ def problems(options: KernelBench, device: torch.device) -> list[AnyProblem]:
             wanted = given or (QUICK_ATTENTION_SHAPES if options.quick else own)
             out += [AttentionProblem(*shape, pairs=options.pairs) for shape in wanted]
             continue
+        if op == "linear":
+            given = options.shapes if options.ops == (op,) else ()
+            wanted = given or (QUICK_LINEAR_SHAPES if options.quick else LINEAR_SHAPES)
+            out += [LinearProblem(*shape) for shape in wanted] if device.type == "cpu" else []
+            continue
         if op in ROW_OPS:
             given = options.shapes if set(options.ops) <= set(ROW_OPS) else ()
             own = (ADAMW_SHAPES if op == "adamw" else TRUNK_SHAPES)[device.type]
@@ -194,7 +213,7 @@ def problems(options: KernelBench, device: torch.device) -> list[AnyProblem]:
 
 def dtypes_of(op: str, options: KernelBench, device: torch.device) -> tuple[str, ...]:
     """The types that an operation is measured in."""
-    if op == "pair_loss":
+    if op in ("pair_loss", "linear"):
         return ("float32",)
     if options.dtypes:
         return options.dtypes
@@ -210,6 +229,9 @@ def measure(problem: AnyProblem, dtype: str, device: torch.device, options: Kern
     if isinstance(problem, AttentionProblem):
         sets = attention_inputs(problem, device, DTYPES[dtype], 3)
         calls, want = attention_implementations(sets[0]), attention_answer(sets[0])
+    elif isinstance(problem, LinearProblem):
+        sets = linear_inputs(problem, 3)
+        calls, want = linear_implementations(), linear_answer(sets[0])
     elif isinstance(problem, AdamwProblem):
         sets = adamw_inputs(problem, device, DTYPES[dtype], 3)
         calls, want = adamw_implementations(sets[0], peers=bool(options.peers)), adamw_answer(sets[0])
@@ -230,7 +252,7 @@ def measure(problem: AnyProblem, dtype: str, device: torch.device, options: Kern
         if rows[name]["passed"]:
             passed[name] = call
     del want
-    brief = device.type == "cuda" or problem.op in ROW_OPS  # calls of milliseconds
+    brief = device.type == "cuda" or problem.op in ("linear", *ROW_OPS)  # calls of milliseconds
     warmups, rounds = (1, 2) if options.quick else (25, 15) if brief else (2, 5)
     for name, samples in interleave(passed, sets, device, warmups, rounds).items():
         low, *_, high = quantiles(samples, n=5)

@@ -1,11 +1,14 @@
 """Engine `hf`: a transformers model and its KV cache, on the trainer's own modules."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Self
 
 import torch
+from bpo_fast_kernels import rowwise_linear
 from bpo_fast_kernels.checks import NATIVE_FLOATS
+from torch import Tensor, nn
 
 from bpo_fast.attention import has_native
 from bpo_fast.engine import OnDone, Request, SamplingParams, in_order, make_requests
@@ -24,7 +27,8 @@ class HfEngine:
     Args:
         model: the policy's model.
         tokenizer: its tokenizer.
-        view: context manager under which a forward of `model` is a member, or, for None, the average of the members.
+        view: context manager under which `model` has the dense weights of a member, or, for None, of the average of the
+            members.
         num_members: of the ensemble.
         eos_ids: ids that end a completion.
         pad_id: id that fills batches.
@@ -103,7 +107,7 @@ class HfEngine:
         try:
             for member in sorted({r.member for r in requests}, key=lambda m: -1 if m is None else m):
                 mine = [i for i, r in enumerate(requests) if r.member == member]
-                with torch.inference_mode(), self._view(member):
+                with torch.inference_mode(), self._view(member), rowwise_linears(self._model):
                     for start in range(0, len(mine), num_rows):
                         batch = mine[start : start + num_rows]
                         sampled = self._decode([requests[i] for i in batch], params, stop)
@@ -152,6 +156,33 @@ class HfEngine:
         if not choose.finite:
             raise RuntimeError("the policy's logits are NaN or infinite: nothing can be sampled from it")
         return [(tuple(ids), tuple(logps) if params.logps else None) for ids, logps in sampled]
+
+
+@contextmanager
+def rowwise_linears(model: Any) -> Iterator[None]:
+    """Inside, the linear layers of a float32 trunk on a CPU are `rowwise_linear`, whatever adapters they have."""
+    kept: dict[nn.Linear, Any] = {}
+    if model.device.type == "cpu" and model.dtype == torch.float32 and has_native():
+        linears = (module for module in trunk_of(model).modules() if isinstance(module, nn.Linear))
+        kept = {linear: vars(linear).get("forward") for linear in linears if _is_plain(linear)}
+    for linear in kept:
+        linear.forward = partial(_by_rows, linear)
+    try:
+        yield
+    finally:
+        for linear, forward in kept.items():
+            del linear.forward
+            if forward is not None:
+                linear.forward = forward
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    tensors = (linear.weight, *(() if linear.bias is None else (linear.bias,)))
+    return type(linear).forward is nn.Linear.forward and all(t.dtype == torch.float32 for t in tensors)
+
+
+def _by_rows(linear: nn.Linear, input: Tensor) -> Tensor:
+    return rowwise_linear(input, linear.weight, linear.bias)
 
 
 def native_head(model: Any, head: Head | None) -> Head | None:

@@ -6,6 +6,7 @@ from bpo_fast_kernels.linear_logps import linear_logps, linear_token_logps
 from bpo_fast_kernels.linear_pair_loss import LowRank, linear_pair_loss
 from bpo_fast_kernels.packed_attention import decoded_attention, packed_attention
 from bpo_fast_kernels.pair_loss import PairLoss, pair_loss
+from bpo_fast_kernels.rowwise_linear import rowwise_linear
 from bpo_fast_kernels.trunk import gated, rms_norm
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "packed_attention",
     "pair_loss",
     "rms_norm",
+    "rowwise_linear",
 ]

@@ -121,6 +121,10 @@ class NativeBackend:
         scaling = (head.scale, softcap, self.narrow(hidden.dtype))
         self.ops.recompute_dw(hidden, weight, targets, *scaling, stats.shift, *factors, fresh, sums.total)
 
+    def padded_rows(self, num_rows: int) -> int:
+        """Rows of whole panels."""
+        return self._panels(num_rows) * self.lanes
+
     def kept_bytes(self, num_rows: int, head: Head) -> int:
         """Whole panels of E."""
         itemsize = self._kept_dtype(self.narrow(head.weight.dtype)).itemsize

@@ -14,6 +14,7 @@ from bpo_fast_bench.kernels_attention import (
     attention_inputs,
 )
 from bpo_fast_bench.kernels_impls import Outcome, Problem, answer, eager, errors, make_inputs
+from bpo_fast_bench.kernels_linear import LinearProblem, linear_answer, linear_implementations, linear_inputs
 from bpo_fast_bench.kernels_peers import PEERS, implementations, importable, verl
 from bpo_fast_bench.kernels_plot import plot
 from bpo_fast_bench.kernels_trunk import (
@@ -65,8 +66,9 @@ def test_quick_run_writes_json_and_plots(tmp_path, monkeypatch):
     labels = [problem["label"] for problem in record["problems"]]
     kinds = ["forward", "step frozen", "step trained", "behavior frozen", "behavior trained", "draw"]
     shapes = [f"{kind} T=64 H=16 V=500 {dtype}" for kind in kinds for dtype in ("float32", "bfloat16")]
-    kinds = ["attention 24/9 heads=2 P=2", "norm R=33 H=48", "gate R=33 H=48", "adamw R=33 H=48"]
+    kinds = ["attention 24/9 heads=2 P=2", "linear R=5 33->48", "norm R=33 H=48", "gate R=33 H=48", "adamw R=33 H=48"]
     trunk = [f"{kind} {dtype}" for kind in kinds for dtype in ("float32", "bfloat16")]
+    trunk.remove("linear R=5 33->48 bfloat16")
     assert labels == [*shapes, "pair_loss P=256", *trunk]
     for problem in record["problems"]:
         rows, op = problem["implementations"], problem["problem"]["op"]
@@ -77,7 +79,13 @@ def test_quick_run_writes_json_and_plots(tmp_path, monkeypatch):
             assert list(rows) == ["eager", "native", "native:8bit", "torch", "torch:8bit"]
             assert all(row["passed"] for row in rows.values())
             continue
-        others = {"attention": {"torch", "masked"}, "norm": set(), "gate": set(), "adamw": {"torch"}}
+        others = {
+            "attention": {"torch", "masked"},
+            "linear": {"swapped"},
+            "norm": set(),
+            "gate": set(),
+            "adamw": {"torch"},
+        }
         others = others.get(op, {"torch", "mm"})
         assert {"eager", "native"} | others <= set(rows)
         assert all(row["seconds"] > 0 and row["p20"] <= row["seconds"] <= row["p80"] for row in rows.values())
@@ -308,6 +316,23 @@ def test_shapes_are_those_of_attention_where_it_is_alone():
     assert (found[0].rows, found[0].width, found[0].vocab) == shapes[0]
 
 
+def test_linear_layers_are_measured_on_a_cpu():
+    shapes, options = ((7, 12, 20), (3, 8, 9)), {"ops": ("linear",)}
+    found = kernels.problems(KernelBench(**options, shapes=shapes), torch.device("cpu"))
+    assert found == [LinearProblem(*shape) for shape in shapes]
+    assert len(kernels.problems(KernelBench(**options), torch.device("cpu"))) == 8
+    assert kernels.problems(KernelBench(**options, shapes=shapes), torch.device("cuda")) == []
+
+
+@pytest.mark.parametrize("wrong", ["eager", "swapped", "native"])
+def test_a_wrong_linear_layer_fails_its_gate(wrong):
+    inputs = linear_inputs(LinearProblem(7, 12, 20), 1)[0]
+    calls, want = linear_implementations(), linear_answer(inputs)
+    assert gate(wrong, calls[wrong], inputs, want, None)["passed"]
+    other = replace(inputs, x=inputs.x.flip(0))
+    assert not gate(wrong, lambda _: calls[wrong](other), inputs, want, None)["passed"]
+
+
 def test_the_work_of_attention_is_what_its_tokens_see():
     problem = AttentionProblem(9, 5, 2, 3)
     layout = attention_inputs(problem, torch.device("cpu"), torch.float32, 1)[0].layout
@@ -380,7 +405,7 @@ def test_types_are_those_that_the_machine_is_fast_in(multiplies, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies)
     cpu, gpu, both = torch.device("cpu"), torch.device("cuda"), ("float32", "bfloat16")
     found = {op: [kernels.dtypes_of(op, KernelBench(), device) for device in (cpu, gpu)] for op in kernels.OPS}
-    assert found.pop("pair_loss") == [("float32",)] * 2
+    assert found.pop("pair_loss") == found.pop("linear") == [("float32",)] * 2
     assert found.pop("adamw") == [both] * 2
     assert found.pop("norm") == found.pop("gate") == [both, ("bfloat16",)]
     here = both if multiplies else ("float32",)

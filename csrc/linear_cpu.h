@@ -1,0 +1,90 @@
+// A few rows times a weight, as decoding makes them. A library packs the weight for every product, which takes as long as
+// the product; here it is read where it stands, once.
+#pragma once
+
+#include "gemm.h"
+
+namespace bpo {
+
+constexpr int64_t kChunk = 512;       // of a panel's chunk, to stay in L1
+constexpr int64_t kWeightRows = 96 / kRows * kRows;  // of a block, whose chunk stays in L2
+constexpr int64_t kGroup = 16;                       // panels whose sums stay in L2
+
+// out = x weight^T + bias, row by row; each number is one chain over k, chunk by chunk.
+struct Linear {
+  const float *x, *weight, *bias;  // [num_rows, width], [num_out, width], [num_out] or null
+  float* out;                      // [num_rows, num_out]
+  int64_t num_rows, width, num_out;
+
+  int64_t num_panels() const { return (num_rows + kPanel - 1) / kPanel; }
+  int64_t panel_size() const { return width * kPanel; }
+};
+
+// Rows [count, width] -> a panel [width][kPanel]; lanes past `count` are zero.
+inline void pack_panel(const float* rows, int64_t count, int64_t width, float* panel) {
+  for (int64_t lane = 0; lane < kPanel; lane += 4) {
+    const float* four = rows + lane * width;
+    int64_t k = 0;
+    if (lane + 4 <= count)
+      for (; k + 4 <= width; k += 4) transpose4(four + k, width, panel + k * kPanel + lane, kPanel);
+    for (; k < width; ++k)
+      for (int64_t i = 0; i < 4; ++i) panel[k * kPanel + lane + i] = lane + i < count ? four[i * width + k] : 0.0f;
+  }
+}
+
+// Sums of a block [rows][kPanel] -> its columns of the rows [count, num_out] at `out`.
+inline void write_block(const float* sums, int64_t rows, int64_t count, float* out, int64_t num_out) {
+  for (int64_t lane = 0; lane < count; lane += 4) {
+    int64_t v = 0;
+    if (lane + 4 <= count)
+      for (; v + 4 <= rows; v += 4) transpose4(sums + v * kPanel + lane, kPanel, out + lane * num_out + v, num_out);
+    for (; v < rows; ++v)
+      for (int64_t i = lane; i < std::min(lane + 4, count); ++i) out[i * num_out + v] = sums[v * kPanel + i];
+  }
+}
+
+// A thread's memory for so many numbers; what it held before is lost.
+inline float* scratch(int64_t count) {
+  thread_local Buffer room;
+  thread_local int64_t size = 0;
+  if (count > size) room = make_buffer(size = count);
+  return room.get();
+}
+
+// The columns [begin, end) of the output; `begin` is a whole tile of the weight.
+inline void linear_columns(const Linear& a, const float* panels, int64_t begin, int64_t end) {
+  const int64_t num_panels = a.num_panels(), most = std::min(num_panels, kGroup), block_size = kWeightRows * kPanel;
+  const bool standing = rows_stand<Floats>(a.weight, a.width, num_panels);
+  float* sums = scratch(most * block_size + (standing ? kRows : kWeightRows) * kChunk);
+  float* left = sums + most * block_size;
+  for (int64_t first = begin; first < end; first += kWeightRows) {
+    const int64_t rows = std::min(kWeightRows, end - first), whole = standing ? rows / kRows * kRows : 0;
+    for (int64_t group = 0; group < num_panels; group += kGroup) {
+      const int64_t last = std::min(group + kGroup, num_panels);
+      for (int64_t k = 0; k < a.width; k += kChunk) {
+        const int64_t depth = std::min(kChunk, a.width - k);
+        const float* from = a.weight + first * a.width + k;
+        for (int64_t v = whole; v < rows; v += kRows)
+          pack_left(from + v * a.width, a.width, static_cast<int>(std::min<int64_t>(kRows, rows - v)), depth,
+                    left + (v - whole) * depth);
+        for (int64_t p = group; p < last; ++p) {
+          const float* b = panels + p * a.panel_size() + k * kPanel;
+          float* c = sums + (p - group) * block_size;
+          for (int64_t v = 0; v < whole; v += kRows)
+            tile_of_rows<Floats>(from + v * a.width, a.width, b, depth, c + v * kPanel, kPanel, p == 0, k > 0);
+          for (int64_t v = whole; v < rows; v += kRows)
+            tile<Floats>(left + (v - whole) * depth, b, depth, c + v * kPanel, kPanel, k > 0);
+        }
+      }
+      for (int64_t p = group; p < last; ++p) {
+        float* c = sums + (p - group) * block_size;
+        for (int64_t v = 0; a.bias && v < rows; ++v)
+          for (int64_t i = 0; i < kPanel; ++i) c[v * kPanel + i] += a.bias[first + v];
+        const int64_t row = p * kPanel, count = std::min<int64_t>(kPanel, a.num_rows - row);
+        write_block(c, rows, count, a.out + row * a.num_out + first, a.num_out);
+      }
+    }
+  }
+}
+
+}  // namespace bpo

@@ -1,0 +1,62 @@
+"""A linear layer whose rows do not depend on each other's company, for the few rows of a decoding step."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bpo_fast_kernels.backends import pick_backend
+from bpo_fast_kernels.checks import require
+
+
+def rowwise_linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The naive twin of `rowwise_linear`, in the type of its inputs."""
+    return F.linear(x, weight, bias)
+
+
+def rowwise_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight.T + bias, natively on the CPU.
+
+    A number is one chain of multiply-adds, in the same order in any batch: a row's bits do not depend on how many rows
+    there are, or on which. Libraries pack the weight for every product, which takes as long as a product of 64 rows;
+    here it is read where it stands. No gradients.
+
+    Args:
+        x: [..., K] float32.
+        weight: [N, K] float32.
+        bias: [N] float32, or None.
+
+    Returns:
+        [..., N] float32.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, or native code cannot be built here.
+    """
+    if not _fits(x, weight, bias):
+        _say_why(x, weight, bias)
+    native: Any = pick_backend("native", x.device)
+    num_out, width = weight.shape
+    rows = x.detach().reshape(-1, width).contiguous()
+    bias = None if bias is None else bias.detach().contiguous()
+    panels, out = rows.new_empty(native.padded_rows(len(rows)), width), rows.new_empty(len(rows), num_out)
+    native.ops.linear(rows, weight.detach().contiguous(), bias, panels, out)
+    return out.view(*x.shape[:-1], num_out)
+
+
+def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether `_say_why` says nothing: its messages take longer to make than a small product."""
+    good = x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32
+    good = good and x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1] > 0
+    return good and (bias is None or (bias.is_cpu and bias.dtype == torch.float32 and bias.shape == weight.shape[:1]))
+
+
+def _say_why(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    require(x.dim() > 0, "x.shape", list(x.shape), "expected rows")
+    require(weight.dim() == 2, "weight.shape", list(weight.shape), "expected [N, K]")
+    num_out, width = weight.shape
+    require(width > 0, "weight.shape", [num_out, width], "expected one column at least")
+    shapes = [("x", x, [*x.shape[:-1], width]), ("weight", weight, [num_out, width])]
+    for name, tensor, shape in shapes if bias is None else [*shapes, ("bias", bias, [num_out])]:
+        require(list(tensor.shape) == shape, f"{name}.shape", list(tensor.shape), f"expected {shape}")
+        require(tensor.dtype == torch.float32, f"{name}.dtype", tensor.dtype, "expected torch.float32")
+        require(tensor.device.type == "cpu", f"{name}.device", tensor.device, "expected cpu")
