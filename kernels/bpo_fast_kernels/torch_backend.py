@@ -33,12 +33,10 @@ class Sweep:
 
 
 def mm_f32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b accumulated and returned in float32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
+    """a @ b accumulated and returned in float32, under autocast too, which leaves a product alone that has its output."""
+    if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return torch.mm(a.float(), b.float(), out=a.new_empty(len(a), b.shape[1], dtype=torch.float32))
 
 
 def add_mm_f32_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
