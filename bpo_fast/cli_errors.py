@@ -43,6 +43,8 @@ def names_output() -> Iterator[None]:
 
     What a model says need not fit the terminal's encoding: it is escaped.
     """
+    if sys.stdout is None:  # closed by whoever started the process
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         old = sys.stdout
         sys.stdout = StandardOutput(
@@ -52,15 +54,21 @@ def names_output() -> Iterator[None]:
             line_buffering=old.line_buffering,
             write_through=old.write_through,
         )
+    ended: SystemExit | None = None
     try:
         try:
             yield
+        except SystemExit as error:
+            ended = error
+            raise
         finally:
             sys.stdout.flush()
     except OSError as error:
         if error.filename != STANDARD_OUTPUT:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter tries again to write what is left
+        if ended and ended.code:  # the command has failed before, and has said so
+            raise ended from None
         if error.errno == errno.EPIPE:
             raise SystemExit(1) from None
         print(f"error: {STANDARD_OUTPUT}: {error.strerror}", file=sys.stderr)

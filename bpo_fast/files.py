@@ -28,7 +28,8 @@ def write_atomic(path: Path, text: str) -> None:
 
 def check_writable(path: Path) -> None:
     """OSError, naming `path`, if it could not be made: said before long work, rather than after it."""
-    above = next(p for p in path.absolute().parents if p.exists())
+    with errors_name(path):
+        above = next(p for p in path.absolute().parents if p.exists())
     number = errno.EACCES if above.is_dir() else errno.ENOTDIR
     if number == errno.ENOTDIR or not os.access(above, os.W_OK | os.X_OK):
         raise OSError(number, os.strerror(number), str(path))

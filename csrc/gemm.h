@@ -94,10 +94,9 @@ void tile_of_parts(const typename Op::Word* const* parts, int64_t count, int64_t
 // for on the way, if `ahead`.
 template <class Op>
 void tile_of_rows(const typename Op::Word* rows, int64_t stride, const typename Op::Word* b, int64_t depth, float* c, int64_t ldc,
-                  bool ahead, bool accumulate = false) {
+                  bool ahead) {
   constexpr int64_t kLine = 64 / sizeof(typename Op::Word);
   Tile<Op> t;
-  if (accumulate) t.read(c, ldc);
   const auto* next = rows + kRows * stride;
   for (int64_t k = 0; k < depth; ++k) {
     if (ahead && k % kLine < kRows) __builtin_prefetch(next + k % kLine * stride + k / kLine * kLine);

@@ -1,16 +1,17 @@
-// A few rows times a weight, as decoding makes them. A library packs the weight for every product, which takes as long as
-// the product; here it is read where it stands, once.
+// A few rows times a weight, as decoding makes them. A library packs the weight for every product, which takes as long as a
+// product of 64 rows; here it is read where it stands, unless its rows fall on the same sets of a cache.
 #pragma once
 
 #include "gemm.h"
 
 namespace bpo {
 
-constexpr int64_t kChunk = 512;       // of a panel's chunk, to stay in L1
+constexpr int64_t kChunk = 4096 / kPanel;           // numbers of a row behind one visit to a tile: a panel's are half of L1
 constexpr int64_t kWeightRows = 96 / kRows * kRows;  // of a block, whose chunk stays in L2
 constexpr int64_t kGroup = 16;                       // panels whose sums stay in L2
 
-// out = x weight^T + bias, row by row; each number is one chain over k, chunk by chunk.
+// out = x weight^T + bias. A number is the sum of its chunks, each one chain over k: it depends on no other row, and errors
+// grow with the length of a chunk.
 struct Linear {
   const float *x, *weight, *bias;  // [num_rows, width], [num_out, width], [num_out] or null
   float* out;                      // [num_rows, num_out]
@@ -43,20 +44,14 @@ inline void write_block(const float* sums, int64_t rows, int64_t count, float* o
   }
 }
 
-// A thread's memory for so many numbers; what it held before is lost.
-inline float* scratch(int64_t count) {
-  thread_local Buffer room;
-  thread_local int64_t size = 0;
-  if (count > size) room = make_buffer(size = count);
-  return room.get();
-}
-
 // The columns [begin, end) of the output; `begin` is a whole tile of the weight.
 inline void linear_columns(const Linear& a, const float* panels, int64_t begin, int64_t end) {
-  const int64_t num_panels = a.num_panels(), most = std::min(num_panels, kGroup), block_size = kWeightRows * kPanel;
+  constexpr int64_t kBlock = kWeightRows * kPanel;
+  thread_local const Buffer room = make_buffer(kGroup * kBlock + kWeightRows * kChunk);
+  float *sums = room.get(), *left = sums + kGroup * kBlock;
+  alignas(64) float part[kRows * kPanel];
+  const int64_t num_panels = a.num_panels();
   const bool standing = rows_stand<Floats>(a.weight, a.width, num_panels);
-  float* sums = scratch(most * block_size + (standing ? kRows : kWeightRows) * kChunk);
-  float* left = sums + most * block_size;
   for (int64_t first = begin; first < end; first += kWeightRows) {
     const int64_t rows = std::min(kWeightRows, end - first), whole = standing ? rows / kRows * kRows : 0;
     for (int64_t group = 0; group < num_panels; group += kGroup) {
@@ -69,15 +64,19 @@ inline void linear_columns(const Linear& a, const float* panels, int64_t begin, 
                     left + (v - whole) * depth);
         for (int64_t p = group; p < last; ++p) {
           const float* b = panels + p * a.panel_size() + k * kPanel;
-          float* c = sums + (p - group) * block_size;
-          for (int64_t v = 0; v < whole; v += kRows)
-            tile_of_rows<Floats>(from + v * a.width, a.width, b, depth, c + v * kPanel, kPanel, p == 0, k > 0);
-          for (int64_t v = whole; v < rows; v += kRows)
-            tile<Floats>(left + (v - whole) * depth, b, depth, c + v * kPanel, kPanel, k > 0);
+          float* c = sums + (p - group) * kBlock;
+          for (int64_t v = 0; v < rows; v += kRows, c += kRows * kPanel) {
+            float* to = k == 0 ? c : part;
+            if (v < whole)
+              tile_of_rows<Floats>(from + v * a.width, a.width, b, depth, to, kPanel, p == group);
+            else
+              tile<Floats>(left + (v - whole) * depth, b, depth, to, kPanel, false);
+            for (int64_t i = 0; k > 0 && i < kRows * kPanel; i += kLanes) store(c + i, load(c + i) + load(part + i));
+          }
         }
       }
       for (int64_t p = group; p < last; ++p) {
-        float* c = sums + (p - group) * block_size;
+        float* c = sums + (p - group) * kBlock;
         for (int64_t v = 0; a.bias && v < rows; ++v)
           for (int64_t i = 0; i < kPanel; ++i) c[v * kPanel + i] += a.bias[first + v];
         const int64_t row = p * kPanel, count = std::min<int64_t>(kPanel, a.num_rows - row);

@@ -327,8 +327,8 @@ void attend_decoded(Tensor q, Tensor prompt_k, Tensor prompt_v, Tensor bounds, T
 
 // Float, contiguous; `panels` has room for x in whole panels.
 void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor panels, Tensor out) {
-  const bpo::Linear a = {floats(x),   floats(weight), bias ? floats(*bias) : nullptr, floats(out),
-                         x.size(0), x.size(1),      weight.size(0)};
+  const bpo::Linear a = {floats(x), floats(weight), bias ? floats(*bias) : nullptr, floats(out), x.size(0), x.size(1),
+                         weight.size(0)};
   torch::stable::parallel_for(0, a.num_panels(), 4, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
       bpo::pack_panel(a.x + p * a.panel_size(), a.num_rows - p * bpo::kPanel, a.width, floats(panels) + p * a.panel_size());

@@ -1,6 +1,8 @@
 """The benches of steps and loops on a toy: every number is there, and rows of other runs stay."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -118,6 +120,11 @@ def test_who_fails_leaves_a_reason_and_the_others_go_on(tmp_path):
     assert not any(key.endswith("/trl") for key in row)
     assert line(row).endswith(f"; trl failed ({found['trl']['failed']})")
     contenders.check_ours([row])
+    one = contestants["full"]
+    one.start()
+    os.kill(one._process.pid, signal.SIGKILL)
+    with pytest.raises(contenders.ContenderFailed, match=r"^killed, as the system does when memory runs out$"):
+        one.block()
     row = compare(found, "trl", ("full",), runs=1, lengths="tldr", form="full")
     assert line(row).startswith("tldr full: ours failed (exit code 1: ")
     with pytest.raises(ValueError, match=r"^bench\.lengths = tldr, bench\.form = full: ours failed, exit code 1: "):

@@ -134,6 +134,28 @@ def test_standard_output_that_nobody_reads_is_no_error_to_speak_of():
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+@pytest.mark.parametrize(("arguments", "code"), [(("knobs",), 0), (("report", "nowhere"), 2)])
+def test_a_closed_standard_output_changes_no_exit_code(arguments, code):
+    command = [sys.executable, "-m", "bpo_fast", *arguments]
+    done = subprocess.run(command, preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE, text=True)
+    assert done.returncode == code
+    assert done.stderr.count("\n") == (0 if code == 0 else 1)
+
+
+def test_a_command_that_failed_keeps_its_code_where_its_output_fails_too(tmp_path):
+    code = "import sys; from bpo_fast.cli_errors import names_output\n"
+    code += "with names_output():\n    print('some text'); sys.exit(130)"
+    with (tmp_path / "out").open("w") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONUNBUFFERED": ""},
+            stdout=out,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4, 4)),
+        )
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
 def test_no_arguments_show_the_help():
     code, out, err = call()
     assert code == 2

@@ -9,6 +9,7 @@ import os
 import queue
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -197,6 +198,8 @@ class Contender:
             if name == key:
                 return value
         code = self._process.wait()
+        if code == -signal.SIGKILL:
+            raise ContenderFailed("killed, as the system does when memory runs out")
         self._messages.seek(0)
         lines = [line for line in self._messages.read().splitlines() if line.strip()]
         # an exception's first line, of perhaps many
@@ -417,12 +420,15 @@ def run_rows(
     Raises:
         ValueError: an unknown name, a peer that is not installed, or ours failed.
     """
+    from bpo_fast.allocator import give_back_freed_memory
+
     check_names(options, known)
     options, rows = resolved(options), []
     assert options.shape, "resolved() has set it"
     assert options.dtype, "resolved() has set it"
     with tempfile.TemporaryDirectory() as folder:
         make_model(options.shape, Path(folder), options.dtype)
+        give_back_freed_memory()  # the contenders need it
         for lengths in options.lengths:
             for forms in groups:
                 new = measure_forms(options, lengths, forms, folder)

@@ -1,7 +1,6 @@
 """`bpo-fast bench kernels`: the fused operators against plain PyTorch and their peers, correctness first."""
 
 import contextlib
-import ctypes
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ import torch
 from bpo_fast_kernels.backends import BackendUnavailable, pick_backend
 from bpo_fast_kernels.triton_config import INTERPRETED, with_tile
 
+from bpo_fast.allocator import give_back_freed_memory
 from bpo_fast.doctor import command_output, environment
 from bpo_fast.files import write_atomic
 from bpo_fast_bench.contenders import LENGTHS
@@ -79,10 +79,9 @@ GPU_SHAPES = ((4096, 2048, 128256), (4096, 4096, 128256))
 QUICK_SHAPES = ((128, 64, 4000),)
 ATTENTION_HEADS = {"cpu": 4, "cuda": 16}
 QUICK_ATTENTION_SHAPES = ((24, 9, 2),)
-# of a model of 2 million parameters and of Qwen2.5-0.5B
-LINEAR_SHAPES = tuple(
-    (rows, *shape) for shape in ((192, 512), (896, 896), (896, 4864), (4864, 896)) for rows in (32, 256)
-)
+# of a model of 2 million parameters and of Qwen2.5-0.5B; the last has the rows of prompts
+LINEAR_LAYERS = ((192, 512), (896, 896), (896, 4864), (4864, 896))
+LINEAR_SHAPES = (*((rows, *layer) for layer in LINEAR_LAYERS for rows in (32, 256)), (2048, 896, 896))
 QUICK_LINEAR_SHAPES = ((5, 33, 48),)
 TRUNK_SHAPES = {
     "cpu": ((1024, 256), (1024, 672), (4096, 1024)),
@@ -335,7 +334,7 @@ def extra_mib(call: Implementation, inputs: AnyInputs, device: torch.device) -> 
     # "5" resets the kernel's peak counter.
     with contextlib.suppress(BackendUnavailable):
         pick_backend("native", device).release()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     call(inputs)

@@ -107,7 +107,7 @@ class HfEngine:
         try:
             for member in sorted({r.member for r in requests}, key=lambda m: -1 if m is None else m):
                 mine = [i for i, r in enumerate(requests) if r.member == member]
-                with torch.inference_mode(), self._view(member), rowwise_linears(self._model):
+                with torch.inference_mode(), self._view(member):
                     for start in range(0, len(mine), num_rows):
                         batch = mine[start : start + num_rows]
                         sampled = self._decode([requests[i] for i in batch], params, stop)
@@ -144,15 +144,16 @@ class HfEngine:
     ) -> list[tuple[tuple[int, ...], tuple[float, ...] | None]]:
         head = self._head and (self._head, head_weight(self._model))
         choose = Chooser([r.seed for r in requests], params, self._model.device, head)
-        sampled = decode(
-            self._model,
-            [r.prompt.ids for r in requests],
-            choose,
-            ended=lambda ids: ids[-1] in self._eos_ids or stop.found(ids),
-            max_new_tokens=params.max_new_tokens,
-            pad_id=self._pad_id,
-            shared=choose.reads_hidden and self._shares_rows,
-        )
+        with rowwise_linears(self._model):
+            sampled = decode(
+                self._model,
+                [r.prompt.ids for r in requests],
+                choose,
+                ended=lambda ids: ids[-1] in self._eos_ids or stop.found(ids),
+                max_new_tokens=params.max_new_tokens,
+                pad_id=self._pad_id,
+                shared=choose.reads_hidden and self._shares_rows,
+            )
         if not choose.finite:
             raise RuntimeError("the policy's logits are NaN or infinite: nothing can be sampled from it")
         return [(tuple(ids), tuple(logps) if params.logps else None) for ids, logps in sampled]
@@ -160,7 +161,7 @@ class HfEngine:
 
 @contextmanager
 def rowwise_linears(model: Any) -> Iterator[None]:
-    """Inside, the linear layers of a float32 trunk on a CPU are `rowwise_linear`, whatever adapters they have."""
+    """Inside, the linear layers of a float32 trunk on a CPU are `rowwise_linear`; their adapters have been merged."""
     kept: dict[nn.Linear, Any] = {}
     if model.device.type == "cpu" and model.dtype == torch.float32 and has_native():
         linears = (module for module in trunk_of(model).modules() if isinstance(module, nn.Linear))

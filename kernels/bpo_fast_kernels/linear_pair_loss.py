@@ -127,7 +127,8 @@ def linear_pair_loss(
     if low_rank is not None:
         check_low_rank(low_rank, weight, mode)
         trained = low_rank.b
-        hidden = torch.cat([hidden, F.linear(hidden, low_rank.a) * low_rank.scale], dim=1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = torch.cat([hidden, F.linear(hidden, low_rank.a) * low_rank.scale], dim=1)
         weight = torch.cat([weight, low_rank.b.detach()], dim=1)
     check_cu_seqlens(cu_seqlens, hidden, paired=True)
     check_loss(loss, beta, label_smoothing)

@@ -17,9 +17,9 @@ def rowwise_linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.
 def rowwise_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias, natively on the CPU.
 
-    A number is one chain of multiply-adds, in the same order in any batch: a row's bits do not depend on how many rows
-    there are, or on which. Libraries pack the weight for every product, which takes as long as a product of 64 rows;
-    here it is read where it stands. No gradients.
+    A number is summed in the same order in any batch: a row's bits do not depend on how many rows there are, on which,
+    or on the threads. Libraries pack the weight for every product, which takes as long as a product of 64 rows; here it
+    is read where it stands. No gradients.
 
     Args:
         x: [..., K] float32.
@@ -31,6 +31,8 @@ def rowwise_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
     Raises:
         ValueError: a wrong shape, dtype or device, or native code cannot be built here.
+
+    Promise: within 1e-6 of the largest number of the result of float64 on the same inputs.
     """
     if not _fits(x, weight, bias):
         _say_why(x, weight, bias)
@@ -38,7 +40,8 @@ def rowwise_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     num_out, width = weight.shape
     rows = x.detach().reshape(-1, width).contiguous()
     bias = None if bias is None else bias.detach().contiguous()
-    panels, out = rows.new_empty(native.padded_rows(len(rows)), width), rows.new_empty(len(rows), num_out)
+    out = rows.new_empty(len(rows), num_out)
+    panels = rows.new_empty(native.padded_rows(len(rows)), width)  # on top of what stays: its memory is free again
     native.ops.linear(rows, weight.detach().contiguous(), bias, panels, out)
     return out.view(*x.shape[:-1], num_out)
 

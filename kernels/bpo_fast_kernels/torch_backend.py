@@ -33,7 +33,7 @@ class Sweep:
 
 
 def mm_f32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b accumulated and returned in float32, under autocast too, which leaves a product alone that has its output."""
+    """a @ b accumulated and returned in float32, by products that autocast passes over: they are given their output."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float(), out=a.new_empty(len(a), b.shape[1], dtype=torch.float32))

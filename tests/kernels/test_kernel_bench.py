@@ -320,7 +320,7 @@ def test_linear_layers_are_measured_on_a_cpu():
     shapes, options = ((7, 12, 20), (3, 8, 9)), {"ops": ("linear",)}
     found = kernels.problems(KernelBench(**options, shapes=shapes), torch.device("cpu"))
     assert found == [LinearProblem(*shape) for shape in shapes]
-    assert len(kernels.problems(KernelBench(**options), torch.device("cpu"))) == 8
+    assert len(kernels.problems(KernelBench(**options), torch.device("cpu"))) == 9
     assert kernels.problems(KernelBench(**options, shapes=shapes), torch.device("cuda")) == []
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bpo_fast_kernels import gated, linear_pair_loss, linear_token_logps, pair_loss, rms_norm
+from bpo_fast_kernels import LowRank, gated, linear_pair_loss, linear_token_logps, pair_loss, rms_norm
 from cases import offsets, random_case
 
 
@@ -18,8 +18,9 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("mode", ["store", "recompute"])
-def test_autocast_changes_no_bit_of_log_probs(backend, mode):
-    case = random_case(33, 48, 301, spread=3.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_changes_no_bit_of_log_probs(backend, mode, dtype):
+    case = random_case(33, 48, 301, spread=3.0, dtype=dtype)
 
     def logps(hidden, weight):
         return linear_token_logps(hidden, weight, case.targets, mode=mode, backend=backend)
@@ -55,6 +56,21 @@ def test_autocast_changes_no_bit_of_a_step(backend):
     expected = gradients(loss, case.hidden, case.weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert_equal(gradients(loss, case.hidden, case.weight), expected)
+
+
+def test_autocast_changes_no_bit_of_a_trained_delta():
+    case, bounds = random_case(24, 16, 97, spread=3.0), offsets([5, 7, 6, 6])
+    a, b = torch.randn(3, 16), torch.randn(97, 3)
+
+    def loss(hidden, a, b):
+        delta = LowRank(a, b, 0.5)
+        return linear_pair_loss(hidden, case.weight, case.targets, bounds, torch.zeros(4), low_rank=delta)[0]
+
+    expected = gradients(loss, case.hidden, a, b)
+    leaves = [leaf.clone().requires_grad_() for leaf in (case.hidden, a, b)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = loss(*leaves)
+    assert_equal((out.detach(), *torch.autograd.grad(out, leaves)), expected)
 
 
 @pytest.mark.parametrize("operator", steps())

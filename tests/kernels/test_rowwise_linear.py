@@ -5,9 +5,9 @@ import torch
 from bpo_fast_kernels import rowwise_linear
 from bpo_fast_kernels.rowwise_linear import rowwise_linear_reference
 
-# 16 or 32 rows are a panel, 16 panels a group; 96 or 84 outputs a block of tiles of 6 or 14; 512 numbers a chunk
+# 16 or 32 rows are a panel, 16 panels a group; 96 or 84 outputs a block of tiles of 6 or 14; 256 or 128 numbers a chunk
 SHAPES = [(0, 5, 7), (1, 1, 1), (1, 7, 5), (3, 513, 97), (15, 4, 84), (16, 16, 96), (17, 18, 98), (33, 1024, 100)]
-SHAPES += [(70, 1537, 13), (257, 33, 29), (513, 12, 200), (600, 515, 3), (4, 3, 0)]
+SHAPES += [(70, 1537, 13), (257, 33, 29), (513, 12, 200), (600, 515, 3), (4, 3, 0), (9, 4864, 20)]
 
 
 def parts(rows, width, num_out):
@@ -23,7 +23,7 @@ def test_it_is_the_linear_layer(shape, biased):
     out = rowwise_linear(x, weight, bias)
     wide = rowwise_linear_reference(x.double(), weight.double(), None if bias is None else bias.double())
     assert (out.dtype, out.shape) == (torch.float32, wide.shape)
-    most = 1e-6 * (1 + shape[1]) ** 0.5 * float(wide.abs().max()) if wide.numel() else 0.0
+    most = 1e-6 * float(wide.abs().max()) if wide.numel() else 0.0
     assert torch.allclose(out.double(), wide, rtol=0, atol=most)
 
 
