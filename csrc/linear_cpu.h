@@ -6,7 +6,7 @@
 
 namespace bpo {
 
-constexpr int64_t kChunk = 4096 / kPanel;           // numbers of a row behind one visit to a tile: a panel's are half of L1
+constexpr int64_t kChunk = 4096 / kPanel;            // numbers of a row behind one visit to a tile: a panel's are half of L1
 constexpr int64_t kWeightRows = 96 / kRows * kRows;  // of a block, whose chunk stays in L2
 constexpr int64_t kGroup = 16;                       // panels whose sums stay in L2
 
