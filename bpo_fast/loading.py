@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 
 from bpo_fast.allocator import open_arena
 
@@ -109,6 +110,11 @@ def trunk_of(model: Any) -> Any:
 def move_(model: Any, device: torch.device) -> None:
     """Puts a model on a device; the types of transformers' own `to` fit no call of it."""
     model.to(device)
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear layer whose class has no forward of its own, such as a quantised one's."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def head_weight(model: Any) -> torch.Tensor:

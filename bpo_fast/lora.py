@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bpo_fast.config import full_path
+from bpo_fast.loading import is_plain_linear
 
 ADAPTER_FILE = "adapter_config.json"
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal")  # of PEFT's names, those that leave the base as it is
@@ -276,7 +277,7 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, *, in_place: bool) ->
 
 def _weight_of(linear: nn.Module) -> Callable[[], tuple[Tensor, Tensor | None]] | None:
     """What gives a layer's weight [out, in] and bias; None for a layer with a forward of its own."""
-    if isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward:
+    if is_plain_linear(linear):
         return lambda: (linear.weight, linear.bias)
     if isinstance(linear, Conv1D) and type(linear).forward is Conv1D.forward:
         return lambda: (linear.weight.T, linear.bias)

@@ -149,20 +149,6 @@ void pack_heads_across(const A& a, const PromptGroup& g, const Heads<typename A:
   }
 }
 
-// [rows][columns], `stride` apart -> its transpose, `apart`.
-template <class W>
-void transpose(const W* src, int64_t stride, int64_t rows, int64_t columns, W* dst, int64_t apart) {
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    int64_t j = 0;
-    for (; j + 4 <= columns; j += 4) transpose4(src + i * stride + j, stride, dst + j * apart + i, apart);
-    for (; j < columns; ++j)
-      for (int64_t k = i; k < i + 4; ++k) dst[j * apart + k] = src[k * stride + j];
-  }
-  for (; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) dst[j * apart + i] = src[i * stride + j];
-}
-
 // Rows of queries -> [words of D][kPanel], the right operand along D; lanes past the end are zero. `room` is scratch of kPanel
 // rows of words.
 template <class A>

@@ -135,6 +135,20 @@ void transpose4(const W* src, int64_t stride, W* dst, int64_t apart = kRows) {
   for (int k = 0; k < 4; ++k) std::memcpy(dst + k * apart, &out[k], sizeof(Quad));
 }
 
+// [rows][columns], `stride` apart -> its transpose, `apart`.
+template <class W>
+void transpose(const W* src, int64_t stride, int64_t rows, int64_t columns, W* dst, int64_t apart) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    int64_t j = 0;
+    for (; j + 4 <= columns; j += 4) transpose4(src + i * stride + j, stride, dst + j * apart + i, apart);
+    for (; j < columns; ++j)
+      for (int64_t k = i; k < i + 4; ++k) dst[j * apart + k] = src[k * stride + j];
+  }
+  for (; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) dst[j * apart + i] = src[i * stride + j];
+}
+
 // Words [rows][depth], `stride` apart -> one tile [depth][kRows], the left operand when k runs along a row; rows past the
 // end are zero.
 template <class W>

@@ -23,25 +23,8 @@ struct Linear {
 
 // Rows [count, width] -> a panel [width][kPanel]; lanes past `count` are zero.
 inline void pack_panel(const float* rows, int64_t count, int64_t width, float* panel) {
-  for (int64_t lane = 0; lane < kPanel; lane += 4) {
-    const float* four = rows + lane * width;
-    int64_t k = 0;
-    if (lane + 4 <= count)
-      for (; k + 4 <= width; k += 4) transpose4(four + k, width, panel + k * kPanel + lane, kPanel);
-    for (; k < width; ++k)
-      for (int64_t i = 0; i < 4; ++i) panel[k * kPanel + lane + i] = lane + i < count ? four[i * width + k] : 0.0f;
-  }
-}
-
-// Sums of a block [rows][kPanel] -> its columns of the rows [count, num_out] at `out`.
-inline void write_block(const float* sums, int64_t rows, int64_t count, float* out, int64_t num_out) {
-  for (int64_t lane = 0; lane < count; lane += 4) {
-    int64_t v = 0;
-    if (lane + 4 <= count)
-      for (; v + 4 <= rows; v += 4) transpose4(sums + v * kPanel + lane, kPanel, out + lane * num_out + v, num_out);
-    for (; v < rows; ++v)
-      for (int64_t i = lane; i < std::min(lane + 4, count); ++i) out[i * num_out + v] = sums[v * kPanel + i];
-  }
+  if (count < kPanel) std::fill_n(panel, width * kPanel, 0.0f);
+  transpose(rows, width, std::min<int64_t>(count, kPanel), width, panel, kPanel);
 }
 
 // The columns [begin, end) of the output; `begin` is a whole tile of the weight.
@@ -80,7 +63,7 @@ inline void linear_columns(const Linear& a, const float* panels, int64_t begin, 
         for (int64_t v = 0; a.bias && v < rows; ++v)
           for (int64_t i = 0; i < kPanel; ++i) c[v * kPanel + i] += a.bias[first + v];
         const int64_t row = p * kPanel, count = std::min<int64_t>(kPanel, a.num_rows - row);
-        write_block(c, rows, count, a.out + row * a.num_out + first, a.num_out);
+        transpose(c, kPanel, rows, count, a.out + row * a.num_out + first, a.num_out);
       }
     }
   }

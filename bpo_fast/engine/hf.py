@@ -16,7 +16,7 @@ from bpo_fast.engine.choose import Chooser, reads_hidden
 from bpo_fast.engine.decode import cache_argument, decode, row_bytes, rows_together, shares_rows, takes_cache
 from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.head import Head
-from bpo_fast.loading import head_weight, trunk_of
+from bpo_fast.loading import head_weight, is_plain_linear, trunk_of
 from bpo_fast.policy import Policy
 from bpo_fast.types import Completion, Prompt
 
@@ -164,8 +164,9 @@ def rowwise_linears(model: Any) -> Iterator[None]:
     """Inside, the linear layers of a float32 trunk on a CPU are `rowwise_linear`; their adapters have been merged."""
     kept: dict[nn.Linear, Any] = {}
     if model.device.type == "cpu" and model.dtype == torch.float32 and has_native():
-        linears = (module for module in trunk_of(model).modules() if isinstance(module, nn.Linear))
-        kept = {linear: vars(linear).get("forward") for linear in linears if _is_plain(linear)}
+        for linear in filter(is_plain_linear, trunk_of(model).modules()):
+            if all(p.dtype == torch.float32 for p in linear.parameters()):
+                kept[linear] = vars(linear).get("forward")
     for linear in kept:
         linear.forward = partial(_by_rows, linear)
     try:
@@ -175,11 +176,6 @@ def rowwise_linears(model: Any) -> Iterator[None]:
             del linear.forward
             if forward is not None:
                 linear.forward = forward
-
-
-def _is_plain(linear: nn.Linear) -> bool:
-    tensors = (linear.weight, *(() if linear.bias is None else (linear.bias,)))
-    return type(linear).forward is nn.Linear.forward and all(t.dtype == torch.float32 for t in tensors)
 
 
 def _by_rows(linear: nn.Linear, input: Tensor) -> Tensor:
