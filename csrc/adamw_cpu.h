@@ -76,8 +76,9 @@ inline float largest(const float* x) {
   return out;
 }
 
-// Ties go to even, as those of torch.round.
-inline float rounded(float x) { return (x + 12582912.0f) - 12582912.0f; }
+// Rounded, ties to even, as those of torch.round. A NaN has the code 0: what a cast makes of it depends on the compiler and
+// the processor.
+inline int8_t code(float x) { return static_cast<int8_t>(x == x ? (x + 12582912.0f) - 12582912.0f : 0.0f); }
 
 inline void step_block(float* __restrict w, float* __restrict m, float* __restrict v, const float* __restrict g, int64_t size,
                        const AdamW& form) {
@@ -121,9 +122,9 @@ void adamw_8bit(Weights<G> weights, CodedMoments moments, const AdamW& form, int
     moments.second_scale[block] = most_squared;
     const float floor = std::max(most, kSmallest), floor_squared = std::max(most_squared, kSmallest);
     for (int64_t i = 0; i < kStepBlock; ++i) {
-      const float code = rounded(cube_root(std::fabs(m[i]) / floor) * 127.0f);
-      first[i] = static_cast<int8_t>(m[i] < 0.0f ? -code : code);
-      second[i] = static_cast<int8_t>(rounded(std::sqrt(std::sqrt(v[i] / floor_squared)) * 127.0f));
+      const float share = cube_root(std::fabs(m[i]) / floor) * 127.0f;
+      first[i] = code(m[i] < 0.0f ? -share : share);
+      second[i] = code(std::sqrt(std::sqrt(v[i] / floor_squared)) * 127.0f);
     }
   }
 }

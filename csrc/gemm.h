@@ -1,8 +1,8 @@
 // One micro-kernel for the three products of the head, and the packing that feeds it.
 //
 // A tile is kRows x kPanel. Its left operand has kRows neighbors at every k and is broadcast; its right operand is a panel
-// [k][kPanel] whose lanes are tokens (logits, dX) or hidden units (dW); k counts words (words.h). Every number is one chain of
-// fused multiply-adds over k in rising order, so a row's result does not depend on the rows beside it.
+// [k][kPanel] whose lanes are tokens (logits, dX) or hidden units (dW); k counts words (words.h). Every number is a sum of chains
+// of fused multiply-adds over k in rising order, so a row's result does not depend on the rows beside it.
 #pragma once
 
 #include <algorithm>
@@ -38,13 +38,6 @@ template <class Op>
 struct Tile {
   Vec sums[kRows][2] = {};
 
-  void read(const float* c, int64_t ldc) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      sums[i][0] = load(c + i * ldc);
-      sums[i][1] = load(c + i * ldc + kLanes);
-    }
-  }
   // One step along k: `a` has kRows words, so far apart.
   void add(const typename Op::Word* a, int64_t apart, const typename Op::Word* b) {
 #pragma GCC unroll 16
@@ -53,12 +46,15 @@ struct Tile {
       sums[i][1] = Op::multiply_add(sums[i][1], a[i * apart], b + kLanes);
     }
   }
-  void write(float* c, int64_t ldc) const {
+  void write(float* c, int64_t ldc, bool accumulate) {
+    if (accumulate) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      store(c + i * ldc, sums[i][0]);
-      store(c + i * ldc + kLanes, sums[i][1]);
+      for (int i = 0; i < kRows; ++i)
+        for (int half = 0; half < 2; ++half) sums[i][half] += load(c + i * ldc + half * kLanes);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+      for (int half = 0; half < 2; ++half) store(c + i * ldc + half * kLanes, sums[i][half]);
   }
 };
 
@@ -66,9 +62,8 @@ struct Tile {
 template <class Op>
 void tile(const typename Op::Word* a, const typename Op::Word* b, int64_t depth, float* c, int64_t ldc, bool accumulate) {
   Tile<Op> t;
-  if (accumulate) t.read(c, ldc);
   for (int64_t k = 0; k < depth; ++k) t.add(a + k * kRows, 1, b + k * kPanel);
-  t.write(c, ldc);
+  t.write(c, ldc, accumulate);
 }
 
 // The same from a left operand in parts [kRows][kWords] that lie `from` words past parts[p]; k runs along their rows, part by
@@ -79,7 +74,6 @@ void tile_of_parts(const typename Op::Word* const* parts, int64_t count, int64_t
   constexpr int64_t kLine = 64 / sizeof(typename Op::Word);
   static_assert(kRows * kWords <= kWords * kLine);
   Tile<Op> t;
-  if (accumulate) t.read(c, ldc);
   for (int64_t p = 0; p < count; ++p) {
     const auto* a = parts[p] + from;
     for (int64_t k = 0; k < kWords; ++k, b += kPanel) {
@@ -87,14 +81,14 @@ void tile_of_parts(const typename Op::Word* const* parts, int64_t count, int64_t
       t.add(a + k, kWords, b);
     }
   }
-  t.write(c, ldc);
+  t.write(c, ldc, accumulate);
 }
 
 // The same from rows of words where they stand, `stride` apart; k runs along them. What the tile below needs of them is asked
 // for on the way, if `ahead`.
 template <class Op>
 void tile_of_rows(const typename Op::Word* rows, int64_t stride, const typename Op::Word* b, int64_t depth, float* c, int64_t ldc,
-                  bool ahead) {
+                  bool accumulate, bool ahead) {
   constexpr int64_t kLine = 64 / sizeof(typename Op::Word);
   Tile<Op> t;
   const auto* next = rows + kRows * stride;
@@ -102,7 +96,7 @@ void tile_of_rows(const typename Op::Word* rows, int64_t stride, const typename 
     if (ahead && k % kLine < kRows) __builtin_prefetch(next + k % kLine * stride + k / kLine * kLine);
     t.add(rows + k, stride, b + k * kPanel);
   }
-  t.write(c, ldc);
+  t.write(c, ldc, accumulate);
 }
 
 // A tile's sums wait in memory or L3: asked for while the tile before is at work, they are there when their turn comes.
@@ -123,15 +117,25 @@ void read_words(const T* row, int64_t width, typename Op::Word* out) {
 
 typedef uint32_t Quad __attribute__((vector_size(16)));
 
+// Lanes of a (0 to 3) and of b (4 to 7).
+template <int... lanes>
+Quad shuffle(Quad a, Quad b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, lanes...);
+#else
+  return __builtin_shuffle(a, b, Quad{lanes...});
+#endif
+}
+
 // Four rows of words at `src` -> their transpose at `dst`, whose rows are `apart`.
 template <class W>
 void transpose4(const W* src, int64_t stride, W* dst, int64_t apart = kRows) {
   Quad r[4];
   for (int i = 0; i < 4; ++i) std::memcpy(&r[i], src + i * stride, sizeof(Quad));
-  const Quad a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-  const Quad c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-  const Quad out[4] = {__builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
-                       __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
+  const Quad a = shuffle<0, 4, 1, 5>(r[0], r[1]), b = shuffle<0, 4, 1, 5>(r[2], r[3]);
+  const Quad c = shuffle<2, 6, 3, 7>(r[0], r[1]), d = shuffle<2, 6, 3, 7>(r[2], r[3]);
+  const Quad out[4] = {shuffle<0, 1, 4, 5>(a, b), shuffle<2, 3, 6, 7>(a, b), shuffle<0, 1, 4, 5>(c, d),
+                       shuffle<2, 3, 6, 7>(c, d)};
   for (int k = 0; k < 4; ++k) std::memcpy(dst + k * apart, &out[k], sizeof(Quad));
 }
 

@@ -15,6 +15,7 @@ namespace bpo {
 constexpr int64_t kPackBytes = 512 * 1024;          // both packed forms of a W block, to stay in L2
 constexpr int64_t kMaxBlock = 112;                  // logits of a block and a panel, to stay in L1
 constexpr int64_t kGroupBytes = 8 * 1024 * 1024;    // X and dX panels of a group, to stay in L3
+constexpr int64_t kChain = 512;                     // words of a row behind one chain of a logit: its error grows with it
 constexpr double kOverflow = 1e30;                  // row sums past this are done again with the largest logit as shift
 
 // `Number` is the inputs' type, `Logits` and `Grads` the words of the products that make logits, and dX and dW.
@@ -86,12 +87,13 @@ struct Panel {
 
 template <class T>
 float dot(const T* a, const T* b, int64_t n) {
-  float part[kPanel] = {};
+  constexpr int kParts = std::max(kPanel, 16);  // the fewer, the longer their chains
+  float part[kParts] = {};
   int64_t k = 0;
-  for (; k + kPanel <= n; k += kPanel)
-    for (int i = 0; i < kPanel; ++i) part[i] += to_float(a[k + i]) * to_float(b[k + i]);
+  for (; k + kParts <= n; k += kParts)
+    for (int i = 0; i < kParts; ++i) part[i] += to_float(a[k + i]) * to_float(b[k + i]);
   double sum = 0;
-  for (int i = 0; i < kPanel; ++i) sum += part[i];
+  for (int i = 0; i < kParts; ++i) sum += part[i];
   for (; k < n; ++k) sum += static_cast<double>(to_float(a[k])) * to_float(b[k]);
   return static_cast<float>(sum);
 }
@@ -238,10 +240,15 @@ struct Block {
   void multiply(const H& h, const Along* tokens, int64_t rows, bool first) {
     const int64_t words = h.row_words(), whole = standing ? rows / kRows * kRows : 0;
     float* out = logits.get();
-    for (int64_t v = 0; v < whole; v += kRows, out += kRows * kPanel)
-      tile_of_rows<typename H::Logits>(rows_standing + v * words, words, tokens, words, out, kPanel, first);
-    for (int64_t v = 0; v < rows - whole; v += kRows, out += kRows * kPanel)
-      tile<typename H::Logits>(along.get() + v * words, tokens, words, out, kPanel, false);
+    for (int64_t v = 0; v < rows; v += kRows, out += kRows * kPanel)
+      for (int64_t k = 0; k < words; k += kChain) {
+        const int64_t depth = std::min(kChain, words - k);
+        const Along* b = tokens + k * kPanel;
+        if (v < whole)
+          tile_of_rows<typename H::Logits>(rows_standing + v * words + k, words, b, depth, out, kPanel, k > 0, first);
+        else
+          tile<typename H::Logits>(along.get() + (v - whole) * words + k * kRows, b, depth, out, kPanel, k > 0);
+      }
   }
 };
 

@@ -6,7 +6,8 @@
 
 namespace bpo {
 
-constexpr int64_t kChunk = 4096 / kPanel;            // numbers of a row behind one visit to a tile: a panel's are half of L1
+// Numbers of a row behind one visit to a tile: a panel's are half of L1 at most, and errors grow with a chain.
+constexpr int64_t kChunk = std::min(4096 / kPanel, 256);
 constexpr int64_t kWeightRows = 96 / kRows * kRows;  // of a block, whose chunk stays in L2
 constexpr int64_t kGroup = 16;                       // panels whose sums stay in L2
 
@@ -32,7 +33,6 @@ inline void linear_columns(const Linear& a, const float* panels, int64_t begin, 
   constexpr int64_t kBlock = kWeightRows * kPanel;
   thread_local const Buffer room = make_buffer(kGroup * kBlock + kWeightRows * kChunk);
   float *sums = room.get(), *left = sums + kGroup * kBlock;
-  alignas(64) float part[kRows * kPanel];
   const int64_t num_panels = a.num_panels();
   const bool standing = rows_stand<Floats>(a.weight, a.width, num_panels);
   for (int64_t first = begin; first < end; first += kWeightRows) {
@@ -49,12 +49,10 @@ inline void linear_columns(const Linear& a, const float* panels, int64_t begin, 
           const float* b = panels + p * a.panel_size() + k * kPanel;
           float* c = sums + (p - group) * kBlock;
           for (int64_t v = 0; v < rows; v += kRows, c += kRows * kPanel) {
-            float* to = k == 0 ? c : part;
             if (v < whole)
-              tile_of_rows<Floats>(from + v * a.width, a.width, b, depth, to, kPanel, p == group);
+              tile_of_rows<Floats>(from + v * a.width, a.width, b, depth, c, kPanel, k > 0, p == group);
             else
-              tile<Floats>(left + (v - whole) * depth, b, depth, to, kPanel, false);
-            for (int64_t i = 0; k > 0 && i < kRows * kPanel; i += kLanes) store(c + i, load(c + i) + load(part + i));
+              tile<Floats>(left + (v - whole) * depth, b, depth, c, kPanel, k > 0);
           }
         }
       }

@@ -64,10 +64,8 @@ void dispatch(const Tensor& t, bool narrow, const F& f) {
       return f(Type<bpo::Head<float, Floats, Floats>>{});
     case ScalarType::BFloat16:
       return f(Type<bpo::Head<bpo::BFloat16, Floats, Floats>>{});
-#if defined(__FLT16_MAX__)
     case ScalarType::Half:
-      return f(Type<bpo::Head<_Float16, Floats, Floats>>{});
-#endif
+      return f(Type<bpo::Head<bpo::Float16, Floats, Floats>>{});
     default:
       STD_TORCH_CHECK(false, "this element type has no native kernel");
   }

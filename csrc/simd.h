@@ -6,18 +6,23 @@
 
 namespace bpo {
 
-// kRows x 2 accumulators + 2 loads + 1 broadcast fill the register file: 31 of 32 with AVX-512, 15 of 16 without.
+// kRows x 2 accumulators + 2 loads + 1 broadcast fill the register file: 31 of 32 with AVX-512, 15 of 16 without. ARM has
+// 32 too; compilers broadcast several words ahead there.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 constexpr int kRows = 14;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 constexpr int kRows = 6;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kRows = 8;
 #else
 constexpr int kLanes = 4;
 constexpr int kRows = 6;
 #endif
 constexpr int kPanel = 2 * kLanes;
+static_assert(kRows <= kPanel);  // room for a panel's rows holds a tile's
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));

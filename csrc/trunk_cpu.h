@@ -78,12 +78,13 @@ struct Activation {
   Vec value, slope;
   explicit Activation(Vec x) {
     constexpr float kTwice = 1.5957691216057308f, kCubic = 0.044715f;  // 2 sqrt(2 / pi)
-    const Vec near = x < -16.0f ? splat(-16.0f) : (x > 16.0f ? splat(16.0f) : x);  // the gate of gelu is open or shut there
+    // the gate of gelu is open or shut past 16
+    const Vec near = kSilu ? x : (x < -16.0f ? splat(-16.0f) : (x > 16.0f ? splat(16.0f) : x));
     const Vec t = kSilu ? x : kTwice * near * (1.0f + kCubic * near * near);
-    const Vec gate = 1.0f / (1.0f + exp(-t));
+    const Vec gate = t < -87.0f ? Vec{} : 1.0f / (1.0f + exp(-t));  // exp ends at e^88, which 1e38 would outweigh
     value = x * gate;
     const Vec steep = kSilu ? splat(1.0f) : kTwice * (1.0f + 3.0f * kCubic * near * near);
-    slope = gate * (1.0f + x * (1.0f - gate) * steep);
+    slope = gate * (1.0f + near * (1.0f - gate) * steep);
   }
 };
 

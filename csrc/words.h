@@ -15,6 +15,10 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+struct Float16 {
+  uint16_t bits;
+};
+
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -22,9 +26,17 @@ inline float to_float(BFloat16 x) {
   std::memcpy(&out, &bits, sizeof(out));
   return out;
 }
-#if defined(__FLT16_MAX__)
-inline float to_float(_Float16 x) { return static_cast<float>(x); }
-#endif
+inline float to_float(Float16 x) {
+  const uint32_t size = x.bits & 0x7fffu;
+  float out = static_cast<float>(size) * 0x1p-24f;  // of a subnormal
+  uint32_t bits;
+  std::memcpy(&bits, &out, sizeof(bits));
+  if (size >= 0x0400) bits = (size << 13) + (112u << 23);  // from a bias of 15 to one of 127
+  if (size >= 0x7c00) bits |= 0x7f800000;                  // infinities and NaN
+  bits |= (x.bits & 0x8000u) << 16;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
 
 // To nearest, ties to even; NaN stays NaN.
 inline BFloat16 to_bfloat16(float x) {

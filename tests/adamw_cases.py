@@ -111,19 +111,31 @@ class Steps:
         return all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
-def assert_alike(found, expected):
-    """Weights and moments to rounding; codes to the tie of a rounding, which moves one by one."""
+def assert_alike(found, expected, *, few=0.0):
+    """Weights and moments to rounding; codes to the tie of a rounding, which moves one by one.
+
+    At the next step that one moves a weight and, where it is the largest of its block, the scale: of 8 bits a share of
+    `few` numbers may be others, of weights up to 2e-3.
+    """
     (weight, state), (wanted, wanted_state) = found, expected
-    torch.testing.assert_close(weight.cpu(), wanted.cpu(), rtol=1e-5, atol=5e-5)
+    few = few if "exp_avg_scale" in wanted_state else 0.0
+    torch.testing.assert_close(weight.cpu(), wanted.cpu(), rtol=1e-5, atol=2e-3 if few else 5e-5)
+
+    def assert_near(own, tensor, name, **limits):
+        off = ~torch.isclose(own, tensor, **limits)
+        assert int(off.sum()) <= few * off.numel(), name
+
+    assert_near(weight.cpu(), wanted.cpu(), "weight", rtol=1e-5, atol=5e-5)
     assert state.keys() == wanted_state.keys()
     for name, tensor in wanted_state.items():
         own, tensor = state[name].cpu(), tensor.cpu()
         assert own.dtype == tensor.dtype, name
+        assert own.shape == tensor.shape, name
         if name == "rounded":
             assert torch.equal(own, weight.cpu().to(own.dtype))
         elif tensor.dtype == torch.int8:
             off = (own.int() - tensor.int()).abs()
-            assert off.numel() == 0 or off.max() <= 1, name
+            assert int((off > 1).sum()) <= few * off.numel(), name
             assert int((off > 0).sum()) <= 2 + 0.01 * off.numel(), name
         else:
-            torch.testing.assert_close(own, tensor, rtol=1e-5, atol=1e-6 if name == "exp_avg" else 0)
+            assert_near(own, tensor, name, rtol=1e-5, atol=1e-6 if name == "exp_avg" else 0)

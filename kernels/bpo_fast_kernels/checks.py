@@ -8,6 +8,7 @@ import torch
 LOSSES = ("dpo", "ipo", "slic")
 MODES = ("auto", "fused", "store", "recompute", "forward")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT32 = torch.finfo(torch.float32)
 NATIVE_FLOATS = (torch.float32, torch.bfloat16)  # of attention, norms and gates on a CPU
 
 
@@ -26,7 +27,7 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor) -> None:
     require(weight.device == hidden.device, "weight.device", weight.device, f"expected {hidden.device}")
     width = hidden.shape[1]
     require(weight.shape[1] == width, "weight.shape", list(weight.shape), f"expected [V, {width}]")
-    require(weight.shape[0] >= 1, "weight.shape", list(weight.shape), "expected at least one row")
+    require(weight.numel() > 0, "weight.shape", list(weight.shape), "expected at least one row and one column")
 
 
 def check_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
@@ -85,15 +86,19 @@ def check_bounds(name: str, bounds: torch.Tensor, count: int, of: str) -> None:
 
 def check_scaling(temperature: float, logit_softcap: float | None) -> None:
     """Check the two scalars that shape the logits."""
-    good = math.isfinite(temperature) and temperature > 0
-    require(good, "temperature", temperature, "expected a finite number above 0")
+    require(_in_float32(temperature), "temperature", temperature, "expected a number above 0 that float32 holds")
     check_softcap("logit_softcap", logit_softcap)
 
 
 def check_softcap(name: str, softcap: float | None) -> None:
     """Check what logits or scores are capped at."""
-    good = softcap is None or (math.isfinite(softcap) and softcap > 0)
-    require(good, name, softcap, "expected None or a finite number above 0")
+    good = softcap is None or _in_float32(softcap)
+    require(good, name, softcap, "expected None or a number above 0 that float32 holds")
+
+
+def _in_float32(number: float) -> bool:
+    """Whether kernels see a number above 0: a smaller one would be 0 to them, which a cap is where there is none."""
+    return FLOAT32.tiny <= number <= FLOAT32.max
 
 
 def check_loss(loss: str, beta: float, label_smoothing: float) -> None:

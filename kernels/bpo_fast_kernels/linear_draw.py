@@ -54,7 +54,7 @@ def linear_draw(
         "native" rows do not depend on each other.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or range.
+        ValueError: a wrong shape, dtype, device or range; a uniform out of range on the CPU.
     """
     check_head(hidden, weight)
     check_scaling(temperature, logit_softcap)
@@ -62,5 +62,8 @@ def linear_draw(
         require(uniforms.dtype == torch.float64, "uniforms.dtype", uniforms.dtype, "expected torch.float64")
         require(uniforms.shape == hidden.shape[:1], "uniforms.shape", list(uniforms.shape), f"expected [{len(hidden)}]")
         require(uniforms.device == hidden.device, "uniforms.device", uniforms.device, f"expected {hidden.device}")
+        if uniforms.device.type == "cpu" and uniforms.numel():
+            for bound in map(float, uniforms.aminmax()):
+                require(0.0 <= bound < 1.0, "uniforms", bound, "expected 0 <= number < 1")
     head = Head(weight.detach(), 1.0 / temperature, logit_softcap)
     return pick_backend(backend, hidden.device).draw(hidden.detach(), head, uniforms)

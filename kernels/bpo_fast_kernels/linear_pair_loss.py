@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import (
@@ -119,8 +120,8 @@ def linear_pair_loss(
             not fit the head, or a trained head beside it.
 
     Promise: that of `linear_token_logps`. A factor on the loss multiplies the finished gradients of "fused". One that
-    is no power of two rounds them again if they have 16 bits: errors are 2.6e-3 then, up to 4.4e-3 where few numbers
-    make up a gradient. `num_pairs` is no such factor.
+    is no power of two rounds them again if they are bfloat16: errors are 2.6e-3 then, up to 4.4e-3 where few numbers
+    make up a gradient. `num_pairs` is no such factor. Those of float16 are float32 until then.
     """
     check_rows(hidden, weight, targets)
     trained = weight
@@ -173,7 +174,8 @@ def linear_pair_loss(
 
 def check_low_rank(low_rank: LowRank, weight: torch.Tensor, mode: str) -> None:
     """Check [r, H] and [V, r] against a frozen head."""
-    (vocab, width), rank = weight.shape, low_rank.a.shape[0]
+    (vocab, width), rank = weight.shape, low_rank.a.shape[0] if low_rank.a.dim() else 0
+    require(rank > 0, "low_rank.a.shape", list(low_rank.a.shape), f"expected [r, {width}], r at least 1")
     for name, tensor, shape in (("a", low_rank.a, [rank, width]), ("b", low_rank.b, [vocab, rank])):
         require(list(tensor.shape) == shape, f"low_rank.{name}.shape", list(tensor.shape), f"expected {shape}")
         require(tensor.dtype == weight.dtype, f"low_rank.{name}.dtype", tensor.dtype, f"expected {weight.dtype}")
@@ -262,8 +264,10 @@ class _LinearPairLoss(torch.autograd.Function):
         max_rows = call.chunk_bytes * 1024 // call.engine.kept_bytes(1024, call.head)
         free_rows = call.engine.free_rows(trained) if ctx.needs_input_grad[1] else 0
         chunks = pair_chunks(bounds, max_rows, free_rows)
+        # float16 would lose what the factor of a scaled loss is there to lift
+        kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         sums = _Sums(
-            dx=torch.empty_like(hidden) if ctx.needs_input_grad[0] else None,
+            dx=torch.empty_like(hidden, dtype=kept) if ctx.needs_input_grad[0] else None,
             dw=call.engine.dw_sums(trained, len(chunks)) if ctx.needs_input_grad[1] else None,
             loss=torch.empty(pairs, device=device),
             margins=torch.empty(pairs, device=device),
@@ -272,11 +276,13 @@ class _LinearPairLoss(torch.autograd.Function):
         for a, b in chunks:
             spans = (slice(bounds[a], bounds[b]), slice(bounds[pairs + a], bounds[pairs + b]))
             _run_chunk_(sums, hidden, call, spans, slice(a, b))
-        ctx.grads = (sums.dx, None if sums.dw is None else sums.dw.result().to(trained.dtype))
+        ctx.grads = (sums.dx, None if sums.dw is None else sums.dw.result().to(kept))
+        ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(sums.loss, sums.margins, sums.logps)
         return sums.loss.sum() / call.divisor, sums.loss, sums.margins, sums.logps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor, *_):
         if ctx.grads is None:
             raise RuntimeError("linear_pair_loss: backward for the second time; its gradients were handed out")
@@ -287,4 +293,4 @@ class _LinearPairLoss(torch.autograd.Function):
         for one in grads:
             if one is not None and (grad.is_cuda or factor != 1.0):
                 one.mul_(factor)
-        return *grads, None
+        return *(None if one is None else one.to(ctx.dtype) for one in grads), None  # copies of float16 alone

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from bpo_fast_kernels.backends import native_ops
 from bpo_fast_kernels.checks import NATIVE_FLOATS, check_bounds, check_softcap, require
@@ -200,15 +201,16 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple[Any, ...]) -> torch.Tensor:
         out, shifts = _like(q), q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
         native_ops(q.device).attend(q, k, v, *options, out, shifts)
-        ctx.save_for_backward(q, k, v, out, shifts)
-        ctx.options = options
+        bounds, ctx.options = options[:2], options[2:]
+        ctx.save_for_backward(q, k, v, *bounds, out, shifts)  # bounds that were changed would be addresses anywhere
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, shifts = ctx.saved_tensors
-        grads = [_like(x) for x in (q, k, v)]
-        native_ops(q.device).attend_backward(q, k, v, *ctx.options, out, shifts, _dense(dout), *grads)
+        *rows, out, shifts = ctx.saved_tensors
+        grads = [_like(x) for x in rows[:3]]
+        native_ops(out.device).attend_backward(*rows, *ctx.options, out, shifts, _dense(dout), *grads)
         return *grads, None
 
 

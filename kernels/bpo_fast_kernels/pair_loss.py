@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from bpo_fast_kernels.backends import pick_backend
 from bpo_fast_kernels.checks import check_lengths, check_logps, check_loss, require
@@ -118,6 +119,7 @@ class _PairLoss(torch.autograd.Function):
         return loss, margins
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss: torch.Tensor, _):
         (slope,) = ctx.saved_tensors
         return grad_loss.repeat(2) * slope, None

@@ -84,7 +84,7 @@ def pair_slopes(
         slope = spec.beta * (eps * torch.sigmoid(u) - (1 - eps) * torch.sigmoid(-u))
     elif spec.loss == "slic":
         loss = torch.relu(1 - u)
-        slope = torch.where(u < 1, -spec.beta, 0.0)
+        slope = torch.where(u >= 1, 0.0, -spec.beta)  # as relu's: a margin that is NaN shows
     else:
         gap = h - 1 / (2 * spec.beta)
         loss, slope = gap * gap, 2 * gap

@@ -55,7 +55,7 @@ def pair_loss_kernel(
         slope = 2.0 * gap
     else:
         value = tl.maximum(1.0 - u, 0.0)
-        slope = tl.where(u < 1.0, -beta, 0.0)
+        slope = tl.where(u >= 1.0, 0.0, -beta)
     tl.store(loss + pair, value, mask=mask)
     tl.store(margins + pair, h, mask=mask)
     tl.store(slopes + pair, slope * inv_chosen, mask=mask)

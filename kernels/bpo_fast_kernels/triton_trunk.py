@@ -110,7 +110,7 @@ def _activation(x, SILU: tl.constexpr):
         near = tl.minimum(tl.maximum(x, -16.0), 16.0)
         gate = tl.sigmoid(1.5957691216057308 * near * (1.0 + 0.044715 * near * near))
         slope = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
-        return x * gate, gate * (1.0 + x * (1.0 - gate) * slope)
+        return x * gate, gate * (1.0 + near * (1.0 - gate) * slope)
 
 
 @triton.jit

@@ -1,6 +1,8 @@
 """AdamW with moments of float32 and of 8 bits: native steps against their twins, and the twins against PyTorch's."""
 
 import dataclasses
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +25,20 @@ def test_a_native_step_is_that_of_the_twin(states, dtype, shape, form):
     twin = Steps(states, dtype, form=form)
     native = dataclasses.replace(twin, options={"backend": "native"})
     assert_alike(native.trained(shape), twin.trained(shape))
+
+
+def test_codes_at_a_tie_are_alike_and_others_are_not(monkeypatch):
+    twin = Steps("8bit")
+    wanted = twin.trained((1024, 1024))
+    for noise, alike in ((2e-7, True), (2e-2, False)):  # of another order of operations, and of an error
+        rough = partial(_rough, encode=encode, noise=noise, generator=torch.Generator().manual_seed(0))
+        monkeypatch.setattr("bpo_fast_kernels.adamw_moments.encode", rough)
+        with nullcontext() if alike else pytest.raises(AssertionError):
+            assert_alike(twin.trained((1024, 1024)), wanted, few=0.001)
+
+
+def _rough(values, power, *, encode, noise, generator):
+    return encode(values * (1 + noise * torch.randn(values.shape, generator=generator)), power)
 
 
 @KINDS

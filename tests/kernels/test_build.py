@@ -11,6 +11,8 @@ from bpo_fast_kernels import backends, build, linear_token_logps
 from bpo_fast_kernels.native_backend import NativeBackend
 from cases import random_case
 
+COMPILERS = ("g++", "g++-11", "clang++", "clang++-14", "aarch64-linux-gnu-g++")  # those that are installed are tried
+
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
@@ -133,6 +135,19 @@ def test_narrower_vectors_give_the_same_answers(fresh, tmp_path, flags, monkeypa
     command = (*build.cxx_command(), build.ABI_FLAG)
     assert build.built_library("ops_cpu.cpp", command, ("torch_cpu", "torch")) == library
     assert library.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("compiler", filter(shutil.which, COMPILERS))
+def test_compilers_understand_the_sources(compiler):
+    """Ubuntu 22.04's GCC has no __builtin_shufflevector, GCC 12 no _Float16 on ARM."""
+    include = Path(torch.__file__).parent / "include"
+    flags = ["-std=c++20", "-Wall", "-Werror", "-fsyntax-only", f"-I{include}"]
+    if os.uname().machine == "x86_64" and not compiler.startswith("aarch64"):
+        flags += ["-march=x86-64-v4", "-mavx512bf16"]  # what other processors leave out
+    for source, own in {"ops_cpu.cpp": [build.ABI_FLAG], "arena_cpu.cpp": []}.items():
+        command = [compiler, *flags, *own, str(build.source_dir() / source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[:2000]
 
 
 @pytest.mark.parametrize("arch", ["80", "90a"])

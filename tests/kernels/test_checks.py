@@ -24,6 +24,7 @@ BAD_ROWS = [
     ({"weight": torch.zeros(7, 5)}, "weight.shape = [7, 5]"),
     ({"weight": torch.zeros(0, 4)}, "weight.shape = [0, 4]"),
     ({"weight": torch.zeros(7)}, "weight.shape = [7]"),
+    ({"hidden": torch.zeros(10, 0), "weight": torch.zeros(7, 0)}, "weight.shape = [7, 0]"),
     ({"weight": torch.zeros(7, 4, device="meta")}, "weight.device = meta"),
     ({"targets": torch.zeros(10, dtype=torch.int32)}, "targets.dtype = torch.int32"),
     ({"targets": torch.zeros(9, dtype=torch.int64)}, "targets.shape = [9]"),
@@ -44,7 +45,11 @@ BAD_SEQUENCES = [
 BAD_OPTIONS = [
     ({"temperature": 0.0}, "temperature = 0.0"),
     ({"temperature": float("nan")}, "temperature = nan"),
+    ({"temperature": 1e-39}, "temperature = 1e-39"),
+    ({"temperature": 1e39}, "temperature = 1e+39"),
     ({"logit_softcap": -3.0}, "logit_softcap = -3.0"),
+    ({"logit_softcap": 1e-300}, "logit_softcap = 1e-300"),
+    ({"logit_softcap": float("nan")}, "logit_softcap = nan"),
     ({"mode": "fast"}, "mode = 'fast'"),
     ({"backend": "cuda"}, "backend = 'cuda'"),
     ({"backend": "triton"}, "backend = 'triton'"),
@@ -108,6 +113,8 @@ def test_linear_pair_loss_wants_pairs():
     [
         (torch.zeros(2, 5), torch.zeros(7, 2), "auto", "low_rank.a.shape = [2, 5]"),
         (torch.zeros(2, 4), torch.zeros(7, 3), "auto", "low_rank.b.shape = [7, 3]"),
+        (torch.zeros(0, 4), torch.zeros(7, 0), "auto", "low_rank.a.shape = [0, 4]"),
+        (torch.zeros(()), torch.zeros(7, 2), "auto", "low_rank.a.shape = []"),
         (torch.zeros(2, 4), torch.zeros(7, 2, dtype=torch.bfloat16), "auto", "low_rank.b.dtype = torch.bfloat16"),
         (torch.zeros(2, 4), torch.zeros(7, 2, device="meta"), "auto", "low_rank.b.device = meta"),
         (torch.zeros(2, 4), torch.zeros(7, 2), "store", "mode = 'store'"),

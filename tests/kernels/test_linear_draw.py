@@ -122,7 +122,11 @@ def test_the_twin():
         ({"weight": torch.zeros(9, 5)}, r"weight.shape = \[9, 5\]: expected \[V, 4\]"),
         ({"uniforms": torch.zeros(3)}, "uniforms.dtype = torch.float32: expected torch.float64"),
         ({"uniforms": torch.zeros(2, dtype=torch.float64)}, r"uniforms.shape = \[2\]: expected \[3\]"),
-        ({"temperature": 0.0}, "temperature = 0.0: expected a finite number above 0"),
+        *(
+            ({"uniforms": torch.tensor([0.5, bad, 0.5]).double()}, f"uniforms = {bad}: expected 0 <= number < 1")
+            for bad in (-0.25, 1.0, float("nan"))
+        ),
+        ({"temperature": 0.0}, "temperature = 0.0: expected a number above 0 that float32 holds"),
         ({"backend": "cuda"}, "backend = 'cuda': expected one of"),
     ],
 )

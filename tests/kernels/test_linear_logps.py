@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -238,6 +239,13 @@ def test_behavior_with_a_head_of_its_own(backend):
     assert relative(weight.grad, answer(case, torch.ones(50)).dw) < 1e-5
 
 
+def test_long_sums_of_equal_numbers_round_as_the_target_does():
+    weight = torch.full((200, 8192), 20 / 8192 / 1.1)
+    hidden, targets = torch.full((3, 8192), 1.1), torch.tensor([0, 7, 199])
+    logps = linear_token_logps(hidden.bfloat16(), weight.bfloat16(), targets, backend="native")
+    assert torch.allclose(logps, torch.full((3,), -math.log(200)), rtol=0, atol=1e-4)
+
+
 def test_native_rows_do_not_depend_on_their_neighbors():
     case = random_case(150, 40, 777, spread=3.0)
     together = linear_token_logps(case.hidden, case.weight, case.targets, backend="native")
@@ -371,6 +379,25 @@ def test_only_the_head_is_trained():
         weight = case.weight.clone().requires_grad_()
         linear_token_logps(case.hidden, weight, case.targets, mode=mode).sum().backward()
         assert relative(weight.grad, answer(case, torch.ones(40)).dw) < 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gradient_of_a_gradient_is_refused(mode):
+    case = random_case(5, 4, 7)
+    hidden = case.hidden.requires_grad_()
+    logps = linear_token_logps(hidden, case.weight, case.targets, mode=mode)
+    (slope,) = torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["store", "recompute"])
+def test_targets_that_change_before_the_backward_pass_are_noticed(mode):
+    case = random_case(5, 4, 7)
+    logps = linear_token_logps(case.hidden, case.weight.requires_grad_(), case.targets, mode=mode)
+    case.targets.fill_(-100)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
 
 
 def test_views_of_larger_tensors():

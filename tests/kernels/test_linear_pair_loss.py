@@ -330,7 +330,7 @@ def test_eight_roundings_of_a_bfloat16_gradient_keep_the_promise(pairs):
 
 
 def test_a_chunk_fills_its_budget():
-    """Native E takes whole panels of 32 rows; a budget of 64 rows holds 64 rows of short pairs, not two."""
+    """Native E takes whole panels of up to 32 rows; a budget of 64 rows holds 64 rows of short pairs, not two."""
     case, cu_seqlens = random_case(128, 8, 100), offsets([2] * 64)
     engine, calls = pick_backend("native", torch.device("cpu")), []
     budget = engine.kept_bytes(64, Head(case.weight))
@@ -341,7 +341,8 @@ def test_a_chunk_fills_its_budget():
         linear_pair_loss(case.hidden, weight, case.targets, cu_seqlens, None, budget_bytes=budget, backend="native")
     finally:
         del engine.score
-    assert calls == [64, 64]
+    inside = engine.free_rows(case.weight)  # where panels are narrow, one of E fits into dW
+    assert calls == [64 + inside, 64 - inside]
 
 
 def test_chunks_hold_whole_pairs():
@@ -414,6 +415,29 @@ def test_gradcheck_of_the_reference():
             lambda x, w, name=loss: linear_pair_loss_reference(x, w, case.targets, cu_seqlens, ref, loss=name)[0],
             (hidden, weight),
         )
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_gradient_of_a_gradient_is_refused(frozen):
+    case, cu_seqlens = random_case(122, 16, 50), offsets(LENGTHS)
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_(not frozen)
+    scalar, _ = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, torch.zeros(8))
+    (slope,) = torch.autograd.grad(scalar.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scaled_loss_lifts_gradients_of_float16(backend):
+    case, cu_seqlens = random_case(122, 24, 203, spread=2.0, dtype=torch.float16), offsets(LENGTHS)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    options = {"beta": 0.01, "num_pairs": 1000}
+    scalar, _ = linear_pair_loss(hidden, weight, case.targets, cu_seqlens, torch.zeros(8), backend=backend, **options)
+    (2.0**14 * scalar).backward()
+    _, _, _, dx, dw = reference(case, cu_seqlens, torch.zeros(8), **options)
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float16
+    assert relative(hidden.grad, 2.0**14 * dx) < 1e-3
+    assert relative(weight.grad, 2.0**14 * dw) < 1e-3
 
 
 def test_gradients_are_handed_out_once():

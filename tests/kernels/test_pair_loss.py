@@ -70,6 +70,23 @@ def test_slic_is_flat_past_its_margin():
     assert policy.grad.tolist() == [0.0] * 4
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_margin_that_is_nan_has_a_gradient(loss):
+    policy = torch.tensor([float("nan"), 0.0, 0.0, 0.0]).requires_grad_()
+    got = pair_loss(policy, torch.zeros(4), loss=loss, lengths=torch.ones(4))
+    got.loss.sum().backward()
+    assert got.loss.isnan().tolist() == [True, False]
+    assert bool((policy.grad[::2] != 0).all())
+
+
+def test_a_gradient_of_a_gradient_is_refused():
+    policy = torch.zeros(4, requires_grad=True)
+    loss = pair_loss(policy, torch.zeros(4)).loss.square().sum()
+    (slope,) = torch.autograd.grad(loss, policy, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
 def test_ipo_sum_form_is_lengths_of_one_and_empty_sequences_count_as_one():
     policy, ref, _ = vectors(4)
     ones = pair_loss(policy, ref, loss="ipo", lengths=torch.ones(8, dtype=torch.int64))

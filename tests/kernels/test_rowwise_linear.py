@@ -27,6 +27,13 @@ def test_it_is_the_linear_layer(shape, biased):
     assert torch.allclose(out.double(), wide, rtol=0, atol=most)
 
 
+@pytest.mark.parametrize("width", [100, 256, 4096])
+def test_sums_of_equal_numbers_round_one_way(width):
+    for number in torch.rand(20, generator=torch.Generator().manual_seed(0)).tolist():
+        out = rowwise_linear(torch.full((1, width), number), torch.ones(3, width))
+        assert torch.allclose(out.double(), torch.tensor(number).double() * width, rtol=5e-6)
+
+
 @pytest.mark.parametrize(("width", "num_out"), [(515, 97), (1024, 250), (7, 13)])
 def test_a_row_has_the_same_bits_in_any_company(width, num_out):
     x, weight, bias = parts(520, width, num_out)

@@ -48,12 +48,12 @@ def test_halves_of_one_tensor_and_rows_that_lie_apart():
 
 def test_numbers_far_from_one():
     """Gates that close and open, rows that are all but zero, and rows of zeros."""
-    gate = torch.tensor([-1e30, -200.0, -88.0, -20.0, 0.0, 20.0, 200.0, 1e30]).requires_grad_()
+    gate = torch.tensor([-3e38, -1e30, -200.0, -88.0, -20.0, 0.0, 20.0, 200.0, 1e30, 3e38]).requires_grad_()
     for activation in ACTS:
-        out = gated(gate, torch.ones(8), activation)
-        assert torch.allclose(out, gated_reference(gate, torch.ones(8), activation), atol=1e-6)
+        out = gated(gate, torch.ones(10), activation)
+        assert torch.allclose(out, gated_reference(gate, torch.ones(10), activation), atol=1e-6)
         (slope,) = torch.autograd.grad(out.sum(), gate)
-        assert torch.allclose(slope, torch.tensor([0.0] * 4 + [0.5] + [1.0] * 3), atol=1e-6)
+        assert torch.allclose(slope, torch.tensor([0.0] * 5 + [0.5] + [1.0] * 4), atol=1e-6)
     rows, weight = torch.stack([torch.zeros(64), torch.randn(64) * 1e-20, torch.randn(64) * 1e15]), torch.ones(64)
     found, expected = rms_norm(rows, weight, 1e-6), rms_norm_reference(rows.double(), weight.double(), 1e-6)
     assert torch.allclose(found.double(), expected, rtol=1e-5, atol=0)
