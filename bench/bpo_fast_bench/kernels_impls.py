@@ -113,7 +113,7 @@ def make_inputs(problem: Problem, device: torch.device, dtype: torch.dtype, sets
         targets = torch.randint(0, vocab, (rows,), generator=generator)
         hidden = torch.randn(rows, width, generator=generator)
         if problem.data == "peaked":
-            own = weight.detach().float().cpu()[targets]
+            own = weight.detach()[targets.to(device)].float().cpu()
             own_norm = own.square().sum(1, keepdim=True)
             level = math.log(vocab) + 4.5 + 0.71  # log sum exp of N(0, 9) logits, and 0.71 above it: p = 0.67
             hidden = 3 * hidden - (3 * hidden * own).sum(1, keepdim=True) / own_norm * own + level * own / own_norm

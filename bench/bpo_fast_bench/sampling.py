@@ -46,6 +46,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "lora 5, in place": {"model.members": 5, "sampling.merge_lora": False},
     "lora 5, single": {"model.members": 5, "sampling.members": "single"},
 }
+# Below it the engines do not compute the same. Roundings of 16 bits part some of 32 greedy tokens; the probe of every
+# refresh compares log-probs.
+LEAST_AGREEMENT = {torch.float32: 0.9, torch.bfloat16: 0.25, torch.float16: 0.25}
 TWO_COPIES = "full, two copies"  # the baseline of memory: what everyone else does
 MEMORY_FORMS: dict[str, dict[str, Any]] = {name: {"model.full": True} for name in ("full", TWO_COPIES)}
 
@@ -154,7 +157,7 @@ def measure(options: SamplingBench) -> dict[str, Any]:
     _train_a_step(policy)
     engine.refresh(1)
     prompts = _prompts(config, policy)[: options.num_prompts]
-    agreement = min(_check(e, by_hf, prompts[:16]) for e in (engine, by_generate))
+    agreement = min(_agreement(e, by_hf, prompts[:16], policy.model.dtype) for e in (engine, by_generate))
     samplers = {"vllm": engine, "hf": by_hf, "generate": by_generate}
     timings = {name: _Timings() for name in samplers}
     params = SamplingParams(
@@ -309,12 +312,12 @@ def _train_a_step(policy: Policy) -> None:
             parameter.add_(1e-3 * torch.randn_like(parameter))
 
 
-def _check(engine: Engine, by_hf: Engine, prompts: list[Prompt]) -> float:
-    """Share of prompts with the same greedy tokens; below 0.9 the engines do not compute the same."""
+def _agreement(engine: Engine, by_hf: Engine, prompts: list[Prompt], dtype: torch.dtype) -> float:
+    """Share of prompts with the same greedy tokens, too small a one raises RuntimeError."""
     params = SamplingParams(max_new_tokens=32, temperature=0.0)
     ours, theirs = (e.generate(prompts, params, run_seed=0, policy_version=1) for e in (engine, by_hf))
     share = sum(a[0].ids == b[0].ids for a, b in zip(ours, theirs, strict=True)) / len(prompts)
-    if share < 0.9:
+    if share < LEAST_AGREEMENT[dtype]:
         raise RuntimeError(f"greedy tokens of the engines agree on {share:.0%} of {len(prompts)} prompts only")
     return share
 

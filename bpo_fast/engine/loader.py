@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bpo_fast_kernels import rowwise_linear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -19,12 +20,15 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from bpo_fast.attention import has_native
 from bpo_fast.engine.handover import Handover
+from bpo_fast.engine.kv_budget import MAX_NUM_SEQS
 from bpo_fast.engine.member_rows import MemberRows
 from bpo_fast.engine.shared_weights import NotShareableError, locate_linear
 
 LOAD_FORMAT = "bpo_fast"
 HANDOVER = "handover"  # of the loader's configuration, where it is in another process than the trainer
+WORTH_READING = 2**18  # weights; below it there is no difference in time
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class PlainLinear(UnquantizedLinearMethod):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias + scale * sum_m w_m B_m A_m x, for the rows of W that have members; w is of the row of x."""
-        out = F.linear(x, layer.weight, bias)
+        out = linear(x, layer.weight, bias)
         for rows, a, b in getattr(layer, "lora_parts", ()):
             # one adapter of rank M r, scaled here: where it becomes an addmm, inductor loses the alpha of an add
             inner = F.linear(x, (self._scale * a.flatten(0, 1)).to(x.dtype))
@@ -77,7 +81,16 @@ class PlainEmbedding(UnquantizedEmbeddingMethod):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias."""
-        return F.linear(x, layer.weight, bias)
+        return linear(x, layer.weight, bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias. A decoding step in float32 on a CPU reads W where it stands; libraries pack it for each product."""
+    # the number of rows is asked for last: a graph that is compiled for any number may not depend on it
+    native = not torch.compiler.is_compiling() and x.is_cpu and x.dtype == torch.float32 and has_native()
+    if native and weight.numel() >= WORTH_READING and x.shape[:-1].numel() <= MAX_NUM_SEQS:
+        return rowwise_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class PolicyLoader(DefaultModelLoader):

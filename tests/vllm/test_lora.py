@@ -52,11 +52,11 @@ def test_a_compiled_layer_reads_the_members_at_their_scale(bias):
     """On a GPU vLLM compiles its layers; inductor took x W + alpha (A B) for an addmm, whose alpha it left at 1."""
     from bpo_fast.engine.loader import PlainLinear
 
-    layer = torch.nn.Linear(64, 96, bias=bias).requires_grad_(False)
-    a, b = torch.randn(3, 4, 64), torch.randn(3, 48, 4)
-    rows = slice(32, 80)
+    layer = torch.nn.Linear(512, 640, bias=bias).requires_grad_(False)
+    a, b = torch.randn(3, 4, 512), torch.randn(3, 320, 4)
+    rows = slice(32, 352)
     layer.lora_parts = ((rows, a, b),)
-    method, x = PlainLinear(0.25), torch.randn(40, 64)
+    method, x = PlainLinear(0.25), torch.randn(40, 512)
     expected = layer(x)
     expected[:, rows] += 0.25 * torch.einsum("mor,mri,ti->to", b, a, x)
     compiled = torch.compile(lambda x: method.apply(layer, x, layer.bias), fullgraph=True)

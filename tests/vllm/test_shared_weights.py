@@ -1,5 +1,7 @@
 """One copy of the weights, for every architecture: in-place steps move the sampler, and greedy tokens are the same."""
 
+from unittest import mock
+
 import pytest
 import torch
 from tiny_vllm import greedy_by_transformers, prompts, save_model, train_a_little
@@ -17,7 +19,7 @@ from transformers import (
 )
 from vllm.model_executor.models import ModelRegistry
 
-from bpo_fast.engine import SamplingParams
+from bpo_fast.engine import SamplingParams, loader
 from bpo_fast.engine.shared_weights import NotShareableError, adopt_, find_views
 
 SHAPE = {
@@ -77,6 +79,26 @@ def test_full_fine_tuning_moves_the_sampler_without_a_copy(name, tmp_path, tiny_
     assert logps_after != logps_before  # a tied random model may say the same tokens, but not as surely
     assert addresses == {n: p.data_ptr() for n, p in policy.model.named_parameters()}
     assert engine.last_refresh.bytes_copied == 0
+
+
+def test_a_decoding_step_reads_large_weights_where_they_stand(tmp_path, tiny_tokenizer, learner):
+    shape = SHAPE | {"hidden_size": 512, "intermediate_size": 640, "num_attention_heads": 16}
+    config = LlamaConfig(**shape, vocab_size=len(tiny_tokenizer))
+    policy, engine = learner(save_model(tmp_path, config, tiny_tokenizer), model__full=True)
+    engine.refresh(0)
+
+    def greedy_and_products(questions, num_new):
+        params = SamplingParams(max_new_tokens=num_new, temperature=0.0)
+        with mock.patch.object(loader, "rowwise_linear", wraps=loader.rowwise_linear) as product:
+            sampled = engine.generate(questions, params, run_seed=0, policy_version=0)
+        assert [c.ids for [c] in sampled] == greedy_by_transformers(policy, questions, num_new)
+        return max(len(c.ids) for [c] in sampled), product.call_count
+
+    a_step = 2 * 4  # q, k and v; o; gate and up; down. The head is small
+    num_steps, num_products = greedy_and_products(prompts(4), 6)
+    assert num_products == num_steps * a_step
+    num_steps, num_products = greedy_and_products(prompts(30), 2)
+    assert num_products == (num_steps - 1) * a_step  # the prompts, of over 256 tokens, are the library's
 
 
 def test_layers_of_transformers_own_read_members_in_place(tmp_path, tiny_tokenizer, learner):
