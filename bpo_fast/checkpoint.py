@@ -41,6 +41,7 @@ class TrainerState:
         num_bad_steps: bad steps in a row.
         num_tokens: tokens trained on.
         seconds: by stage, of all processes that worked on the run.
+        work: digest of what there is to do; older checkpoints have none.
     """
 
     step: int
@@ -51,6 +52,7 @@ class TrainerState:
     num_bad_steps: int
     num_tokens: int
     seconds: dict[str, float]
+    work: str = ""
 
 
 def save_checkpoint(

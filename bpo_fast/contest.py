@@ -326,9 +326,9 @@ def _decoded(source: str, config: Config, ranks: Ranks, progress: Progress) -> C
 def _bare_prompt(row: Mapping[str, Any], index: int, config: Config) -> Prompt:
     """A prompt as text alone: what judges need."""
     where = str(config.data.eval_path)
-    text, label, _ = data.row_text(dict(row), index, config.data, get_task(config.task), None, where)
+    found = data.row_text(dict(row), index, config.data, get_task(config.task), None, where)
     columns = {k: v for k, v in row.items() if k not in data.RESERVED_COLUMNS}
-    return Prompt(index, text, (), label=label, columns=columns)
+    return Prompt(index, found.text, (), label=found.label, columns=columns)
 
 
 def _bare_output(prompt: Prompt, text: str) -> Completion:

@@ -148,4 +148,5 @@ def as_metrics(when: str, summary: Mapping[str, Any]) -> dict[str, float | str]:
 def reference_completion(prompt: Prompt) -> Completion:
     """The reference text in the form that annotators take; it has no ids."""
     assert prompt.label is not None, "only prompts with a label have one"
-    return Completion(prompt.id, -1, (), " " + prompt.label, False, -1, 0)
+    lead = " " if prompt.plain is None else ""  # what is sampled after a chat template has none
+    return Completion(prompt.id, -1, (), lead + prompt.label, False, -1, 0)

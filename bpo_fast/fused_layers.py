@@ -9,7 +9,6 @@ import copy
 import inspect
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ def fuse_layers_(model: nn.Module) -> int:
             continue
         fused = _fused_norm(module) if _is_norm(module) else _fused_mlp(module) if _is_mlp(module) else None
         if fused:
-            module.forward = MethodType(fused, module)
+            module.forward = partial(fused, module)  # not a method of a partial, which has no name to be pickled by
             num += 1
     return num
 

@@ -1,7 +1,8 @@
 """What every place that loads a model needs: the device, the folder, the vocabulary checked, layers checkpointed."""
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeGuard
 
 import torch
@@ -75,6 +76,29 @@ def check_vocabulary(what: str, model: Any, tokenizer: Any) -> None:
     """ValueError if the tokenizer can produce ids that the model has no embedding for."""
     if len(tokenizer) > num_embeddings(model):
         raise ValueError(f"{what}: {num_embeddings(model)} embeddings for a tokenizer of {len(tokenizer)} tokens")
+
+
+def settle_generation_config_(model: Any) -> None:
+    """Makes the model's generation config one that transformers writes, which refuses some of what it reads.
+
+    A temperature without `do_sample` becomes one that is sampled with; of what is not valid even then, the ids stay.
+    """
+    own = model.generation_config
+    sampled = copy.deepcopy(own)
+    sampled.do_sample = True
+    for config in (own, sampled):
+        with suppress(ValueError):
+            config.validate(strict=True)
+            model.generation_config = config
+            return
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = transformers.GenerationConfig(**{name: getattr(own, name) for name in ids})
+
+
+def generation_eos_ids(model: Any) -> list[int]:
+    """The ids that end a completion by the model's generation config, which names one, several or none."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    return [ids] if isinstance(ids, int) else list(ids or [])
 
 
 def position_limit(model: Any) -> tuple[int | None, str]:

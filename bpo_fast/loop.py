@@ -50,6 +50,10 @@ class Loop:
         num_lines = 0
         if run.checkpoint is not None:
             state = read_state(run.checkpoint)
+            if not state.work:
+                progress.print("begun by an older version: its prompts are not compared with those of now")
+            elif state.work != self._work.digest:
+                raise ValueError(f"data: other prompts or pairs than when {run.path} began")
             parts.reference.ema = load_checkpoint(run.checkpoint, parts.policy, parts.optimizer)
             self.num_steps, self._phase, num_lines = state.step, state.phase, state.num_metric_lines
             self._num_ended_phases, self._evaluated_step = state.num_ended_phases, state.evaluated_step
@@ -219,6 +223,7 @@ class Loop:
             num_bad_steps=self._num_bad_steps,
             num_tokens=self._num_tokens,
             seconds=self._run.seconds,
+            work=self._work.digest,
         )
         save_checkpoint(
             self._run.path,

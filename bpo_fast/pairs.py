@@ -15,7 +15,7 @@ from typing import Any
 from bpo_fast.config import DataConfig
 from bpo_fast.files import write_atomic
 from bpo_fast.prompts import cut_prompt, split_answer
-from bpo_fast.tokenizer import with_leading_space
+from bpo_fast.tokenizer import end_of_turn, with_leading_space
 from bpo_fast.types import Completion, Dropped, Pair, Prompt
 
 FORMAT = "bpo-fast/pairs/1"
@@ -150,14 +150,21 @@ def read_pairs(path: Path) -> PhasePairs:
 
 
 def replay_pairs(
-    source: str, tokenizer: Any, eos_id: int, *, data: DataConfig, max_new_tokens: int, to_prompts: RowReader
+    source: str,
+    tokenizer: Any,
+    eos_ids: tuple[int, ...],
+    *,
+    data: DataConfig,
+    max_new_tokens: int,
+    to_prompts: RowReader,
 ) -> tuple[list[Pair], PairCounts]:
     """Reads pairs to train on without sampling: a run folder, its pairs, or preference rows.
 
     Args:
         source: a run folder, a `pairs` folder, one recorded file, or rows of {"prompt", "chosen", "rejected"}.
         tokenizer: of the policy, for rows of text.
-        eos_id: id that closes a completion of text.
+        eos_ids: ids that end a completion. Of them a text is closed by the one that ends a turn in the chat template,
+            if that made its prompt, else by the tokenizer's EOS, else by the first.
         data: the limit of prompts, and what becomes of prompts and completions that are longer.
         max_new_tokens: the limit of completions.
         to_prompts: reads rows of text and makes their prompts, of any length, `Prompt.id` being the row.
@@ -174,7 +181,7 @@ def replay_pairs(
     if (files and files[0].is_file() and _is_recorded(files[0])) or folder != path:
         found = [replace(p, ref_logps=None) for f in files for p in read_pairs(f).pairs]
     else:
-        found = _pairs_of_text(source, tokenizer, eos_id, to_prompts)
+        found = _pairs_of_text(source, tokenizer, eos_ids, to_prompts)
     fates = [_within_limits(pair, data, max_new_tokens, tokenizer.bos_token_id) for pair in found]
     pairs = [pair for pair in fates if isinstance(pair, Pair)]
     dropped = Counter(fate for fate in fates if isinstance(fate, str))
@@ -217,19 +224,20 @@ def _is_recorded(path: Path) -> bool:
         return FORMAT in lines.readline()
 
 
-def _pairs_of_text(source: str, tokenizer: Any, eos_id: int, to_prompts: RowReader) -> list[Pair]:
+def _pairs_of_text(source: str, tokenizer: Any, eos_ids: tuple[int, ...], to_prompts: RowReader) -> list[Pair]:
     rows, prompts = to_prompts(source)
+    plain_end = tokenizer.eos_token_id if tokenizer.eos_token_id in eos_ids else eos_ids[0]
+    turn_end = end if (end := end_of_turn(tokenizer)) in eos_ids else plain_end
     pairs = []
     for prompt in prompts:
-        # what a chat template ends with, a line break or a special token, is followed by no blank
-        lead = "" if prompt.text.endswith(tuple(tokenizer.all_special_tokens)) else prompt.text
+        templated = prompt.plain is not None
         texts = [t for t in (_answer(rows[prompt.id].get(side)) for side in ("chosen", "rejected")) if t]
         if len(texts) < 2:
             raise ValueError(f"--from-pairs {source}: row {prompt.id + 1} has no chosen and rejected text")
         sides = []
         for i, text in enumerate(texts):
-            text = with_leading_space(lead, text) if lead else text
-            ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], eos_id)
+            text = text if templated else with_leading_space(prompt.text, text)
+            ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], turn_end if templated else plain_end)
             sides.append(Completion(prompt.id, i, ids, text, truncated=False, policy_version=-1, seed=0))
         pairs.append(Pair(prompt, *sides, chosen_score=1.0, rejected_score=0.0))
     return pairs

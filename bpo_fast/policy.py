@@ -34,11 +34,13 @@ from bpo_fast.head import probe_head
 from bpo_fast.loading import (
     check_vocabulary,
     checkpoint_layers_,
+    generation_eos_ids,
     head_weight,
     move_,
     named_load_errors,
     num_embeddings,
     position_limit,
+    settle_generation_config_,
     trunk_of,
     working_dtype,
 )
@@ -349,6 +351,7 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedMod
         model, found = loaded
         if quantised:
             model = dense_(model, dtype)
+    settle_generation_config_(model)
     drawn = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if drawn:  # at random, by transformers
         raise ValueError(f"model.path = {path}: {len(drawn)} weights are not there or do not fit, such as {drawn[0]}")
@@ -419,8 +422,7 @@ def _pad_id(tokenizer, model: PreTrainedModel) -> int:
 
 def _eos_ids(tokenizer, model: PreTrainedModel) -> tuple[int, ...]:
     """Ids that end a completion: those of the generation config, else the tokenizer's."""
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    ids = [ids] if isinstance(ids, int) else list(ids or [])
+    ids = generation_eos_ids(model)
     if not ids and tokenizer.eos_token_id is not None:
         ids = [tokenizer.eos_token_id]
     if not ids:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bpo_fast.config import SLICED, DataConfig, did_you_mean, read_spec
 from bpo_fast.tasks import ENDINGS, Task
@@ -22,6 +22,7 @@ from bpo_fast.types import Prompt
 PROMPT_COLUMNS = ("prompt", "question", "query", "post", "messages", "chosen")
 LABEL_COLUMNS = ("label", "completion", "response", "answer", "summary", "chosen")
 SPLIT_STEMS = {"train": ("train", "prompts"), "test": ("test", "dev", "eval", "validation")}
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")  # as the Hub names them, the split first
 _TURN = re.compile(r"\s*\n\n(Human|Assistant):[ ]?")
 
 # an annotator callable gets these from the run, never from a row
@@ -127,19 +128,18 @@ def load_prompts(
     texts = [row_text(row, i, data, task, tokenizer, source) for i, row in enumerate(rows)]
     seen, excluded = set(), set(exclude)
     kept, num_duplicates, num_excluded = [], 0, 0
-    for i, (text, _, _) in enumerate(texts):
+    for i, text in enumerate(t.text for t in texts):
         num_duplicates += dedupe and text in seen
         num_excluded += text in excluded and text not in seen
         if text not in seen and text not in excluded:
             kept.append(i)
         if dedupe:
             seen.add(text)
-    encoded = encode_prompts([texts[i][0] for i in kept], [texts[i][2] for i in kept], tokenizer)
+    encoded = encode_prompts([texts[i].text for i in kept], [texts[i].plain is not None for i in kept], tokenizer)
     limit = data.max_prompt_length
     assert limit is not None, "resolve() has set the limit"
     prompts, num_too_long, num_truncated = [], 0, 0
     for i, ids in zip(kept, encoded, strict=True):
-        text, label, _ = texts[i]
         if len(ids) > limit and data.long_prompts == "drop":
             num_too_long += 1
             continue
@@ -147,7 +147,8 @@ def load_prompts(
             num_truncated += 1
             ids = cut_prompt(ids, limit, tokenizer.bos_token_id)
         columns = {k: v for k, v in rows[i].items() if k not in RESERVED_COLUMNS}
-        prompts.append(Prompt(id=i, text=text, ids=tuple(ids), label=label, columns=columns))
+        found = texts[i]
+        prompts.append(Prompt(i, found.text, tuple(ids), label=found.label, columns=columns, plain=found.plain))
     if not prompts:
         raise ValueError(
             f"{source}: no usable prompt among {len(rows)} rows ({num_too_long} over data.max_prompt_length = {limit},"
@@ -176,10 +177,40 @@ def split_answer(text: str) -> tuple[list[dict[str, str]], str | None]:
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-def row_text(
-    row: Row, index: int, data: DataConfig, task: Task, tokenizer: Any, source: str
-) -> tuple[str, str | None, bool]:
-    """(prompt text, label, True if the text comes from a chat template and holds its special tokens)."""
+class RowText(NamedTuple):
+    """What a row asks.
+
+    Attributes:
+        text: the prompt as the model is given it; by a chat template it holds special tokens.
+        plain: the prompt without a chat template, if `text` is by one.
+        label: reference text, if the row has one.
+    """
+
+    text: str
+    plain: str | None
+    label: str | None
+
+
+def row_text(row: Row, index: int, data: DataConfig, task: Task, tokenizer: Any, source: str) -> RowText:
+    """What a row asks; without a tokenizer there is no chat template."""
+    value, label = _asked(row, index, data, task, source)
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    wanted = data.chat_template if data.chat_template is not None else has_template and not isinstance(value, str)
+    if isinstance(value, str):
+        text = value.rstrip()
+        plain = text if _is_closed(text, task) else text + task.suffix
+        value = [{"role": "user", "content": value.strip()}]
+    else:
+        plain = _plain(value, task)
+    if not wanted or tokenizer is None:
+        return RowText(plain, None, label)
+    return RowText(_render(value, tokenizer, f"{source}: row {index + 1}"), plain, label)
+
+
+def _asked(
+    row: Row, index: int, data: DataConfig, task: Task, source: str
+) -> tuple[str | list[dict[str, str]], str | None]:
+    """(text or messages without the answer, label)"""
     column = data.prompt_column or next((c for c in PROMPT_COLUMNS if row.get(c) is not None), None)
     value = row.get(column) if column else None
     is_turns = isinstance(value, str) and _TURN.match(value if value.startswith("\n\n") else "\n\n" + value)
@@ -188,24 +219,35 @@ def row_text(
         raise missing(row, index, f"prompt (column {data.prompt_column or 'prompt'})", "prompt_column", source)
     label = row_label(row, data, column)
     if isinstance(value, str) and is_turns:
-        value, answer = split_answer(value)
-        label = label or answer
+        turns, answer = split_answer(value)
+        if len(turns) > 1 or answer or not _is_closed(turns[0]["content"], task):  # else _plain() wrote it
+            value, label = turns, label or answer
+    elif isinstance(value, str) and data.prompt_column is None:
+        value = _conversation(row, value) or value
     if isinstance(value, str):
-        if data.chat_template:
-            return _render([{"role": "user", "content": value.strip()}], tokenizer), label, True
-        text = value.rstrip()
-        closed = text.lower().endswith((task.suffix.strip().lower(), "assistant:"))
-        return text if closed else text + task.suffix, label, False
+        return value, label
     messages = _messages(value, source, index)
     if messages and messages[-1]["role"] == "assistant":
         label = label or messages[-1]["content"].strip() or None
         messages = messages[:-1]
     if not messages or not messages[-1]["content"].strip():
         raise ValueError(f"{source}: row {index + 1} has no prompt before the answer")
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    if data.chat_template or (data.chat_template is None and has_template):
-        return _render(messages, tokenizer), label, True
-    return _plain(messages, task), label, False
+    return messages, label
+
+
+def _conversation(row: Row, prompt: str) -> list[Any] | None:
+    """The messages of a row whose first question is its prompt, as in UltraFeedback."""
+
+    def asks(message: Any) -> bool:
+        is_question = isinstance(message, Mapping) and message.get("role") == "user"
+        return is_question and str(message.get("content")).strip() == prompt.strip()
+
+    lists = (row.get(column) for column in ("chosen", "messages"))
+    return next((v for v in lists if isinstance(v, list) and any(map(asks, v[:2]))), None)
+
+
+def _is_closed(text: str, task: Task) -> bool:
+    return text.rstrip().lower().endswith((task.suffix.strip().lower(), "assistant:"))
 
 
 def missing(row: Row, index: int, what: str, knob: str, source: str) -> ValueError:
@@ -236,10 +278,15 @@ def _messages(value: Any, source: str, index: int) -> list[dict[str, str]]:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def _render(messages: list[dict[str, str]], tokenizer: Any) -> str:
+def _render(messages: list[dict[str, str]], tokenizer: Any, where: str) -> str:
+    from jinja2 import TemplateError  # it takes a while, and plain rows need none of it
+
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("data.chat_template = true: the tokenizer has no chat template")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # some take no system turn, or no two turns of one side in a row
+        raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
 
 
 def _plain(messages: list[dict[str, str]], task: Task) -> str:
@@ -271,24 +318,29 @@ def _files(name: str, split: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        return _pick([p for p in sorted(path.rglob("*")) if p.name.endswith(ENDINGS)], path, split)
+        return _pick([p for p in sorted(path.rglob("*")) if p.name.endswith(ENDINGS)], path, name, split)
     if name.count("/") >= 1 and not name.startswith((".", "/", "~")) and not name.endswith(ENDINGS):
         return _hub_files(name, split)
     raise ValueError(f"{name}: no such file or folder")
 
 
-def _pick(files: list[Path], root: Path, split: str) -> list[Path]:
+def _pick(files: list[Path], root: Path, name: str, split: str) -> list[Path]:
     stems = SPLIT_STEMS.get(split, (split,))
     for stem in stems:
         named = re.compile(rf"{re.escape(stem)}(?![a-z])")
         by_file = [p for p in files if named.match(p.name.lower())]
         by_folder = [p for p in files if any(named.match(part.lower()) for part in p.relative_to(root).parts[:-1])]
+        shards = {p: found[1] for p in by_file if (found := _SHARD.fullmatch(p.name))}
+        if split in shards.values():
+            return [p for p in by_file if shards.get(p, split) == split]
+        if len(splits := sorted(set(shards.values()))) > 1:  # UltraFeedback has the rows of one in another
+            raise ValueError(f"{name}: {split!r} may be {', '.join(splits)}; name one as split or eval_split")
         if by_file or by_folder:
             return by_file or by_folder
     if len(files) == 1:
         return files
     listed = ", ".join(str(p.relative_to(root)) for p in files[:6]) or "no data files"
-    raise ValueError(f"{root}: no file for split {split!r} ({' or '.join(stems)}); there: {listed}")
+    raise ValueError(f"{name}: no file for split {split!r} ({' or '.join(stems)}); there: {listed}")
 
 
 def _hub_files(name: str, split: str) -> list[Path]:
@@ -301,7 +353,7 @@ def _hub_files(name: str, split: str) -> list[Path]:
     try:
         listing = huggingface_hub.HfApi().list_repo_files(repo_id, repo_type="dataset")
         files = [Path(f) for f in sorted(listing) if f.endswith(ENDINGS) and f.startswith(prefix)]
-        picked = _pick(files, Path(), split)
+        picked = _pick(files, Path(), repo_id, split)
         return [Path(huggingface_hub.hf_hub_download(repo_id, str(f), repo_type="dataset")) for f in picked]
     except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -35,6 +35,7 @@ REPORT_FILE = "report.html"
 NUM_FIRST, NUM_EXTREME = 6, 3
 PROMPT_CHARS = 400
 TWO_COLUMNS_FROM = 100
+UNITS_FROM = 60
 MAX_PHASE_COLUMNS = 8
 PHASE_ROWS = (
     ("pairs kept", "count", "pairs/kept"),
@@ -109,11 +110,12 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     """
     before, after = summary.get("before") or {}, summary.get("after") or {}
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    unit = "" if console.width >= UNITS_FROM else " points"  # left out, so that names have room for whole words
     table.add_column("held-out prompts", overflow="fold")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right", no_wrap=True)
     for measure in measures(before, after):
-        table.add_row(Text(measure.name), *measure.texts())
+        table.add_row(Text(measure.name), *(text.removesuffix(unit) for text in measure.texts()))
     console.print()
     console.print(table)
     if not after.get("win_rate"):

@@ -276,13 +276,14 @@ def close_pairs_with_eos(tokenizer: Any) -> None:
 
 
 def _load_pairs(config: RewardConfig, progress: Progress) -> tuple[list[TextPair], list[TextPair]]:
-    rows = read_rows(config.data)
+    rows = read_rows(config.data, config.split)
     if config.samples is None:
         pairs = _preference_pairs(rows, config, config.data)
     else:
         pairs = _sample_pairs(rows, config, progress)
     if config.eval_data:
-        return pairs, _preference_pairs(read_rows(config.eval_data, "test"), config, config.eval_data)
+        held_out = read_rows(config.eval_data, config.eval_split)
+        return pairs, _preference_pairs(held_out, config, config.eval_data)
     train, held_out = split_by_prompt([p.prompt for p in pairs], config.eval_fraction, config.seed)
     return [pairs[i] for i in train], [pairs[i] for i in held_out]
 
@@ -300,10 +301,10 @@ def _preference_pairs(rows: Sequence[dict], config: RewardConfig, source: str) -
 
 def _prompt_and_answer(row: dict, index: int, config: RewardConfig, column: str | None, source: str) -> tuple[str, str]:
     columns = DataConfig(prompt_column=config.prompt_column, label_column=column)
-    prompt, answer, _ = row_text(row, index, columns, get_task(config.task), None, source)
-    if answer is None:
+    found = row_text(row, index, columns, get_task(config.task), None, source)
+    if found.label is None:
         raise missing(row, index, column or "label", "chosen_column", source)
-    return prompt, with_leading_space(prompt, answer)
+    return found.text, with_leading_space(found.text, found.label)
 
 
 def _sample_pairs(rows: Sequence[dict], config: RewardConfig, progress: Progress) -> list[TextPair]:
@@ -314,7 +315,7 @@ def _sample_pairs(rows: Sequence[dict], config: RewardConfig, progress: Progress
     pairs, samples = [], read_rows(config.samples)
     for index, row in enumerate(samples):
         columns = DataConfig(prompt_column=config.prompt_column)
-        prompt, _, _ = row_text(row, index, columns, get_task(config.task), None, config.samples)
+        prompt = row_text(row, index, columns, get_task(config.task), None, config.samples).text
         sample = row.get("completion")  # may be empty: EOS can be the first token
         if not isinstance(sample, str):
             raise ValueError(f"{config.samples}: row {index + 1} has no completion")

@@ -43,7 +43,7 @@ def sample(config: Config, source: str, out: Path, *, n: int, temperature: float
         owners, completions = sample_rank(config, ranks, progress, **options)
     lines = [
         {
-            "prompt": prompt.text,
+            "prompt": prompt.asked,
             "completion": completion.text.strip(),
             "label": prompt.label,
             "truncated": completion.truncated,

@@ -1,9 +1,11 @@
 """Builds what the loop works with from a resolved configuration."""
 
 import gc
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,6 +47,14 @@ class Work:
     held_out: tuple[Prompt, ...]
     replayed: tuple[Pair, ...] | None
     not_replayed: PairCounts
+
+    @cached_property
+    def digest(self) -> str:
+        """Of its prompts and recorded pairs: what a run that goes on must find again."""
+        # not their ids: a chat template may write the date
+        prompts = [(p.id, p.asked, p.label) for p in (*self.prompts, *self.spare, *self.held_out)]
+        pairs = [(p.chosen.ids, p.rejected.ids) for p in self.replayed or ()]
+        return hashlib.sha256(repr((prompts, pairs)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -272,7 +282,7 @@ def _replayed(config: Config, policy: Policy, source: str, progress: Progress) -
     pairs, counts = replay_pairs(
         source,
         policy.tokenizer,
-        policy.eos_ids[0],
+        policy.eos_ids,
         data=config.data,
         max_new_tokens=config.sampling.max_new_tokens,
         to_prompts=to_prompts,

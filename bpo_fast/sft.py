@@ -28,6 +28,7 @@ from bpo_fast.loading import (
     named_load_errors,
     pick_device,
     position_limit,
+    settle_generation_config_,
     trunk_of,
     working_dtype,
 )
@@ -50,7 +51,7 @@ from bpo_fast.stages import (
     stage_ranks,
 )
 from bpo_fast.tasks import get_task
-from bpo_fast.tokenizer import with_leading_space
+from bpo_fast.tokenizer import end_of_turn, with_leading_space
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +125,8 @@ class SftData:
 
 
 def _load_data(config: SftConfig) -> SftData:
-    rows = read_rows(config.data)
-    held_out = read_rows(config.eval_data, "test") if config.eval_data else []
+    rows = read_rows(config.data, config.split)
+    held_out = read_rows(config.eval_data, config.eval_split) if config.eval_data else []
 
     def corpus() -> Iterator[str]:
         for prompt, completion, _ in _to_texts(rows, config, None, config.data):
@@ -152,11 +153,13 @@ def _to_texts(rows: Sequence[dict], config: SftConfig, tokenizer: Any, source: s
     )
     texts = []
     for index, row in enumerate(rows):
-        prompt, label, templated = row_text(row, index, columns, get_task(config.task), tokenizer, source)
-        if label is None:
+        found = row_text(row, index, columns, get_task(config.task), tokenizer, source)
+        if found.label is None:
             column = config.label_column or "label"
             raise missing(row, index, f"completion (column {column})", "label_column", source)
-        texts.append((prompt, label if templated else with_leading_space(prompt, label), templated))
+        templated = found.plain is not None
+        completion = found.label if templated else with_leading_space(found.text, found.label)
+        texts.append((found.text, completion, templated))
     return texts
 
 
@@ -165,8 +168,8 @@ def encode_examples(
 ) -> tuple[list[Example], int, int]:
     """Encodes (prompt, completion, templated) texts; prompt and completion apart.
 
-    EOS follows every completion that fits `max_completion_length` with it; a longer one is cut and stays without. A
-    long prompt loses its beginning, but not its BOS.
+    EOS, or what ends a turn in the chat template, follows every completion that fits `max_completion_length` with it; a
+    longer one is cut and stays without. A long prompt loses its beginning, but not its BOS.
 
     Returns:
         The examples, the number of cut prompts, the number of cut completions.
@@ -174,11 +177,12 @@ def encode_examples(
     prompts = encode_prompts([p for p, _, _ in texts], [t for _, _, t in texts], tokenizer)
     completions = tokenizer([c for _, c, _ in texts], add_special_tokens=False)["input_ids"] if texts else []
     examples, num_cut_prompts, num_cut_completions = [], 0, 0
-    for prompt, completion in zip(prompts, completions, strict=True):
+    ends = {False: tokenizer.eos_token_id, True: end_of_turn(tokenizer)}
+    for prompt, completion, (_, _, templated) in zip(prompts, completions, texts, strict=True):
         if len(prompt) > config.max_prompt_length:
             num_cut_prompts += 1
             prompt = cut_prompt(prompt, config.max_prompt_length, tokenizer.bos_token_id)
-        target = [*completion, tokenizer.eos_token_id]
+        target = [*completion, ends[templated]]
         num_cut_completions += len(target) > config.max_completion_length
         target = target[: config.max_completion_length]
         examples.append(Example((*prompt, *target), len(target)))
@@ -268,6 +272,9 @@ def _open_model(config: SftConfig, data: SftData, device: torch.device) -> Any:
             config.model, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     check_vocabulary(what, model, data.tokenizer)
+    settle_generation_config_(model)
+    if config.tokenizer:
+        model.generation_config.eos_token_id = None  # of the model's own tokenizer
     longest = max(len(e.ids) for e in data.train + data.held_out)
     limit, kind = position_limit(model)
     if limit and longest > limit:

@@ -26,6 +26,8 @@ class StageConfig:
     out: str = knob("", "folder to write; it must not exist yet, or be empty")
     eval_data: str | None = knob(None, "held-out rows; none: eval_fraction of the prompts of data")
     eval_fraction: float = knob(0.05, "share of the prompts of data held out when eval_data is none", ge=0, le=0.9)
+    split: str = knob("train", "split of a folder or Hub data set")
+    eval_split: str = knob("test", "split of the held-out rows")
     task: str = knob("helpfulness", "closes bare questions: helpfulness, tldr, harmlessness")
     prompt_column: str | None = knob(None, "none: prompt, question, post, messages, whichever is there")
     model: str | None = knob(None, "model folder or Hub id to start from; none: from scratch")

@@ -23,14 +23,14 @@ from bpo_fast.config import OptimConfig
 from bpo_fast.files import errors_name, new_folder
 from bpo_fast.fused_layers import fuse_layers_
 from bpo_fast.interrupts import interrupts_call
-from bpo_fast.loading import named_load_errors
+from bpo_fast.loading import generation_eos_ids, named_load_errors
 from bpo_fast.lora import ADAPTER_FILE
 from bpo_fast.optim import Optimizer
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import Devices, Ranks, started, sum_gradients
 from bpo_fast.stage_checkpoint import Fitted, StageCheckpoint, checkpoint_folder, newest_checkpoint
 from bpo_fast.stage_config import StageConfig
-from bpo_fast.tokenizer import train_bpe
+from bpo_fast.tokenizer import end_of_turn, train_bpe
 
 CONFIGS = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
 PLATEAU_NATS = 0.005
@@ -66,6 +66,8 @@ def stage_folder(config: StageConfig, ranks: Ranks, progress: Progress) -> Itera
         except (KeyboardInterrupt, OSError):
             if kept := newest_checkpoint(config):
                 progress.print(f"stopped: the same command goes on from {kept}")
+            else:  # there may have been no room for one
+                shutil.rmtree(checkpoint_folder(config), ignore_errors=True)
             raise
     shutil.rmtree(checkpoint_folder(config), ignore_errors=True)
 
@@ -378,11 +380,10 @@ def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str, weights: Ma
     """
     transformers.utils.logging.disable_progress_bar()
     if hasattr(model, "generation_config"):
-        model.generation_config = transformers.GenerationConfig(
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        own = model.generation_config
+        eos = list(dict.fromkeys([*generation_eos_ids(model), tokenizer.eos_token_id, end_of_turn(tokenizer)]))
+        own.eos_token_id = eos if len(eos) > 1 else eos[0]
+        own.pad_token_id, own.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
     if dtype != "auto":
         put_weights(model.to(getattr(torch, dtype)), weights)
     model.save_pretrained(folder)

@@ -5,7 +5,7 @@ leading space. A sampler therefore starts from exactly the ids that training saw
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -67,3 +67,17 @@ def with_leading_space(prompt: str, completion: str) -> str:
     if not completion or prompt[-1:].isspace() or completion[0].isspace():
         return completion
     return " " + completion
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The id that ends an answer in the tokenizer's chat template, such as <end_of_turn>; EOS if that adds no token."""
+    from jinja2 import TemplateError
+
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except (TemplateError, ValueError):  # no such turns, or no template
+        return tokenizer.eos_token_id
+    _, found, tail = text.rpartition("answer")
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id

@@ -16,6 +16,7 @@ from rich.console import Console
 from bpo_fast import config as configs
 from bpo_fast import report
 from bpo_fast.config import Config
+from bpo_fast.files import check_writable
 from bpo_fast.loop import Loop
 from bpo_fast.metrics import check_trackers
 from bpo_fast.progress import Progress
@@ -41,14 +42,17 @@ def train(
 
     Raises:
         ValueError: bad settings or data, by name; nothing is left half-written.
+        OSError: the run folder cannot be written.
         RuntimeError: the loss stayed NaN or infinite for `optim.max_bad_steps` steps.
         KeyboardInterrupt: after a checkpoint was written.
     """
     config = resolve(config)
     check_trackers(config.run.report_to)
-    if resume is None and config.run.output_dir:
-        check_free(Path(config.run.output_dir))
-    if resume is not None:
+    if resume is None:
+        if config.run.output_dir:
+            check_free(Path(config.run.output_dir))
+        check_writable(Path(config.run.output_dir or "runs") / "config.toml")
+    else:
         left_open = {"method.pairs", "sampling.engine"} if config.sampling.engine == "auto" else {"method.pairs"}
         check_same(config, resume, but=left_open)  # these are settled, and checked, with the data and the model
     options = {"resume": str(resume) if resume else None, "from_pairs": from_pairs}

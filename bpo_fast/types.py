@@ -19,6 +19,7 @@ class Prompt:
         ids: token ids, BOS included where the tokenizer adds one.
         label: reference (human) completion, if the data has one.
         columns: the remaining columns of the row, passed on to annotator callables.
+        plain: the prompt without a chat template, if `text` is by one.
     """
 
     id: int
@@ -26,6 +27,12 @@ class Prompt:
     ids: tuple[int, ...]
     label: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    plain: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """The prompt as annotators are shown it: they have chat templates of their own, or none."""
+        return self.text if self.plain is None else self.plain
 
 
 @dataclass(frozen=True)

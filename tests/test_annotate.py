@@ -44,6 +44,14 @@ def test_a_callable_gets_trl_s_arguments():
     }
 
 
+def test_annotators_see_no_chat_template_of_the_policy(tmp_path):
+    prompt = Prompt(3, "<user>Who?\n<bot>", (1,), plain="Who? Assistant:")
+    answers = [Completion(3, 0, (4,), "I.", False, 0, 0)]
+    assert CallableAnnotator(lambda prompts, **_: [len(p) for p in prompts], "f").score([prompt], answers) == [15]
+    recorded = write_rows(tmp_path / "r.jsonl", [{"prompt": "Who?", "completion": "I.", "score": 2}])
+    assert RecordedAnnotator(recorded).score([prompt], answers) == [2.0]
+
+
 def test_a_callable_is_found_by_module_and_name():
     texts, ids = [c.text for c in COMPLETIONS], [c.ids for c in COMPLETIONS]
     assert score("toy_annotator:letters") == toy_annotator.letters([], texts, ids)
@@ -65,6 +73,7 @@ def test_a_callable_is_found_in_the_working_directory(tmp_path, monkeypatch):
         ("toy_annotator:nan", "annotator nan: score nan for a completion of prompt 9"),
         ("toy_annotator:too_few", "annotator too_few: 1 scores for 2 completions"),
         ("toy_annotator:no_list", "annotator no_list: returned None, not a list of scores"),
+        ("toy_annotator:numbered", "annotator numbered: returned {0: 0.5, 1: 0.5}, not a list of scores"),
         ("toy_annotator:words", "annotator words: score 'good' for a completion of prompt 7"),
         ("mine=toy_annotator:nan", "annotator mine: score nan"),
         ("toy_annotator:missing", "annotator toy_annotator:missing: module toy_annotator has no function missing"),
@@ -151,6 +160,14 @@ def test_recorded_prompts_match_with_and_without_the_closing_words(tmp_path):
         {"prompt": "Q9 Assistant: ", "completion": " no", "score": 2},
     ]
     assert score(str(write_rows(tmp_path / "labels.jsonl", rows))) == [1.0, 2.0]
+
+
+def test_recorded_prompts_match_with_and_without_the_chat_template(tmp_path):
+    rows = [{"prompt": "Q", "completion": "a", "score": 1}, {"prompt": "<user>Q<end>", "completion": "b", "score": 2}]
+    recorded = RecordedAnnotator(write_rows(tmp_path / "labels.jsonl", rows))
+    prompt = Prompt(0, "<user>Q<end>", (1,), plain="Q Assistant:")
+    completions = [Completion(0, i, (2,), text, False, 0, 0) for i, text in enumerate("abc")]
+    assert recorded.score([prompt] * 3, completions) == [1.0, 2.0, None]
 
 
 def test_a_bad_recorded_file_is_named(tmp_path):

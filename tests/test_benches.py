@@ -3,16 +3,18 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
-from bpo_fast_bench import contenders, loop, stages, step
+from bpo_fast_bench import contenders, loop, sampling, stages, step
 from bpo_fast_bench.contenders import Work, compare, line, measure, pick_peers, write_rows
 from bpo_fast_bench.shapes import SHAPES, Shape, make_model, parse_shape
 from forks import fork_processes_of
 
 from bpo_fast import policy
 from bpo_fast.stages import Steps
+from bpo_fast.types import Prompt
 
 TOY = {"peers": (), "lengths": ("helpfulness",), "pairs": 2, "rounds": 1, "threads": 1, "shape": Shape(32, 1, 400)}
 TOY |= {"device": "cpu", "dtype": "float32"}
@@ -222,3 +224,18 @@ def test_unknown_names():
         step.run(step.StepOptions(dtype="float16"))
     with pytest.raises(ValueError, match=r"^bench\.peers = oat: not one of trl$"):
         loop.run(loop.LoopOptions(peers=("oat",)))
+
+
+@pytest.mark.parametrize(("dtype", "same"), [(torch.float32, 15), (torch.bfloat16, 4)])
+def test_engines_may_part_as_far_as_roundings_go(dtype, same):
+    prompts = [Prompt(i, "", (1,)) for i in range(16)]
+
+    def engine(shift):
+        def generate(prompts, params, **call):
+            return [[SimpleNamespace(ids=(p.id + shift * (p.id >= shift),))] for p in prompts]
+
+        return SimpleNamespace(generate=generate)
+
+    assert sampling._agreement(engine(same), engine(0), prompts, dtype) == same / 16
+    with pytest.raises(RuntimeError, match="agree on"):
+        sampling._agreement(engine(same - 1), engine(0), prompts, dtype)

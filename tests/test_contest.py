@@ -224,6 +224,24 @@ def test_answers_survive_a_rival_that_cannot_be_loaded(run, tiny_model_dir, tmp_
     assert f"kept in {tmp_path / 'e'}: outputs.jsonl; judge" in err
 
 
+@pytest.mark.parametrize("asked", [lambda q: [{"role": "user", "content": q}], str], ids=["messages", "text"])
+def test_judges_of_a_chat_model_see_what_those_of_its_published_texts_see(asked, tiny_model_dir, tmp_path):
+    chat = tmp_path / "chat"
+    shutil.copytree(tiny_model_dir, chat)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<bot>\n"
+    (chat / "chat_template.jinja").write_text(template, encoding="utf-8")
+    rows = [{"prompt": asked(question(i)), "label": answer(i)} for i in range(3)]
+    args = ["--data", write_rows(tmp_path / "d.jsonl", rows), "--engine", "hf", "--device", "cpu"]
+    args += ["--max-new-tokens", 4, "--set", "data.chat_template=true"]
+    texts = tmp_path / "texts.jsonl"
+    code, _, err = call("sample", "--model", chat, *args, "--out", texts)
+    assert code == 0, err
+    assert [r["prompt"] for r in rows_of(texts)] == [question(i) + " Assistant:" for i in range(3)]
+    found, _ = evaluated(tmp_path / "e", chat, "--against", texts, *args, "--judge", "toy_annotator:cues")
+    assert [side["judges"]["cues"]["score"]["mean"] for side in found["contestants"]] == [1.0, 1.0]
+    assert all(r["prompt"].startswith("<user>") for r in rows_of(tmp_path / "e" / "rows.jsonl"))
+
+
 @pytest.fixture
 def published(tmp_path):
     data = write_rows(tmp_path / "d.jsonl", [{"prompt": question(i), "label": answer(i)} for i in range(3)])

@@ -133,6 +133,8 @@ def test_without_any_label_there_is_a_score_and_no_win_rate():
 def test_the_reference_text_has_a_leading_blank_and_no_ids():
     completion = reference_completion(Prompt(4, "Q", (1,), label="So."))
     assert (completion.prompt_id, completion.text, completion.ids, completion.truncated) == (4, " So.", (), False)
+    templated = Prompt(4, "<user>Q\n<bot>\n", (1,), label="So.", plain="Q Assistant:")
+    assert reference_completion(templated).text == "So."
 
 
 def test_metric_names():

@@ -1,6 +1,7 @@
 """Layers with kernels compute what they computed before, in every architecture; those that no kernel matches stay."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -141,13 +142,14 @@ def test_types_that_change_or_differ_later_take_the_models_own_layers():
         assert model.float()(ids).logits.isfinite().all()
 
 
-def test_weights_are_as_before_and_a_copy_is_a_model_of_its_own():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_weights_are_as_before_and_a_copy_is_a_model_of_its_own(copied):
     model = make_model("Llama")
     before = {n: p.clone() for n, p in model.state_dict().items()}
     fuse_layers_(model)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
-    other, ids = copy.deepcopy(model), torch.randint(2, 97, (1, 5))
+    other, ids = copied(model), torch.randint(2, 97, (1, 5))
     expected = model(ids).logits
     for weight in model.parameters():
         weight.data.zero_()

@@ -206,7 +206,7 @@ def test_a_damaged_pair_is_not_skipped(tmp_path):
         read_pairs(tmp_path / "p.jsonl")
 
 
-def replay_counted(source, tokenizer, max_new_tokens=32, **data):
+def replay_counted(source, tokenizer, max_new_tokens=32, eos_ids=None, **data):
     config = DataConfig(**{"max_prompt_length": 100} | data)
 
     def to_prompts(name):
@@ -215,7 +215,7 @@ def replay_counted(source, tokenizer, max_new_tokens=32, **data):
         return rows, found.prompts
 
     limits = {"data": config, "max_new_tokens": max_new_tokens}
-    return replay_pairs(str(source), tokenizer, tokenizer.eos_token_id, **limits, to_prompts=to_prompts)
+    return replay_pairs(str(source), tokenizer, eos_ids or (tokenizer.eos_token_id,), **limits, to_prompts=to_prompts)
 
 
 def replay(source, tokenizer, max_new_tokens=32, **data):
@@ -270,6 +270,21 @@ def test_replayed_text_follows_a_chat_template_without_a_blank(tmp_path, tiny_mo
         (pair,) = replay(path, tokenizer)
         assert pair.prompt.text.endswith(ending)
         assert pair.chosen.ids == (*tokenizer("So.")["input_ids"], tokenizer.eos_token_id)
+
+
+def test_replayed_text_ends_as_a_turn_does_in_the_chat_template(tmp_path, tiny_model_dir):
+    from transformers import AutoTokenizer
+
+    path = write_rows(tmp_path / "prefs.jsonl", TEXT_ROWS[2:])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    turn, eos = tokenizer.convert_tokens_to_ids("<turn>"), tokenizer.eos_token_id
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>\n{% endfor %}"
+    for ends, end in (((3, eos, turn), turn), ((3, eos), eos), ((3,), 3)):
+        (pair,) = replay(path, tokenizer, eos_ids=ends)
+        assert (pair.chosen.ids[-1], pair.rejected.ids[-1]) == (end, end)
+        (pair,) = replay(path, tokenizer, eos_ids=ends, chat_template=False)
+        assert pair.chosen.ids[-1] == (3 if end == 3 else eos)
 
 
 LONG_ROWS = [

@@ -11,7 +11,10 @@ from bpo_fast.config import AnnotatorConfig
 from bpo_fast.evaluate import against_labels
 from bpo_fast.types import Completion, Prompt
 
-PROMPTS = [Prompt(i, f"Q{i}?", (1,), label="four words of text") for i in range(3)]
+PROMPTS = [
+    Prompt(0, "<user>Q0?\n<bot>", (1,), label="four words of text", plain="Q0?"),
+    *(Prompt(i, f"Q{i}?", (1,), label="four words of text") for i in (1, 2)),
+]
 
 
 def completions(*texts):
@@ -35,6 +38,7 @@ def test_both_orders_are_asked_and_agree():
     path, headers, body = server.seen[0]
     assert (path, body["model"], body["temperature"]) == ("/v1/chat/completions", "some/model", 0)
     assert "Authorization" not in headers
+    assert "[Prompt]\nQ0?\n" in questions[0]
     assert asked.notes() == ["0% of 3 verdicts went with the position and count as ties"]
 
 

@@ -26,6 +26,7 @@ CHAT = [
     {"role": "assistant", "content": "Hello!"},
     {"role": "user", "content": "Who are you? "},
 ]
+ANSWER = [{"role": "assistant", "content": " A model."}]
 PLAIN_CHAT = "Human: Hi there Assistant: Hello! Human: Who are you? Assistant:"
 
 
@@ -88,6 +89,14 @@ def test_plain_text_ends_with_the_suffix_and_without_blanks(task, text, expected
             PLAIN_CHAT,
             "A model.",
         ),
+        (  # UltraFeedback: the question stands beside the conversation that it begins
+            {"prompt": "Who are you?", "chosen": [{"role": "user", "content": "Who are you? "}, *ANSWER]},
+            "Who are you? Assistant:",
+            "A model.",
+        ),
+        ({"prompt": "Hi there", "messages": [*CHAT, *ANSWER]}, PLAIN_CHAT, "A model."),
+        ({"prompt": "Hi", "messages": [*CHAT, *ANSWER]}, "Hi Assistant:", None),
+        ({"prompt": PLAIN_CHAT}, PLAIN_CHAT, None),  # as `sample` writes it
         (  # TRL's preference form with an implicit prompt
             {
                 "chosen": [*CHAT, {"role": "assistant", "content": "A model."}],
@@ -115,11 +124,33 @@ def test_conversations_take_the_chat_template(row, chat_tokenizer, tiny_tokenize
     assert one(row, chat_tokenizer, chat_template=False).text == PLAIN_CHAT
 
 
+def test_a_question_beside_its_conversation_takes_the_chat_template(chat_tokenizer):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q?"}]
+    row = {"prompt": "Q? ", "chosen": [*turns, *ANSWER], "rejected": [*turns, *ANSWER]}
+    assert one(row, chat_tokenizer).text == "<system>Be brief.\n<user>Q?\n<bot>"
+    assert one(row, chat_tokenizer, prompt_column="prompt").text == "Q? Assistant:"
+    assert one({"prompt": "Q?", "chosen": ANSWER}, chat_tokenizer).text == "Q? Assistant:"
+
+
+def test_annotators_are_shown_a_prompt_without_the_chat_template(chat_tokenizer):
+    assert one({"prompt": CHAT}, chat_tokenizer).asked == PLAIN_CHAT
+    assert one({"prompt": "Q?"}, chat_tokenizer, chat_template=True).asked == "Q? Assistant:"
+    plain = one({"prompt": "Q?"}, chat_tokenizer)
+    assert (plain.asked, plain.plain) == (plain.text, None)
+
+
 def test_plain_text_takes_the_chat_template_only_when_asked(chat_tokenizer, tiny_tokenizer):
     assert one({"prompt": "Q?"}, chat_tokenizer).text == "Q? Assistant:"
     assert one({"prompt": "Q? "}, chat_tokenizer, chat_template=True).text == "<user>Q?\n<bot>"
     with pytest.raises(ValueError, match=r"data\.chat_template = true: the tokenizer has no chat template"):
         one({"prompt": "Q?"}, tiny_tokenizer, chat_template=True)
+
+
+def test_what_a_chat_template_refuses_is_named(chat_tokenizer):
+    chat_tokenizer.chat_template = "{{ raise_exception('no system role') if messages[0].role == 'system' else 'Q' }}"
+    turns = [{"role": "system", "content": "Be brief."}, *CHAT]
+    with pytest.raises(ValueError, match=r"^rows: row 2: the tokenizer's chat template refuses it: no system role$"):
+        load([{"prompt": CHAT}, {"prompt": turns}], chat_tokenizer)
 
 
 def test_plain_conversations_of_other_tasks(tiny_tokenizer):
@@ -308,6 +339,21 @@ def test_a_folder_is_read_by_split(files, split, expected, tmp_path):
     assert [r["prompt"] for r in read_rows(str(tmp_path), split)] == expected
 
 
+def test_a_split_whose_name_others_begin_with(tmp_path):
+    for name in ("train_gen-00000-of-00001", "train_prefs-00000-of-00002", "train_prefs-00001-of-00002", "test_a"):
+        table = pyarrow.Table.from_pylist([{"prompt": name}])
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(table, tmp_path / "data" / f"{name}.parquet")
+    message = rf"{tmp_path}: 'train' may be train_gen, train_prefs; name one as split or eval_split"
+    with pytest.raises(ValueError, match=message):
+        read_rows(str(tmp_path))
+    preferred = [row["prompt"] for row in read_rows(str(tmp_path), "train_prefs")]
+    assert preferred == [f"train_prefs-0000{i}-of-00002" for i in range(2)]
+    assert read_rows(str(tmp_path), "test") == [{"prompt": "test_a"}]
+    pyarrow.parquet.write_table(table, tmp_path / "data" / "train-00000-of-00001-0123abcd.parquet")
+    assert read_rows(str(tmp_path)) == [{"prompt": "test_a"}]
+
+
 def test_a_folder_without_the_split_lists_what_is_there(tmp_path):
     with pytest.raises(ValueError, match=r"no file for split 'train' \(train or prompts\); there: no data files"):
         read_rows(str(tmp_path))
@@ -457,7 +503,7 @@ def test_a_hub_data_set_is_read_by_split_and_folder(tmp_path):
         server.server_close()
     assert json.loads(train) == [{"chosen": HH}]
     assert json.loads(test) == [{"chosen": HH + " For the test."}]
-    assert "no file for split 'dev'" in wrong_split
+    assert "owner/chats: no file for split 'dev'" in wrong_split
     assert "base/test.jsonl.gz" in wrong_split
     assert missing.startswith("owner/none: no such file or folder, and the Hub did not give it: ")
 

@@ -245,6 +245,13 @@ def test_summary_is_plain_and_fits(tmp_path, width):
     assert "rollout 28.4" in text
 
 
+def test_a_narrow_summary_keeps_words_whole(tmp_path):
+    write_fake_run(tmp_path, judges=("rubric",))
+    text = _printed(print_summary, json.loads((tmp_path / "summary.json").read_text()), width=40)
+    assert all(len(line) <= 40 for line in text.splitlines())
+    assert {"prompts", "rubric", "truncated", "distinct-2", "(tokens)", "outputs"} <= set(text.split())
+
+
 def test_summary_without_labels_says_so():
     text = _printed(print_summary, {"after": {"win_rate": {}, "kl": 1.0}})
     assert "No win rate: the evaluation data has no reference texts" in text

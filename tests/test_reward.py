@@ -148,6 +148,8 @@ def test_a_chat_template_gets_turns_without_the_cue():
     for text in ("hello? Assistant:", "hello?"):
         encoded = scorer.encode([(text, " friend ")])[0].ids.tolist()
         assert tokenizer.decode(encoded) == "<user>hello?\n<assistant>friend\n"
+    templated = Prompt(0, "<|policy|>hello?<|bot|>", (1,), plain="hello? Assistant:")
+    assert scorer.score([templated], [completion("friend")]) == scorer.score_texts([("hello?", "friend")])
     scorer.max_length = 5
     assert len(scorer.encode([("hello?", "friend")])[0].ids) == 5
 

@@ -10,6 +10,7 @@ import torch
 from fused_runs import fused_and_plain
 from relative import worst_error
 from safetensors.torch import load_file
+from tiny_world import write_rows
 from tokenizers import processors
 from torch.nn import Embedding
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -488,6 +489,38 @@ def test_conversations_go_through_the_chat_template(tmp_path):
     assert result["num_completion_tokens"] == 8 * (len(tokenizer("hi")["input_ids"]) + 1)
     prompt = len(tokenizer("user: hello 0\nassistant:\n")["input_ids"])
     assert result["num_train_tokens"] == result["num_completion_tokens"] + 8 * prompt
+
+
+def test_a_chat_model_ends_its_turns_and_keeps_its_generation_config(tmp_path):
+    tokenizer = train_bpe(["user hello assistant hi"] * 3, vocab_size=280)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<turn>\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tok")
+    eos, turn = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<turn>")
+    data = write_rows(tmp_path / "d.jsonl", [{"prompt": f"hello {i}", "label": "hi"} for i in range(4)])
+    scratch = settings(data, tmp_path / "a", tokenizer=str(tmp_path / "tok"), eval_fraction=0, epochs=1)
+    examples, _, _ = encode_examples([("hello", "hi", True), ("hello", " hi", False)], tokenizer, scratch)
+    assert [example.ids[-1] for example in examples] == [turn, eos]
+    train_sft(scratch, progress=QUIET)
+    own = {"eos_token_id": [3, eos], "temperature": 0.6}  # which is read, but not written
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps(own))
+    train_sft(settings(data, tmp_path / "b", model=str(tmp_path / "a"), eval_fraction=0, epochs=1), progress=QUIET)
+    kept = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+    assert {name: kept[name] for name in own} == own | {"eos_token_id": [3, eos, turn]}
+    assert kept["do_sample"]
+
+
+@pytest.mark.parametrize("train", [train_sft, train_reward])
+def test_rows_come_from_the_splits_that_are_named(train, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, num in (("train_a", 3), ("train_b", 4), ("test_a", 2), ("test_b", 1)):
+        rows = [{"prompt": f"{name} {i}", "chosen": f"good {i}", "rejected": "bad"} for i in range(num)]
+        write_rows(data / f"{name}.jsonl", rows)
+    splits = {"eval_data": str(data), "split": "train_b", "eval_split": "test_a", "epochs": 1}
+    config = {train_sft: SftConfig, train_reward: RewardConfig}[train]
+    result = train(config(data=str(data), out=str(tmp_path / "out"), hidden=8, **splits), progress=QUIET)
+    assert (result["num_train"], result["num_held_out"]) == (4, 2)
 
 
 def test_length_batches_hold_every_row_once_within_the_budget():

@@ -471,6 +471,7 @@ def test_a_full_disk_at_an_interrupt_leaves_the_checkpoint_of_before(tmp_path, d
         said += [f"stopped: the same command goes on from {kept / older}"] if older else []
         assert heard.of_checkpoints == said
         assert [path.name for path in kept.glob("*")] == ([older] if older else [])
+        assert kept.exists() == bool(older)
 
 
 def test_no_room_for_what_is_written_leaves_the_checkpoint(tmp_path, data, monkeypatch):

@@ -18,6 +18,11 @@ def slow(prompts, completions, completion_ids, **columns):
     return letters(prompts, completions, completion_ids)
 
 
+def cues(prompts, completions, completion_ids, **columns):
+    """Whether a judge is shown what it is shown of a plain prompt."""
+    return [float(p.endswith("? Assistant:")) for p in prompts]
+
+
 def same(prompts, completions, completion_ids, **columns):
     return [1.0] * len(completions)
 
@@ -36,6 +41,10 @@ def too_few(prompts, completions, completion_ids, **columns):
 
 def no_list(prompts, completions, completion_ids, **columns):
     return None
+
+
+def numbered(prompts, completions, completion_ids, **columns):
+    return dict.fromkeys(range(len(completions)), 0.5)
 
 
 def words(prompts, completions, completion_ids, **columns):

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,8 +42,8 @@ class CallableAnnotator:
     """A Python function with TRL's reward signature, `fn(prompts, completions, completion_ids, **columns)`.
 
     Args:
-        function: gets lists of prompt texts, completion texts and completion ids, and every further column of the data
-            as a list; returns a list of numbers or None.
+        function: gets lists of prompt texts (without a chat template), completion texts and completion ids, and every
+            further column of the data as a list; returns a list of numbers or None.
         name: what error messages call it.
     """
 
@@ -60,12 +60,12 @@ class CallableAnnotator:
         columns = {name: [p.columns.get(name) for p in prompts] for name in names}
         with _user_code(self._name):
             scores = self._function(
-                prompts=[p.text for p in prompts],
+                prompts=[p.asked for p in prompts],
                 completions=[c.text for c in completions],
                 completion_ids=[list(c.ids) for c in completions],
                 **columns,
             )
-        if isinstance(scores, str) or not hasattr(scores, "__iter__"):
+        if isinstance(scores, str | Mapping | Set) or not hasattr(scores, "__iter__"):
             raise ValueError(f"annotator {self._name}: returned {scores!r}, not a list of scores")
         return list(scores)
 
@@ -73,7 +73,7 @@ class CallableAnnotator:
 class RecordedAnnotator:
     """Scores from a JSONL file of {"prompt", "completion", "score"}; None for a completion that is not in it.
 
-    Prompts match with or without the words that a task closes them with.
+    Prompts match with or without the words that a task closes them with, and the policy's chat template.
     """
 
     def __init__(self, path: Path):
@@ -86,7 +86,11 @@ class RecordedAnnotator:
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
         """See `Annotator.score`."""
-        return [self._scores.get((_bare(p.text), c.text.strip())) for p, c in zip(prompts, completions, strict=True)]
+        return [self._score(p, c.text.strip()) for p, c in zip(prompts, completions, strict=True)]
+
+    def _score(self, prompt: Prompt, completion: str) -> float | None:
+        found = self._scores.get((_bare(prompt.asked), completion))
+        return self._scores.get((_bare(prompt.text), completion)) if found is None else found
 
 
 class Checked:

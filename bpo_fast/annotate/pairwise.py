@@ -127,7 +127,7 @@ class HttpJudge:
         self._num_failed_in_a_row = 0
         pairs = list(zip(prompts, firsts, seconds, strict=True))
         with Threads(self._requests) as pool:
-            waiting = [pool.submit(self._preference, p.text, a.text.strip(), b.text.strip()) for p, a, b in pairs]
+            waiting = [pool.submit(self._preference, p.asked, a.text.strip(), b.text.strip()) for p, a, b in pairs]
             return [self._counted(*future.result()) for future in waiting]
 
     def notes(self) -> list[str]:

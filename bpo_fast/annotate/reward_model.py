@@ -88,7 +88,7 @@ class RewardScorer:
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{self.name}: {len(prompts)} prompts for {len(completions)} completions")
-        texts = [(p.text, c.text) for p, c in zip(prompts, completions, strict=True)]
+        texts = [(p.asked, c.text) for p, c in zip(prompts, completions, strict=True)]
         scores = self.score_texts(texts)
         for prompt, completion, score in zip(prompts, completions, scores, strict=True):
             if not math.isfinite(score):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from forks import Forked
@@ -268,6 +269,14 @@ def test_an_output_folder_that_is_taken(tiny_args, tmp_path):
     refused([*tiny_args, "--out", "full/notes.txt"], "error: run.output_dir = full/notes.txt: is not a folder")
     refused([*tiny_args, "--out", "full/notes.txt/run"], "error: run.output_dir = full/notes.txt/run: is not a folder")
     assert {p.name for p in tmp_path.rglob("*")} == {"run", "config.toml", "full", "notes.txt"}
+
+
+@pytest.mark.usefixtures("without_weights")
+def test_an_output_folder_that_cannot_be_written(tiny_args, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    refused([*tiny_args, "--out", "new/run"], "error: new/run/config.toml: Permission denied")
+    refused(tiny_args, "error: runs/config.toml: Permission denied")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from bpo_fast import config as configs
 from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.metrics import read_metrics
 from bpo_fast.run import check_same, saved_config
+from bpo_fast.setup import Work
 from bpo_fast.train import train
+from bpo_fast.types import Prompt
 
 HERE = Path(__file__).parent
 NOT_COMPARED = ("timing/", "perf/", "memory/")
@@ -146,6 +148,31 @@ def test_resume_refuses_other_settings_and_other_folders(tiny_model_dir, tiny_da
         train(config, quiet=True)
     again = train(saved, resume=tmp_path / "run", quiet=True)
     assert again == json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+def test_resume_refuses_data_that_have_changed(tiny_model_dir, tiny_data, tmp_path):
+    data = tmp_path / "train.jsonl"
+    lines = Path(tiny_data.train).read_text().splitlines(keepends=True)
+    data.write_text("".join(lines))
+    few = {"method__pairs": 8, "method__phases": 1}
+    config = settings(tiny_model_dir, SimpleNamespace(train=str(data), eval=tiny_data.eval), tmp_path / "run", **few)
+    train(config, quiet=True)
+    (tmp_path / "run" / "summary.json").unlink()
+    before = contents(tmp_path / "run")
+    data.write_text("".join(lines[1:]))
+    with pytest.raises(ValueError, match=r"^data: other prompts or pairs than when .*run began"):
+        train(config, resume=tmp_path / "run", quiet=True)
+    assert contents(tmp_path / "run") == before
+    data.write_text("".join(lines))
+    train(config, resume=tmp_path / "run", quiet=True)
+
+
+def test_a_run_goes_on_when_the_chat_template_writes_another_date():
+    def digest(text, plain):
+        prompts = (Prompt(0, text, (len(text),), plain=plain),)
+        return Work.digest.func(SimpleNamespace(prompts=prompts, spare=(), held_out=(), replayed=None))
+
+    assert digest("<monday>Q", "Q") == digest("<tuesday>Q", "Q") != digest("<monday>R", "R")
 
 
 def test_a_run_that_was_given_relative_paths_goes_on_from_another_folder(
