@@ -328,7 +328,7 @@ def _bare_prompt(row: Mapping[str, Any], index: int, config: Config) -> Prompt:
     where = str(config.data.eval_path)
     found = data.row_text(dict(row), index, config.data, get_task(config.task), None, where)
     columns = {k: v for k, v in row.items() if k not in data.RESERVED_COLUMNS}
-    return Prompt(index, found.text, (), label=found.label, columns=columns)
+    return Prompt(index, found.text, (), label=found.label, columns=columns, turns=found.turns)
 
 
 def _bare_output(prompt: Prompt, text: str) -> Completion:

@@ -16,7 +16,7 @@ from bpo_fast.config import DataConfig
 from bpo_fast.files import write_atomic
 from bpo_fast.prompts import cut_prompt, split_answer
 from bpo_fast.tokenizer import end_of_turn, with_leading_space
-from bpo_fast.types import Completion, Dropped, Pair, Prompt
+from bpo_fast.types import Completion, Dropped, Pair, Prompt, Turn
 
 FORMAT = "bpo-fast/pairs/1"
 RowReader = Callable[[str], tuple[list[Any], Sequence[Prompt]]]
@@ -279,4 +279,5 @@ def _from_dropped_row(row: dict[str, Any]) -> Dropped:
 
 
 def _from_prompt_row(row: dict[str, Any]) -> Prompt:
-    return Prompt(**{**row, "ids": tuple(row["ids"])})
+    turns = tuple(Turn(*turn) for turn in row.get("turns", ()))
+    return Prompt(**{**row, "ids": tuple(row["ids"]), "turns": turns})

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from bpo_fast.config import SLICED, DataConfig, did_you_mean, read_spec
 from bpo_fast.tasks import ENDINGS, Task
-from bpo_fast.types import Prompt
+from bpo_fast.types import Prompt, Turn
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "post", "messages", "chosen")
 LABEL_COLUMNS = ("label", "completion", "response", "answer", "summary", "chosen")
@@ -147,8 +147,8 @@ def load_prompts(
             num_truncated += 1
             ids = cut_prompt(ids, limit, tokenizer.bos_token_id)
         columns = {k: v for k, v in rows[i].items() if k not in RESERVED_COLUMNS}
-        found = texts[i]
-        prompts.append(Prompt(i, found.text, tuple(ids), label=found.label, columns=columns, plain=found.plain))
+        text, plain, label, turns = texts[i]
+        prompts.append(Prompt(i, text, tuple(ids), label=label, columns=columns, plain=plain, turns=turns))
     if not prompts:
         raise ValueError(
             f"{source}: no usable prompt among {len(rows)} rows ({num_too_long} over data.max_prompt_length = {limit},"
@@ -184,11 +184,13 @@ class RowText(NamedTuple):
         text: the prompt as the model is given it; by a chat template it holds special tokens.
         plain: the prompt without a chat template, if `text` is by one.
         label: reference text, if the row has one.
+        turns: the messages of a conversation.
     """
 
     text: str
     plain: str | None
     label: str | None
+    turns: tuple[Turn, ...] = ()
 
 
 def row_text(row: Row, index: int, data: DataConfig, task: Task, tokenizer: Any, source: str) -> RowText:
@@ -196,15 +198,17 @@ def row_text(row: Row, index: int, data: DataConfig, task: Task, tokenizer: Any,
     value, label = _asked(row, index, data, task, source)
     has_template = getattr(tokenizer, "chat_template", None) is not None
     wanted = data.chat_template if data.chat_template is not None else has_template and not isinstance(value, str)
+    turns: tuple[Turn, ...] = ()
     if isinstance(value, str):
         text = value.rstrip()
         plain = text if _is_closed(text, task) else text + task.suffix
         value = [{"role": "user", "content": value.strip()}]
     else:
         plain = _plain(value, task)
+        turns = tuple(Turn(**message) for message in value)
     if not wanted or tokenizer is None:
-        return RowText(plain, None, label)
-    return RowText(_render(value, tokenizer, f"{source}: row {index + 1}"), plain, label)
+        return RowText(plain, None, label, turns)
+    return RowText(_render(value, tokenizer, f"{source}: row {index + 1}"), plain, label, turns)
 
 
 def _asked(

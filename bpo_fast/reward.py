@@ -4,15 +4,15 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
 
 from bpo_fast.annotate.pair_scores import PairScores
-from bpo_fast.annotate.reward_model import RewardScorer
+from bpo_fast.annotate.reward_model import Answered, RewardScorer
 from bpo_fast.batches import microbatch_tokens
 from bpo_fast.config import DataConfig
 from bpo_fast.loading import check_vocabulary, checkpoint_layers_, named_load_errors, pick_device, working_dtype
@@ -35,6 +35,7 @@ from bpo_fast.stages import (
 )
 from bpo_fast.tasks import get_task
 from bpo_fast.tokenizer import with_leading_space
+from bpo_fast.types import Turn
 
 REWARD_FILE = "reward.json"
 NUM_BINS = 10
@@ -94,11 +95,22 @@ def train_rank(config: RewardConfig, ranks: Ranks, progress: Progress) -> dict[s
 
 @dataclass(frozen=True)
 class TextPair:
-    """A prompt and two completions as text, each with its leading space."""
+    """A prompt and two completions as text, each with its leading space; `turns` are those of a conversation."""
 
     prompt: str
     chosen: str
     rejected: str
+    turns: tuple[Turn, ...] = ()
+
+
+def chosen_of(pairs: Iterable[TextPair]) -> list[Answered]:
+    """Prompts with their chosen completions."""
+    return [Answered(p.prompt, p.chosen, p.turns) for p in pairs]
+
+
+def rejected_of(pairs: Iterable[TextPair]) -> list[Answered]:
+    """Prompts with their rejected completions."""
+    return [Answered(p.prompt, p.rejected, p.turns) for p in pairs]
 
 
 def measure(model: RewardScorer, pairs: Sequence[TextPair], seed: int) -> dict[str, Any]:
@@ -113,8 +125,7 @@ def measure(model: RewardScorer, pairs: Sequence[TextPair], seed: int) -> dict[s
         accuracy (strict: a tie is wrong) with `interval_95` (Wilson), log_loss in nats, calibration of
         sigmoid(score difference), accuracy by sign of the length difference in characters, swapped accuracy.
     """
-    texts = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-    scores = torch.tensor(model.score_texts(texts), dtype=torch.float64)
+    scores = torch.tensor(model.score_texts(chosen_of(pairs) + rejected_of(pairs)), dtype=torch.float64)
     if not scores.isfinite().all():
         raise ValueError(f"{model.name}: {int((~scores.isfinite()).sum())} held-out scores are not finite")
     chosen, rejected = scores.chunk(2)
@@ -129,8 +140,8 @@ def measure(model: RewardScorer, pairs: Sequence[TextPair], seed: int) -> dict[s
     }
     swapped = swap_answers(pairs, len(pairs), seed)
     if swapped:
-        other = torch.tensor(model.score_texts([(p.prompt, p.rejected) for p in swapped]), dtype=torch.float64)
-        own = torch.tensor(model.score_texts([(p.prompt, p.chosen) for p in swapped]), dtype=torch.float64)
+        other = torch.tensor(model.score_texts(rejected_of(swapped)), dtype=torch.float64)
+        own = torch.tensor(model.score_texts(chosen_of(swapped)), dtype=torch.float64)
         result["swapped"] = proportion(own > other)
     return result
 
@@ -180,7 +191,7 @@ def swap_answers(pairs: Sequence[TextPair], num: int, seed: int) -> list[TextPai
         for i, j in zip(order, order[1:] + order[:1], strict=True):
             own, other = pairs[i], pairs[j]
             if len(swapped) < num and own.prompt != other.prompt and own.chosen != other.chosen:
-                swapped.append(TextPair(own.prompt, own.chosen, other.chosen))
+                swapped.append(replace(own, rejected=other.chosen))
     return swapped
 
 
@@ -192,9 +203,7 @@ def _by_length(pairs: Sequence[TextPair], margins: torch.Tensor) -> dict[str, An
 
 def training_rows(model: RewardScorer, pairs: Sequence[TextPair]) -> TrainingRows:
     """Pairs with their loss -log sigmoid(r(x, chosen) - r(x, rejected)); a prompt is encoded once for both."""
-    chosen = model.encode([(p.prompt, p.chosen) for p in pairs])
-    rejected = model.encode([(p.prompt, p.rejected) for p in pairs])
-    encoded = list(zip(chosen, rejected, strict=True))
+    encoded = list(zip(model.encode(chosen_of(pairs)), model.encode(rejected_of(pairs)), strict=True))
     score_pairs = PairScores(model, encoded)
 
     def loss(rows: list[int]) -> torch.Tensor:
@@ -217,8 +226,8 @@ def _fit(
         checkpoint_layers_(model.model)
 
     def evaluate() -> dict[str, float]:
-        texts = [(p.prompt, p.chosen) for p in held_out] + [(p.prompt, p.rejected) for p in held_out]
-        share = ranks.share(texts, lambda text: sum(map(len, text)))
+        texts = chosen_of(held_out) + rejected_of(held_out)
+        share = ranks.share(texts, lambda text: len(text.prompt) + len(text.completion))
         better, worse = torch.tensor(share.gather(model.score_texts(share.mine))).chunk(2)
         loss = torch.nn.functional.softplus(worse - better).mean().item()
         return {"loss": loss, "accuracy": (better > worse).double().mean().item()}
@@ -291,27 +300,32 @@ def _load_pairs(config: RewardConfig, progress: Progress) -> tuple[list[TextPair
 def _preference_pairs(rows: Sequence[dict], config: RewardConfig, source: str) -> list[TextPair]:
     pairs = []
     for index, row in enumerate(rows):
-        prompt, chosen = _prompt_and_answer(row, index, config, config.chosen_column, source)
+        chosen = _answered(row, index, config, config.chosen_column, source)
         rejected = row_label(row, DataConfig(label_column=config.rejected_column), None)
         if rejected is None:
             raise missing(row, index, config.rejected_column, "rejected_column", source)
-        pairs.append(TextPair(prompt, chosen, with_leading_space(prompt, rejected)))
+        pairs.append(_pair(chosen, rejected))
     return pairs
 
 
-def _prompt_and_answer(row: dict, index: int, config: RewardConfig, column: str | None, source: str) -> tuple[str, str]:
+def _pair(chosen: Answered, rejected: str) -> TextPair:
+    return TextPair(chosen.prompt, chosen.completion, with_leading_space(chosen.prompt, rejected), chosen.turns)
+
+
+def _answered(row: dict, index: int, config: RewardConfig, column: str | None, source: str) -> Answered:
     columns = DataConfig(prompt_column=config.prompt_column, label_column=column)
     found = row_text(row, index, columns, get_task(config.task), None, source)
     if found.label is None:
         raise missing(row, index, column or "label", "chosen_column", source)
-    return found.text, with_leading_space(found.text, found.label)
+    return Answered(found.text, with_leading_space(found.text, found.label), found.turns)
 
 
 def _sample_pairs(rows: Sequence[dict], config: RewardConfig, progress: Progress) -> list[TextPair]:
     """One pair a sample: the reference text of its prompt against the sample. Samples of other prompts are left out."""
     assert config.samples is not None
     column = None if config.chosen_column == "chosen" else config.chosen_column
-    references = dict(_prompt_and_answer(row, i, config, column, config.data) for i, row in enumerate(rows))
+    answered = (_answered(row, i, config, column, config.data) for i, row in enumerate(rows))
+    references = {reference.prompt: reference for reference in answered}
     pairs, samples = [], read_rows(config.samples)
     for index, row in enumerate(samples):
         columns = DataConfig(prompt_column=config.prompt_column)
@@ -320,7 +334,7 @@ def _sample_pairs(rows: Sequence[dict], config: RewardConfig, progress: Progress
         if not isinstance(sample, str):
             raise ValueError(f"{config.samples}: row {index + 1} has no completion")
         if prompt in references:
-            pairs.append(TextPair(prompt, references[prompt], with_leading_space(prompt, sample)))
+            pairs.append(_pair(references[prompt], sample))
     if not pairs:
         raise ValueError(f"{config.samples}: no sample has a prompt of {config.data}")
     if len(pairs) < len(samples):

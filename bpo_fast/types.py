@@ -6,7 +6,14 @@ text and back. Text rides along for annotators and for people.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Turn(NamedTuple):
+    """A message of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,7 @@ class Prompt:
         label: reference (human) completion, if the data has one.
         columns: the remaining columns of the row, passed on to annotator callables.
         plain: the prompt without a chat template, if `text` is by one.
+        turns: its messages, if the row holds a conversation.
     """
 
     id: int
@@ -28,10 +36,11 @@ class Prompt:
     label: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     plain: str | None = None
+    turns: tuple[Turn, ...] = ()
 
     @property
     def asked(self) -> str:
-        """The prompt as annotators are shown it: they have chat templates of their own, or none."""
+        """The prompt as text that annotators are shown: they have chat templates of their own, or none."""
         return self.text if self.plain is None else self.plain
 
 

@@ -15,7 +15,7 @@ namespace bpo {
 constexpr int64_t kPackBytes = 512 * 1024;          // both packed forms of a W block, to stay in L2
 constexpr int64_t kMaxBlock = 112;                  // logits of a block and a panel, to stay in L1
 constexpr int64_t kGroupBytes = 8 * 1024 * 1024;    // X and dX panels of a group, to stay in L3
-constexpr int64_t kChain = 512;                     // words of a row behind one chain of a logit: its error grows with it
+constexpr int64_t kChain = 512;                     // numbers of a row behind one chain of a logit: its error grows with it
 constexpr double kOverflow = 1e30;                  // row sums past this are done again with the largest logit as shift
 
 // `Number` is the inputs' type, `Logits` and `Grads` the words of the products that make logits, and dX and dW.
@@ -238,11 +238,12 @@ struct Block {
   }
   // Raw products of the block with one panel of tokens, in `logits`; the `first` panel that meets the block waits for its rows.
   void multiply(const H& h, const Along* tokens, int64_t rows, bool first) {
+    constexpr int64_t kChainWords = kChain / H::Logits::kPack;
     const int64_t words = h.row_words(), whole = standing ? rows / kRows * kRows : 0;
     float* out = logits.get();
     for (int64_t v = 0; v < rows; v += kRows, out += kRows * kPanel)
-      for (int64_t k = 0; k < words; k += kChain) {
-        const int64_t depth = std::min(kChain, words - k);
+      for (int64_t k = 0; k < words; k += kChainWords) {
+        const int64_t depth = std::min(kChainWords, words - k);
         const Along* b = tokens + k * kPanel;
         if (v < whole)
           tile_of_rows<typename H::Logits>(rows_standing + v * words + k, words, b, depth, out, kPanel, k > 0, first);

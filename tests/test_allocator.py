@@ -71,9 +71,9 @@ def multiply_many_sizes():
         for num_rows in range(first, last):
             torch.zeros(num_rows, 64, dtype=torch.bfloat16) @ weight
 
-    multiply(1, 200)
+    multiply(1, 350)
     before = resident()
-    multiply(200, 260)  # 30 MiB of code
+    multiply(350, 410)  # 30 MiB of code
     assert resident() - before < 8 * MIB
 
 

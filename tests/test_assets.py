@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bpo_fast.annotate.reward_model import Answered, RewardModel
 from bpo_fast.helpdesk import preference_rows, prompt_rows, rubric_score, sft_rows, swapped_rows
 from bpo_fast.tasks import ASSETS
 from bpo_fast.tokenizer import with_leading_space
@@ -25,14 +26,12 @@ def policy():
 
 @pytest.fixture(scope="module", params=["annotator", "judge"])
 def reward_model(request):
-    from bpo_fast.annotate.reward_model import RewardModel
-
     return RewardModel(str(ASSETS / request.param), device="cpu")
 
 
 def accuracy(model, rows):
-    chosen = model.score_texts([(r["prompt"], r["chosen"]) for r in rows])
-    rejected = model.score_texts([(r["prompt"], r["rejected"]) for r in rows])
+    chosen = model.score_texts([Answered(r["prompt"], r["chosen"]) for r in rows])
+    rejected = model.score_texts([Answered(r["prompt"], r["rejected"]) for r in rows])
     return sum(a > b for a, b in zip(chosen, rejected, strict=True)) / len(rows)
 
 

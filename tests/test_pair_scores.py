@@ -5,6 +5,7 @@ from test_reward import bert_scorer, llama_scorer
 
 from bpo_fast.annotate import pair_scores
 from bpo_fast.annotate.pair_scores import PairScores, num_common
+from bpo_fast.annotate.reward_model import Answered
 
 # one pair whose answers begin alike, one answer that is the other's beginning, one pair that shares the prompt alone
 TEXTS = [
@@ -15,8 +16,8 @@ TEXTS = [
 
 
 def encoded(scorer):
-    chosen = scorer.encode([(p, one) for p, one, _ in TEXTS])
-    rejected = scorer.encode([(p, other) for p, _, other in TEXTS])
+    chosen = scorer.encode([Answered(p, one) for p, one, _ in TEXTS])
+    rejected = scorer.encode([Answered(p, other) for p, _, other in TEXTS])
     return list(zip(chosen, rejected, strict=True))
 
 
@@ -54,7 +55,7 @@ def test_what_a_pair_shares_is_found_once(monkeypatch):
 def test_texts_that_begin_apart_are_padded():
     scorer = llama_scorer()
     pairs = encoded(scorer)
-    apart = (scorer.encode([("hello", " there")])[0], scorer.encode([("friend", " there")])[0])
+    apart = tuple(scorer.encode([Answered("hello", " there"), Answered("friend", " there")]))
     scores = PairScores(scorer, [apart, *pairs])
     assert scores.packed
     mixed = [pairs[0], apart]

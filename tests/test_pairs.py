@@ -12,7 +12,7 @@ from bpo_fast.config import DataConfig
 from bpo_fast.pairs import PairCounts, PhasePairs, make_pairs, read_pairs, replay_pairs, write_pairs
 from bpo_fast.prompts import load_prompts, read_rows
 from bpo_fast.tasks import get_task
-from bpo_fast.types import Completion, Dropped, Pair, Prompt
+from bpo_fast.types import Completion, Dropped, Pair, Prompt, Turn
 
 
 def completion(prompt_id, sample_id, ids, *, truncated=False, **fields):
@@ -38,7 +38,7 @@ def some_dropped():
     sides = completion(8, 0, [1, 2], logps=(-0.5, -1e-30)), completion(8, 1, [1, 3], truncated=True)
     same = completion(9, 0, [4], member=1), completion(9, 1, [4])
     return Dropped(prompt, sides, (math.pi, math.pi), "tied"), Dropped(
-        Prompt(9, "", (1,)), same, (0.5, None), "identical"
+        Prompt(9, "", (1,), turns=(Turn("system", "Be kind."), Turn("user", "Q?"))), same, (0.5, None), "identical"
     )
 
 

@@ -139,6 +139,13 @@ def test_annotators_are_shown_a_prompt_without_the_chat_template(chat_tokenizer)
     assert (plain.asked, plain.plain) == (plain.text, None)
 
 
+def test_conversations_keep_their_turns(tiny_tokenizer):
+    turns = (("user", "Hi there"), ("assistant", "Hello!"), ("user", "Who are you?"))
+    for row in ({"prompt": HH}, {"chosen": HH}, {"messages": CHAT}):
+        assert tuple((t.role, t.content.strip()) for t in one(row, tiny_tokenizer).turns) == turns
+    assert one({"prompt": "Q?"}, tiny_tokenizer).turns == ()
+
+
 def test_plain_text_takes_the_chat_template_only_when_asked(chat_tokenizer, tiny_tokenizer):
     assert one({"prompt": "Q?"}, chat_tokenizer).text == "Q? Assistant:"
     assert one({"prompt": "Q? "}, chat_tokenizer, chat_template=True).text == "<user>Q?\n<bot>"

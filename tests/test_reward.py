@@ -19,11 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from bpo_fast.annotate.reward_model import RewardModel, RewardScorer
+from bpo_fast.annotate.reward_model import Answered, RewardModel, RewardScorer
 from bpo_fast.progress import Progress
 from bpo_fast.reward import RewardConfig, TextPair, calibration, measure, proportion, swap_answers, train_reward
 from bpo_fast.tokenizer import train_bpe
-from bpo_fast.types import Completion, Prompt
+from bpo_fast.types import Completion, Prompt, Turn
 
 QUIET = Progress(quiet=True)
 TINY = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "vocab": 300, "device": "cpu"}
@@ -103,7 +103,8 @@ def completion(text, i=0):
 @pytest.mark.parametrize("make", [llama_scorer, bert_scorer])
 def test_scores_do_not_depend_on_the_batch(make):
     scorer = make()
-    texts = [("how are you", "fine" + " thanks" * n) for n in range(7)] + [("you", "bad"), ("how", "")]
+    texts = [Answered("how are you", "fine" + " thanks" * n) for n in range(7)]
+    texts += [Answered("you", "bad"), Answered("how", "")]
     together = scorer.score_texts(texts)
     alone = [scorer.score_texts([t])[0] for t in texts]
     scorer.batch_tokens = 30
@@ -115,7 +116,7 @@ def test_scores_do_not_depend_on_the_batch(make):
 
 def test_a_decoder_scores_the_plain_pair_encoding_at_its_last_token():
     scorer = llama_scorer()
-    got = scorer.score_texts([("hello", "there friend"), ("hello friend hello", "x")])
+    got = scorer.score_texts([Answered("hello", "there friend"), Answered("hello friend hello", "x")])
     for text, score in zip([("hello", " there friend"), ("hello friend hello", " x")], got, strict=True):
         ids = torch.tensor([[i for t in text for i in scorer.tokenizer(t)["input_ids"]]])
         hidden = scorer.model.model(input_ids=ids).last_hidden_state[0, -1]
@@ -133,11 +134,11 @@ def test_an_encoder_scores_what_its_tokenizer_makes_of_a_pair():
 def test_truncation_keeps_the_completion_and_the_end_of_the_prompt():
     scorer = bert_scorer()
     ids = scorer.tokenizer.convert_tokens_to_ids
-    long_prompt = ("how " * 20 + "are you", "fine thanks")
+    long_prompt = Answered("how " * 20 + "are you", "fine thanks")
     encoded = scorer.encode([long_prompt])[0].ids.tolist()
     assert len(encoded) == scorer.max_length == 16
     assert encoded[-6:] == ids(["are", "you", "[SEP]", "fine", "thanks", "[SEP]"])
-    too_long = scorer.encode([("how are", "bad " + "fine " * 40)])[0].ids.tolist()
+    too_long = scorer.encode([Answered("how are", "bad " + "fine " * 40)])[0].ids.tolist()
     assert too_long == ids(["[CLS]", "[SEP]", "bad"] + ["fine"] * 12 + ["[SEP]"])
 
 
@@ -146,17 +147,39 @@ def test_a_chat_template_gets_turns_without_the_cue():
     tokenizer.chat_template = CHAT
     scorer = llama_scorer(tokenizer=tokenizer)
     for text in ("hello? Assistant:", "hello?"):
-        encoded = scorer.encode([(text, " friend ")])[0].ids.tolist()
+        encoded = scorer.encode([Answered(text, " friend ")])[0].ids.tolist()
         assert tokenizer.decode(encoded) == "<user>hello?\n<assistant>friend\n"
     templated = Prompt(0, "<|policy|>hello?<|bot|>", (1,), plain="hello? Assistant:")
-    assert scorer.score([templated], [completion("friend")]) == scorer.score_texts([("hello?", "friend")])
+    assert scorer.score([templated], [completion("friend")]) == scorer.score_texts([Answered("hello?", "friend")])
     scorer.max_length = 5
-    assert len(scorer.encode([("hello?", "friend")])[0].ids) == 5
+    assert len(scorer.encode([Answered("hello?", "friend")])[0].ids) == 5
+
+
+def test_a_chat_template_gets_the_turns_of_a_conversation(caplog):
+    tokenizer = train_bpe(["hello there friend"] * 3, vocab_size=270)
+    tokenizer.chat_template = CHAT
+    scorer = llama_scorer(tokenizer=tokenizer)
+    turns = (Turn("system", "Be kind."), Turn("user", "hello?"), Turn("assistant", "there"), Turn("user", "friend?"))
+    asked = "system: Be kind. Human: hello? Assistant: there Human: friend? Assistant:"
+    text = Answered(asked, " hello", turns)
+    shown = "<system>Be kind.\n<user>hello?\n<assistant>there\n<user>friend?\n<assistant>hello\n"
+    assert tokenizer.decode(scorer.encode([text])[0].ids.tolist()) == shown
+    of_run = Prompt(0, "<|policy|>...", (1,), plain=asked, turns=turns)
+    assert scorer.score([of_run], [completion("hello")]) == scorer.score_texts([text])
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refusal + CHAT
+    one_turn = f"<user>{asked.removesuffix(' Assistant:')}\n<assistant>hello\n"
+    for _ in range(2):
+        assert tokenizer.decode(scorer.encode([text])[0].ids.tolist()) == one_turn
+    said = "tiny: its chat template refuses a conversation, shown as one turn: no system"
+    assert [record.message for record in caplog.records] == [said]
+    plain = llama_scorer()
+    assert plain.score_texts([text]) == plain.score_texts([Answered(asked, "hello")])
 
 
 def test_an_answer_scores_the_same_with_or_without_its_leading_space():
     scorer = llama_scorer()
-    a, b = scorer.score_texts([("hello:", "there"), ("hello:", " there")])
+    a, b = scorer.score_texts([Answered("hello:", "there"), Answered("hello:", " there")])
     assert a == b
 
 
@@ -252,7 +275,7 @@ def test_reference_text_against_samples(tmp_path):
     assert "samples: 40 of 120 rows have a prompt of" in said.getvalue()
     assert result["held_out"]["accuracy"] >= 0.95
     good, bad = RewardModel(str(tmp_path / "rm")).score_texts(
-        [("Number 7? Assistant:", "a careful answer"), ("Number 7? Assistant:", "")]
+        [Answered("Number 7? Assistant:", answer) for answer in ("a careful answer", "")]
     )
     assert good > bad
 
@@ -317,7 +340,7 @@ def test_measure_sees_a_length_bias():
             self.name = "longer"
 
         def score_texts(self, texts):
-            return [float(len(c)) for _, c in texts]
+            return [float(len(text.completion)) for text in texts]
 
     pairs = [TextPair("p", "aaa", "a"), TextPair("q", "a", "aaa"), TextPair("r", "bb", "cc"), TextPair("s", "dd", "d")]
     report = measure(Longer(), pairs, seed=0)

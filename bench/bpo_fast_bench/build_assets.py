@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 
-from bpo_fast.annotate.reward_model import RewardModel
+from bpo_fast.annotate.reward_model import Answered, RewardModel
 from bpo_fast.config import load
 from bpo_fast.helpdesk import (
     critic_rows,
@@ -237,8 +237,8 @@ def _sample(build: Build, name: str, *, n: int, temperature: float) -> list[dict
 def _against_labels(rows: list[dict[str, Any]], judge: RewardModel) -> dict[str, Any]:
     own = [rubric_score(r["prompt"], r["completion"]) for r in rows]
     label = [rubric_score(r["prompt"], r["label"]) for r in rows]
-    own_rm = judge.score_texts([(r["prompt"], r["completion"]) for r in rows])
-    label_rm = judge.score_texts([(r["prompt"], r["label"]) for r in rows])
+    own_rm = judge.score_texts([Answered(r["prompt"], r["completion"]) for r in rows])
+    label_rm = judge.score_texts([Answered(r["prompt"], r["label"]) for r in rows])
     parts = [rubric_breakdown(r["prompt"], r["completion"]) for r in rows]
     return {
         "num": len(rows),
@@ -276,8 +276,8 @@ def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _accuracy(model: RewardModel, rows: list[dict[str, str]]) -> float:
-    chosen = model.score_texts([(r["prompt"], r["chosen"]) for r in rows])
-    rejected = model.score_texts([(r["prompt"], r["rejected"]) for r in rows])
+    chosen = model.score_texts([Answered(r["prompt"], r["chosen"]) for r in rows])
+    rejected = model.score_texts([Answered(r["prompt"], r["rejected"]) for r in rows])
     return fmean(a > b for a, b in zip(chosen, rejected, strict=True))
 
 

@@ -1,5 +1,6 @@
 """Scores of a reward model: any sequence-classification folder of transformers with one label."""
 
+import logging
 import math
 import re
 from array import array
@@ -12,11 +13,22 @@ import transformers
 from bpo_fast.batches import length_batches
 from bpo_fast.loading import check_vocabulary, named_load_errors, pick_device, position_limit
 from bpo_fast.tokenizer import with_leading_space
-from bpo_fast.types import Completion, Prompt
+from bpo_fast.types import Completion, Prompt, Turn
 
 MAX_LENGTH = 1_000_000  # a tokenizer without a limit says 1e30
 ENCODED_TOGETHER = 4096  # texts; an encoding of the tokenizers library takes kilobytes
 _CLOSING = re.compile(r"\s*\b(assistant|answer)\s*:\s*$", re.IGNORECASE)
+
+
+log = logging.getLogger(__name__)
+
+
+class Answered(NamedTuple):
+    """A prompt with its completion as text, and the messages of the prompt if it is a conversation."""
+
+    prompt: str
+    completion: str
+    turns: tuple[Turn, ...] = ()
 
 
 class Encoded(NamedTuple):
@@ -29,11 +41,12 @@ class Encoded(NamedTuple):
 class RewardScorer:
     """r(x, y) of prompts and completions, in length-bucketed batches.
 
-    A tokenizer with a chat template is given a user and an assistant turn, without the cue ` Assistant:` that closes a
-    plain prompt. Any other is given the pair (prompt text, completion text with its leading space): both are encoded
-    apart and its own post-processor joins them, which for encoders is `[CLS] prompt [SEP] completion [SEP]`. What is
-    over the model's length limit is cut from the left, so the completion stays; a completion that is too long by itself
-    keeps its beginning.
+    A tokenizer with a chat template is given the conversation and the completion as the assistant's turn. Of a prompt
+    that is text, or that its template refuses, all is one user turn, without the cue ` Assistant:` that closes a plain
+    prompt. Any other tokenizer is given the pair (prompt text, completion text with its leading space): both are
+    encoded apart and its own post-processor joins them, which for encoders is `[CLS] prompt [SEP] completion [SEP]`.
+    What is over the model's length limit is cut from the left, so the completion stays; a completion that is too long
+    by itself keeps its beginning.
 
     Padding is on the right and the head reads the last real token, so the score of an answer does not depend on the
     batch it is in, up to float rounding.
@@ -66,6 +79,7 @@ class RewardScorer:
         text_config = model.config.get_text_config()
         own_limit = min(position_limit(model)[0] or MAX_LENGTH, tokenizer.model_max_length)
         self.max_length = min(own_limit, max_length or MAX_LENGTH)
+        self._has_refused = False
         # The head finds the last real token as the last one that is not padding.
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         model.config.pad_token_id = text_config.pad_token_id = self._pad
@@ -88,15 +102,15 @@ class RewardScorer:
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{self.name}: {len(prompts)} prompts for {len(completions)} completions")
-        texts = [(p.asked, c.text) for p, c in zip(prompts, completions, strict=True)]
+        texts = [Answered(p.asked, c.text, p.turns) for p, c in zip(prompts, completions, strict=True)]
         scores = self.score_texts(texts)
         for prompt, completion, score in zip(prompts, completions, scores, strict=True):
             if not math.isfinite(score):
                 raise ValueError(f"{self.name}: score of prompt {prompt.id} sample {completion.sample_id} is {score}")
         return scores
 
-    def score_texts(self, texts: Sequence[tuple[str, str]]) -> list[float]:
-        """Scores (prompt, completion) texts, finite or not; equal token ids get equal scores."""
+    def score_texts(self, texts: Sequence[Answered]) -> list[float]:
+        """Scores, finite or not; equal token ids get equal scores."""
         encodings = self.encode(texts)
         keys = [e.ids.tobytes() for e in encodings]
         distinct = dict(zip(keys, encodings, strict=True))
@@ -108,8 +122,8 @@ class RewardScorer:
         score_of = dict(zip(distinct, scored.tolist(), strict=True))
         return [score_of[key] for key in keys]
 
-    def encode(self, texts: Sequence[tuple[str, str]]) -> list[Encoded]:
-        """Encodes (prompt, completion) texts within `max_length`."""
+    def encode(self, texts: Sequence[Answered]) -> list[Encoded]:
+        """Encodes prompts with their completions within `max_length`."""
         join = self._join_plain if self.tokenizer.chat_template is None else self._join_turns
         encoded = []
         for start in range(0, len(texts), ENCODED_TOGETHER):
@@ -117,18 +131,19 @@ class RewardScorer:
             encoded += [Encoded(array("i", e.ids), array("i", e.type_ids)) for e in joined]
         return encoded
 
-    def _join_turns(self, texts: Sequence[tuple[str, str]]) -> list[Any]:
-        rendered = [self._render(prompt, completion) for prompt, completion in texts]
+    def _join_turns(self, texts: Sequence[Answered]) -> list[Any]:
+        rendered = [self._render(text) for text in texts]
         encodings = self.tokenizer.backend_tokenizer.encode_batch(rendered, add_special_tokens=False)
         for encoding in encodings:
             encoding.truncate(self.max_length, direction="left")
         return encodings
 
-    def _join_plain(self, texts: Sequence[tuple[str, str]]) -> list[Any]:
+    def _join_plain(self, texts: Sequence[Answered]) -> list[Any]:
         backend = self.tokenizer.backend_tokenizer
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
-        prompts = backend.encode_batch([p for p, _ in texts], add_special_tokens=False)
-        completions = backend.encode_batch([with_leading_space(p, c) for p, c in texts], add_special_tokens=False)
+        answers = [with_leading_space(text.prompt, text.completion) for text in texts]
+        prompts = backend.encode_batch([text.prompt for text in texts], add_special_tokens=False)
+        completions = backend.encode_batch(answers, add_special_tokens=False)
         joined = []
         for prompt, completion in zip(prompts, completions, strict=True):
             completion.truncate(room)
@@ -152,10 +167,21 @@ class RewardScorer:
         device = next(self.model.parameters()).device
         return self.model(**{k: v.to(device, non_blocking=True) for k, v in inputs.items()}).logits[:, 0]
 
-    def _render(self, prompt: str, completion: str) -> str:
-        question = _CLOSING.sub("", prompt)
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": completion.strip()}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False)
+    def _render(self, text: Answered) -> str:
+        from jinja2 import TemplateError
+
+        answer = Turn("assistant", text.completion.strip())
+        if text.turns:
+            try:
+                return self._apply_template([*text.turns, answer])
+            except TemplateError as error:  # some take no system turn
+                if not self._has_refused:
+                    log.warning("%s: its chat template refuses a conversation, shown as one turn: %s", self.name, error)
+                self._has_refused = True
+        return self._apply_template([Turn("user", _CLOSING.sub("", text.prompt)), answer])
+
+    def _apply_template(self, turns: Sequence[Turn]) -> str:
+        return self.tokenizer.apply_chat_template([turn._asdict() for turn in turns], tokenize=False)
 
 
 class RewardModel(RewardScorer):
