@@ -60,6 +60,9 @@ def bench_kernels(
     check_ours(record)
 
 
+DTYPE = typer.Option(help="float32 or bfloat16, of all contenders; float32 on a CPU, bfloat16 on a GPU by default")
+
+
 @bench.command("sampling")
 @reports_errors
 def bench_sampling(
@@ -69,6 +72,7 @@ def bench_sampling(
     prompts: Annotated[int, typer.Option(help="two completions of each are sampled", min=1)] = 128,
     rounds: Annotated[int, typer.Option(help="turns of both engines", min=1)] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them alone", min=0)] = 0,
+    dtype: Annotated[str | None, DTYPE] = None,
     memory_hidden: Annotated[
         int, typer.Option(help="hidden size of the model that memory is measured on; 0: no memory", min=0)
     ] = 768,
@@ -85,6 +89,7 @@ def bench_sampling(
         rounds=rounds,
         threads=threads,
         memory_hidden=memory_hidden,
+        dtype=dtype,
         json_path=json_path,
     )
     print(table(run(options)))
@@ -92,7 +97,6 @@ def bench_sampling(
 
 DEVICE = typer.Option(help="auto, cpu or cuda")
 SHAPE = typer.Option(help="toy, 0.5b, 1.5b or HIDDENxLAYERSxVOCABULARY; toy on a CPU, 0.5b on a GPU by default")
-DTYPE = typer.Option(help="float32 or bfloat16, of all contenders; float32 on a CPU, bfloat16 on a GPU by default")
 PAIRS = typer.Option(help="pairs an optimizer step; 8 on a CPU, 16 on a GPU by default", min=1)
 PEERS = typer.Option(help="trl, none, or auto: trl if it is installed")
 FIRST_LENGTHS = typer.Option(help="tldr, helpfulness, long; the first two by default")

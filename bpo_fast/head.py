@@ -5,8 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from bpo_fast_kernels import rowwise_linear
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from bpo_fast.attention import has_native
 from bpo_fast.loading import head_weight, num_embeddings, trunk_of
 
 log = logging.getLogger(__name__)
@@ -29,6 +33,35 @@ class Head:
     def options(self, temperature: float = 1.0) -> dict[str, Any]:
         """What operators on hidden rows take, for logits over this temperature."""
         return {"temperature": temperature / self.scale, "logit_softcap": self.softcap}
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[..., V] float32 logits of hidden rows; only where `fused`."""
+        logits = unrounded_logits(hidden, weight)
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.scale == 1 else self.scale * logits
+
+
+def unrounded_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden W^T + bias in float32, as training has it: in bfloat16 logits of 16 to 32 have steps of 0.125.
+
+    On a CPU without native code they are rounded still: it would take a float32 copy of W.
+
+    Args:
+        hidden: [..., H] of any float type.
+        weight: [V, H] of the same type.
+        bias: [V] of the same type, or None.
+
+    Returns:
+        [..., V] float32.
+    """
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        rows = torch.mm(hidden.reshape(-1, hidden.shape[-1]), weight.T, out_dtype=torch.float32)
+        logits = rows.view(*hidden.shape[:-1], len(weight))
+        return logits if bias is None else logits + bias
+    if hidden.is_cpu and hidden.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and has_native():
+        return rowwise_linear(hidden, weight, bias)
+    return F.linear(hidden, weight, bias).float()
 
 
 @torch.no_grad()

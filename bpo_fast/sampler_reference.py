@@ -5,6 +5,7 @@ bfloat16); a larger difference means that the sampler is not the policy, so some
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from bpo_fast.config import Config
 from bpo_fast.gradients import microbatches
 from bpo_fast.pairs import PhasePairs
 from bpo_fast.policy import Policy
-from bpo_fast.types import Completion
+from bpo_fast.types import Completion, Pair
 
 NUM_CHECKED = 16  # pairs of a phase
 MAX_OVER_MEAN = 20  # rounding puts the worst of thousands of tokens there; a mean does not show one wrong token
@@ -35,6 +36,26 @@ def check_settings(config: Config, from_pairs: str | None) -> None:
 
 
 @torch.no_grad()
+def logp_differences(pairs: Sequence[Pair], policy: Policy, max_tokens: int) -> torch.Tensor:
+    """|sampler - trainer| of the log-probs of all tokens of completions that carry `logps`.
+
+    Args:
+        pairs: what was sampled.
+        policy: the behavior.
+        max_tokens: of a micro-batch.
+
+    Returns:
+        [T] float32 on the host, in nats.
+    """
+    parts = [torch.zeros(0)]
+    with policy.behavior():
+        for batch in microbatches(pairs, policy, max_tokens):
+            sides = [p.chosen for p in batch.pairs] + [p.rejected for p in batch.pairs]
+            theirs = torch.tensor([logp for side in sides for logp in _logps(side)])
+            parts.append((policy.token_logps(batch).cpu() - theirs).abs())
+    return torch.cat(parts)
+
+
 def with_sampler_reference(found: PhasePairs, policy: Policy, budget: TokenBudget, *, tolerance: float) -> PhasePairs:
     """The pairs of a phase with the sampler's log-probs as the reference.
 
@@ -50,17 +71,7 @@ def with_sampler_reference(found: PhasePairs, policy: Policy, budget: TokenBudge
     Raises:
         ValueError: a mean difference above the tolerance, or a token's above its own.
     """
-
-    def differences(tokens: int) -> torch.Tensor:
-        parts = [torch.zeros(0)]
-        with policy.behavior():
-            for batch in microbatches(found.pairs[:NUM_CHECKED], policy, tokens):
-                sides = [p.chosen for p in batch.pairs] + [p.rejected for p in batch.pairs]
-                theirs = torch.tensor([logp for side in sides for logp in _logps(side)])
-                parts.append((policy.token_logps(batch).cpu() - theirs).abs())
-        return torch.cat(parts)
-
-    difference = budget.run(differences)
+    difference = budget.run(lambda tokens: logp_differences(found.pairs[:NUM_CHECKED], policy, tokens))
     mean, largest = (float(difference.mean()), float(difference.max())) if len(difference) else (0.0, 0.0)
     if not (mean <= tolerance and largest <= MAX_OVER_MEAN * tolerance):
         raise ValueError(

@@ -245,23 +245,23 @@ A make_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
           window};
 }
 
-// Calls f with the type of attention for the inputs' element type: products are of bfloat16 where tensors are and the processor
+// Calls f with the type of `Operator` for the inputs' element type: products are of bfloat16 where tensors are and the processor
 // has them.
-template <class F>
-void with_attention(const Tensor& t, const F& f) {
+template <template <class, class> class Operator, class F>
+void with_products(const Tensor& t, const F& f) {
   with_type(t, [&](auto zero) {
     using T = decltype(zero);
 #if defined(__AVX512BF16__)
-    if constexpr (std::is_same_v<T, bpo::BFloat16>) return f(Type<bpo::PackedAttention<bpo::Pairs, T>>{});
+    if constexpr (std::is_same_v<T, bpo::BFloat16>) return f(Type<Operator<bpo::Pairs, T>>{});
 #endif
-    f(Type<bpo::PackedAttention<bpo::Floats, T>>{});
+    f(Type<Operator<bpo::Floats, T>>{});
   });
 }
 
 // Every tensor's last dimension is contiguous; `shifts` is [2, M, heads, S].
 void attend(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, double scale, double softcap, int64_t window,
             Tensor out, Tensor shifts) {
-  with_attention(q, [&](auto type) {
+  with_products<bpo::PackedAttention>(q, [&](auto type) {
     using A = typename decltype(type)::type;
     const auto a = make_attention<A>(q, k, v, bounds, firsts, scale, softcap, window);
     const auto to = heads<typename A::Number>(out);
@@ -274,7 +274,7 @@ void attend(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, double s
 
 void attend_backward(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor firsts, double scale, double softcap, int64_t window,
                      Tensor out, Tensor shifts, Tensor dout, Tensor dq, Tensor dk, Tensor dv) {
-  with_attention(q, [&](auto type) {
+  with_products<bpo::PackedAttention>(q, [&](auto type) {
     using A = typename decltype(type)::type;
     using T = typename A::Number;
     const auto a = make_attention<A>(q, k, v, bounds, firsts, scale, softcap, window);
@@ -323,17 +323,20 @@ void attend_decoded(Tensor q, Tensor prompt_k, Tensor prompt_v, Tensor bounds, T
   });
 }
 
-// Float, contiguous; `panels` has room for x in whole panels.
+// Contiguous, x and weight of one type, the others float; `panels` has room for x in whole panels.
 void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor panels, Tensor out) {
-  const bpo::Linear a = {floats(x), floats(weight), bias ? floats(*bias) : nullptr, floats(out), x.size(0), x.size(1),
-                         weight.size(0)};
-  torch::stable::parallel_for(0, a.num_panels(), 4, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-      bpo::pack_panel(a.x + p * a.panel_size(), a.num_rows - p * bpo::kPanel, a.width, floats(panels) + p * a.panel_size());
-  });
-  const int64_t tiles = (a.num_out + bpo::kRows - 1) / bpo::kRows;
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    bpo::linear_columns(a, floats(panels), begin * bpo::kRows, std::min(end * bpo::kRows, a.num_out));
+  with_products<bpo::Linear>(x, [&](auto type) {
+    using A = typename decltype(type)::type;
+    using T = typename A::Number;
+    const A a = {data<T>(x), data<T>(weight), bias ? floats(*bias) : nullptr, floats(out), x.size(0), x.size(1), weight.size(0)};
+    auto* words = data<typename A::Word>(panels);
+    torch::stable::parallel_for(0, a.num_panels(), 4, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) bpo::pack_panel(a, p, words + p * a.panel_size());
+    });
+    const int64_t tiles = (a.num_out + bpo::kRows - 1) / bpo::kRows;
+    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      bpo::linear_columns(a, words, begin * bpo::kRows, std::min(end * bpo::kRows, a.num_out));
+    });
   });
 }
 

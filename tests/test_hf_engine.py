@@ -12,6 +12,7 @@ from bpo_fast.engine import SamplingParams, decode, request_seed
 from bpo_fast.engine import decode as decoding
 from bpo_fast.engine.hf import HfEngine
 from bpo_fast.engine.stopping import StopStrings
+from bpo_fast.head import Head
 from bpo_fast.policy import load_policy
 from bpo_fast.types import Prompt
 
@@ -445,9 +446,24 @@ def test_logits_are_not_made_where_none_are_cut_off(tiny_model_dir, monkeypatch,
     config = ModelConfig(path=str(tiny_model_dir), lora_r=4, lora_alpha=8.0)
     policy = load_policy(config, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
     monkeypatch.setattr(policy.model.get_output_embeddings(), "forward", None)
+    monkeypatch.setattr(Head, "logits", None)
     assert sample(HfEngine.of(policy, None), [Prompt(0, "", (3, 7, 1))], n=2, **params)
     with pytest.raises(TypeError):
         sample(HfEngine.of(policy, None), [Prompt(0, "", (3, 7, 1))], n=2, top_k=5)
+
+
+def test_logits_in_bfloat16_are_not_rounded(tiny_model_dir, prompts):
+    """What is drawn without them is not; one of 8 would be off by up to 0.03."""
+    config = ModelConfig(path=str(tiny_model_dir), full=True, dtype="bfloat16")
+    policy = load_policy(config, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
+    policy.model.get_output_embeddings().weight.data *= 16
+    drawn, cut = (
+        [c for [c] in sample(HfEngine.of(policy, None), prompts, temperature=0.0, logps=True, top_p=top_p)]
+        for top_p in (1.0, 0.9)
+    )
+    for a, b in zip(drawn, cut, strict=True):
+        assert a.ids == b.ids
+        assert torch.allclose(torch.tensor(b.logps), torch.tensor(a.logps), rtol=0, atol=1e-4)
 
 
 def test_a_completion_has_the_same_bits_in_any_batch(tiny_model_dir, monkeypatch):

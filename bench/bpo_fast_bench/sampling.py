@@ -2,10 +2,9 @@
 
 Every form of training runs in a process of its own (a process has one vLLM): correctness first, then the engines take
 turns on the same requests, with the lengths that the policy gives them. Memory and refresh are measured on a random
-model that is large enough to see a copy of the weights. `python -m bpo_fast_bench.sampling --help`.
+model that is large enough to see a copy of the weights.
 """
 
-import argparse
 import json
 import resource
 import subprocess
@@ -33,10 +32,12 @@ from bpo_fast.engine.hf import HfEngine
 from bpo_fast.files import write_atomic
 from bpo_fast.loading import pick_device
 from bpo_fast.policy import Policy
+from bpo_fast.sampler_reference import logp_differences
 from bpo_fast.scoring import PairScorer
 from bpo_fast.setup import load_learner
 from bpo_fast.tasks import ASSETS, get_task, resolve
-from bpo_fast.types import Completion, Prompt
+from bpo_fast.types import Completion, Pair, Prompt
+from bpo_fast_bench.contenders import DTYPES
 
 FORMS: dict[str, dict[str, Any]] = {
     "full": {"model.full": True},
@@ -49,6 +50,7 @@ FORMS: dict[str, dict[str, Any]] = {
 # Below it the engines do not compute the same. Roundings of 16 bits part some of 32 greedy tokens; the probe of every
 # refresh compares log-probs.
 LEAST_AGREEMENT = {torch.float32: 0.9, torch.bfloat16: 0.25, torch.float16: 0.25}
+NUM_COMPARED = 64  # prompts
 TWO_COPIES = "full, two copies"  # the baseline of memory: what everyone else does
 MEMORY_FORMS: dict[str, dict[str, Any]] = {name: {"model.full": True} for name in ("full", TWO_COPIES)}
 
@@ -68,6 +70,7 @@ class SamplingBench:
         rounds: turns of both engines.
         threads: of torch; 0 leaves it alone.
         device: of both engines.
+        dtype: of the weights, float32 or bfloat16; None: float32 on a CPU, bfloat16 on a GPU.
         json_path: where the measurements go.
     """
 
@@ -81,19 +84,22 @@ class SamplingBench:
     rounds: int = 5
     threads: int = 0
     device: str = "auto"
-    json_path: str | None = "bench/results/sampling-cpu.json"
+    dtype: str | None = None
+    json_path: str | None = None
 
 
 def run(options: SamplingBench) -> dict[str, Any]:
     """Measures every form in a fresh process and writes each to the JSON; returns what it holds.
 
     Raises:
-        ValueError: an unknown form.
+        ValueError: an unknown form or type.
         RuntimeError: the engines do not agree, or a process failed.
     """
     unknown = [form for form in options.forms if form not in FORMS]
     if unknown:
         raise ValueError(f"bench.form = {unknown[0]}: not one of {'; '.join(FORMS)}")
+    if options.dtype not in (None, *DTYPES.values()):
+        raise ValueError(f"bench.dtype = {options.dtype}: not one of {', '.join(DTYPES.values())}")
     given = {name: value for name, value in asdict(options).items() if name != "json_path"}
     out = {"options": given, "environment": environment(sys.argv), "forms": {}, "memory": {}}
 
@@ -114,7 +120,8 @@ def run(options: SamplingBench) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The measurements as text, one line a form."""
-    lines = [f"{'tokens a second':<18} {'vllm':>6} {'hf':>12} {'generate':>14}   start    refresh      copied"]
+    heading = f"{'tokens a second':<18} {'vllm':>6} {'hf':>12} {'generate':>14}   start    refresh      copied"
+    lines = [f"{heading}   off by, vllm    hf   as hf's, vllm  generate"]
     overlap = ""
     for form, r in results["forms"].items():
         lines.append(
@@ -123,6 +130,8 @@ def table(results: dict[str, Any]) -> str:
             f" {r['generate']['tokens_per_s']:>8.0f} {r['against_generate']:>4.2f}x"
             f" {r['start_s']:>5.1f} s {1e3 * r['refresh_s']:>7.2f} ms"
             f" {r['bytes_copied'] / 2**20:>6.1f} MiB"
+            f" {r['logp_difference']['vllm']['mean']:>12.1e} {r['logp_difference']['hf']['mean']:>8.1e}"
+            f" {r['greedy_agreement']['vllm']:>13.0%} {r['greedy_agreement']['generate']:>9.0%}"
         )
         if "overlap" in r:
             o = r["overlap"]
@@ -130,6 +139,7 @@ def table(results: dict[str, Any]) -> str:
                 f"\nannotator overlap, {o['num_pairs']} pairs, a service of {o['service_s']:.2f} s: sampling alone"
                 f" {o['sampling_s']:.2f} s, then scoring {o['in_turn_s']:.2f} s, at once {o['overlapped_s']:.2f} s"
             )
+    lines.append("off by: from the trainer's log-probs, nats a token; as hf's: prompts with the same greedy tokens")
     lines += [overlap] if overlap else []
     if results["memory"]:
         lines.append(f"\n{'memory':<18} {'weights':>11} {'resident':>10} {'peak':>10}    refresh     copied")
@@ -142,7 +152,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _in_a_process(options: SamplingBench) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bpo_fast_bench.sampling", "--one", json.dumps(asdict(options))]
+    command = [sys.executable, "-m", "bpo_fast_bench.sampling", json.dumps(asdict(options))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"bench sampling, {options.forms[0]}: the process failed")
@@ -157,8 +167,10 @@ def measure(options: SamplingBench) -> dict[str, Any]:
     _train_a_step(policy)
     engine.refresh(1)
     prompts = _prompts(config, policy)[: options.num_prompts]
-    agreement = min(_agreement(e, by_hf, prompts[:16], policy.model.dtype) for e in (engine, by_generate))
     samplers = {"vllm": engine, "hf": by_hf, "generate": by_generate}
+    some, dtype = prompts[:NUM_COMPARED], policy.model.dtype
+    agreement = {name: _agreement(samplers[name], by_hf, some, dtype) for name in ("vllm", "generate")}
+    differences = {name: _logp_difference(samplers[name], policy, some) for name in ("vllm", "hf")}
     timings = {name: _Timings() for name in samplers}
     params = SamplingParams(
         max_new_tokens=options.max_new_tokens,
@@ -171,7 +183,7 @@ def measure(options: SamplingBench) -> dict[str, Any]:
             timings[name].add(sampler, prompts, params, turn)
     speeds = {name: timing.summary() for name, timing in timings.items()}
     vllm = speeds["vllm"]
-    out = {"start_s": start_s, **speeds, "greedy_agreement": agreement}
+    out = {"start_s": start_s, **speeds, "greedy_agreement": agreement, "logp_difference": differences}
     for name in ("hf", "generate"):
         out[f"against_{name}"] = vllm["tokens_per_s"] / speeds[name]["tokens_per_s"]
     out["against_hf_cpu"] = vllm["tokens_per_cpu_s"] / speeds["hf"]["tokens_per_cpu_s"]
@@ -294,6 +306,7 @@ def _config(options: SamplingBench, form: dict[str, Any]) -> Config:
         "sampling.engine": "vllm",
         "sampling.max_new_tokens": options.max_new_tokens,
         "run.device": options.device,
+        "model.dtype": options.dtype or "auto",
     }
     return resolve(configs.load(None, knobs | form))
 
@@ -320,6 +333,15 @@ def _agreement(engine: Engine, by_hf: Engine, prompts: list[Prompt], dtype: torc
     if share < LEAST_AGREEMENT[dtype]:
         raise RuntimeError(f"greedy tokens of the engines agree on {share:.0%} of {len(prompts)} prompts only")
     return share
+
+
+def _logp_difference(engine: Engine, policy: Policy, prompts: list[Prompt]) -> dict[str, float]:
+    """How far a sampler's log-probs of what it draws are from the trainer's, in nats a token."""
+    params = SamplingParams(max_new_tokens=32, n=2, logps=True)
+    sampled = engine.generate(prompts, params, run_seed=0, policy_version=1)
+    pairs = [Pair(p, *both, chosen_score=1.0, rejected_score=0.0) for p, both in zip(prompts, sampled, strict=True)]
+    difference = logp_differences(pairs, policy, 4096)
+    return {"mean": float(difference.mean()), "max": float(difference.max())}
 
 
 def _refreshes(engine: Any) -> dict[str, Any]:
@@ -373,36 +395,7 @@ def _peak_rss_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def main() -> None:
-    """Command line of this file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model")
-    parser.add_argument("--data")
-    parser.add_argument("--form", action="append", choices=FORMS)
-    parser.add_argument("--rounds", type=int, default=SamplingBench.rounds)
-    parser.add_argument("--prompts", type=int, default=SamplingBench.num_prompts)
-    parser.add_argument("--memory-hidden", type=int, default=SamplingBench.memory_hidden)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--json", default=SamplingBench.json_path)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    flags = parser.parse_args()
-    if flags.one:
-        one = json.loads(flags.one)
-        options = SamplingBench(**one | {"forms": tuple(one["forms"])})
-        print(json.dumps(measure_memory(options) if options.memory_hidden else measure(options)))
-        return
-    options = SamplingBench(
-        model=flags.model,
-        data=flags.data,
-        forms=tuple(flags.form or FORMS),
-        memory_hidden=flags.memory_hidden,
-        rounds=flags.rounds,
-        num_prompts=flags.prompts,
-        threads=flags.threads,
-        json_path=flags.json,
-    )
-    print(table(run(options)))
-
-
 if __name__ == "__main__":
-    main()
+    given = json.loads(sys.argv[1])
+    ONE = SamplingBench(**given | {"forms": tuple(given["forms"])})
+    print(json.dumps(measure_memory(ONE) if ONE.memory_hidden else measure(ONE)))

@@ -8,16 +8,19 @@ from collections.abc import Sequence
 
 import torch
 from bpo_fast_kernels import linear_draw
+from bpo_fast_kernels.checks import NATIVE_FLOATS
 from bpo_fast_kernels.inverse import cuts, draw
 from torch import Tensor
 
+from bpo_fast.attention import has_native
 from bpo_fast.engine import SamplingParams
 from bpo_fast.head import Head
 
 
-def reads_hidden(head: object | None, *, top_p: float, top_k: int) -> bool:
-    """Whether tokens are drawn from hidden states: by a head known for it, and where no tail is cut off."""
-    return head is not None and not top_k and top_p >= 1
+def draws_natively(weight: Tensor, *, top_p: float, top_k: int) -> bool:
+    """Whether tokens are drawn from hidden states without logits: on a CPU, and where no tail is cut off."""
+    is_known = weight.is_cpu and weight.dtype in NATIVE_FLOATS and has_native()
+    return is_known and not top_k and top_p >= 1
 
 
 class Chooser:
@@ -27,7 +30,7 @@ class Chooser:
         seeds: of the requests.
         params: temperature, cuts of the tail, whether log-probs are wanted.
         device: of what is chosen from.
-        head: of the model, with its weights, where tokens can be drawn from hidden states; None: from logits.
+        head: of the model, with its weights, where hidden states are to be had; None: choose from the model's logits.
 
     Attributes:
         reads_hidden: whether a call takes hidden states and not logits.
@@ -42,7 +45,8 @@ class Chooser:
         head: tuple[Head, Tensor] | None = None,
     ):
         self._params, self._head = params, head
-        self.reads_hidden = reads_hidden(head, top_p=params.top_p, top_k=params.top_k)
+        self.reads_hidden = head is not None
+        self._draws = head is not None and draws_natively(head[1], top_p=params.top_p, top_k=params.top_k)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         streams = [
             torch.rand(params.max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
@@ -62,26 +66,33 @@ class Chooser:
             ([B] int64 tokens; [B] float32 log-probs at the temperature and before any cut, if they are wanted)
         """
         uniforms = None if self._uniforms is None else self._uniforms[step].index_select(0, requests)
-        if self.reads_hidden:
+        if self._draws:
             return self._draw(rows, uniforms)
+        vocab = len(self._head[1]) if self._head else rows.shape[-1]
         parts = [
-            self._choose(rows[cut], None if uniforms is None else uniforms[cut])
-            for cut in cuts(len(rows), rows.shape[-1], rows.device)
+            self._choose(self._logits(rows[cut]), None if uniforms is None else uniforms[cut])
+            for cut in cuts(len(rows), vocab, rows.device)
         ]
         tokens = torch.cat([tokens for tokens, _ in parts])
         logps = [logps for _, logps in parts if logps is not None]
         return tokens, torch.cat(logps) if logps else None
 
+    def _logits(self, rows: Tensor) -> Tensor:
+        """[B, V] float32."""
+        if self._head is None:
+            return rows.float()
+        head, weight = self._head
+        return head.logits(rows, weight)
+
     def _draw(self, hidden: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        assert self._head, "reads_hidden says so"
+        assert self._head, "it draws"
         head, weight = self._head
         options = head.options(1.0 if uniforms is None else self._params.temperature)
         tokens, logps = linear_draw(hidden, weight, uniforms, **options)
         self.finite &= logps.isfinite().all()
         return tokens, logps if self._params.logps else None
 
-    def _choose(self, logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        scores = logits.float()
+    def _choose(self, scores: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor | None]:
         highest = scores.amax(-1, keepdim=True)
         self.finite &= highest.isfinite().all()
         if uniforms is None:

@@ -7,12 +7,11 @@ from typing import Any, Self
 
 import torch
 from bpo_fast_kernels import rowwise_linear
-from bpo_fast_kernels.checks import NATIVE_FLOATS
 from torch import Tensor, nn
 
 from bpo_fast.attention import has_native
 from bpo_fast.engine import OnDone, Request, SamplingParams, in_order, make_requests
-from bpo_fast.engine.choose import Chooser, reads_hidden
+from bpo_fast.engine.choose import Chooser, draws_natively
 from bpo_fast.engine.decode import cache_argument, decode, row_bytes, rows_together, shares_rows, takes_cache
 from bpo_fast.engine.stopping import StopStrings
 from bpo_fast.head import Head
@@ -60,8 +59,9 @@ class HfEngine:
         self._model, self._tokenizer, self._view, self._num_members = model, tokenizer, view, num_members
         cache_argument(model)  # or there is none, and this says so
         self._eos_ids, self._pad_id, self._batch_size = eos_ids, pad_id, batch_size
-        self._head = native_head(model, head)
-        self._shares_rows = shares_prompts and self._head is not None and shares_rows(model)
+        self._head = head if head is not None and head.fused and takes_cache(trunk_of(model)) else None
+        native = self._head is not None and draws_natively(head_weight(model), top_p=1.0, top_k=0)
+        self._shares_rows = shares_prompts and native and shares_rows(model)
 
     @classmethod
     def of(cls, policy: Policy, batch_size: int | None) -> Self:
@@ -133,11 +133,12 @@ class HfEngine:
 
     def _batch(self, prompt_tokens: int, params: SamplingParams) -> tuple[int, int]:
         """(sequences decoded together; bytes of the KV cache of one at most)"""
-        reads = reads_hidden(self._head, top_p=params.top_p, top_k=params.top_k)
-        shared = reads and self._shares_rows and not params.single_members  # whose members share no prompts
+        weight = head_weight(self._model)
+        draws = self._head is not None and draws_natively(weight, top_p=params.top_p, top_k=params.top_k)
+        shared = self._shares_rows and not params.single_members  # whose members share no prompts
         sharing = min(params.n, self._batch_size or params.n) if shared else 1
         a_row = row_bytes(self._model, prompt_tokens, params.max_new_tokens, sharing=sharing)
-        return self._batch_size or rows_together(self._model, a_row, logits=not reads), a_row
+        return self._batch_size or rows_together(self._model, a_row, logits=not draws), a_row
 
     def _decode(
         self, requests: Sequence[Request], params: SamplingParams, stop: StopStrings
@@ -152,7 +153,7 @@ class HfEngine:
                 ended=lambda ids: ids[-1] in self._eos_ids or stop.found(ids),
                 max_new_tokens=params.max_new_tokens,
                 pad_id=self._pad_id,
-                shared=choose.reads_hidden and self._shares_rows,
+                shared=self._shares_rows,
             )
         if not choose.finite:
             raise RuntimeError("the policy's logits are NaN or infinite: nothing can be sampled from it")
@@ -180,10 +181,3 @@ def rowwise_linears(model: Any) -> Iterator[None]:
 
 def _by_rows(linear: nn.Linear, input: Tensor) -> Tensor:
     return rowwise_linear(input, linear.weight, linear.bias)
-
-
-def native_head(model: Any, head: Head | None) -> Head | None:
-    """The head if tokens can be drawn from hidden states: where there is a kernel, and the trunk takes a cache."""
-    if head is None or not head.fused or model.device.type != "cpu" or model.dtype not in NATIVE_FLOATS:
-        return None
-    return head if has_native() and takes_cache(trunk_of(model)) else None

@@ -25,6 +25,7 @@ from bpo_fast.engine.handover import Handover
 from bpo_fast.engine.kv_budget import MAX_NUM_SEQS
 from bpo_fast.engine.member_rows import MemberRows
 from bpo_fast.engine.shared_weights import NotShareableError, locate_linear
+from bpo_fast.head import unrounded_logits
 
 LOAD_FORMAT = "bpo_fast"
 HANDOVER = "handover"  # of the loader's configuration, where it is in another process than the trainer
@@ -80,8 +81,10 @@ class PlainEmbedding(UnquantizedEmbeddingMethod):
         """Nothing: the trainer shares the weight."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + bias."""
-        return linear(x, layer.weight, bias)
+        """x W^T + bias in float32."""
+        if x.dtype == torch.float32:
+            return linear(x, layer.weight, bias)
+        return unrounded_logits(x, layer.weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

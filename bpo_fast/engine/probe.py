@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from bpo_fast_kernels import linear_token_logps
 
+from bpo_fast.loading import head_weight, trunk_of
 from bpo_fast.policy import Policy
 from bpo_fast.types import Prompt
 
@@ -84,7 +86,15 @@ class Probe:
             part = drawn[i * len(self._prompts) : (i + 1) * len(self._prompts)]
             ids = torch.tensor([p.ids + d for p, d in zip(self._prompts, part, strict=True)], device=model.device)
             with self._policy.behavior() if member is None else self._policy.member(member):
-                logits = model(input_ids=ids, use_cache=False, logits_to_keep=self._num_new + 1).logits
-            logps = logits[:, :-1].float().log_softmax(-1)
-            found.append(logps.gather(2, ids[:, -self._num_new :, None]).squeeze(2))
+                found.append(self._token_logps(ids))
         return torch.cat(found)
+
+    def _token_logps(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, num_new] float32 of the last tokens, as training has them."""
+        model, head, targets = self._policy.model, self._policy.head, ids[:, -self._num_new :]
+        if not head.fused:
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=self._num_new + 1).logits
+            return logits[:, :-1].float().log_softmax(-1).gather(2, targets[:, :, None]).squeeze(2)
+        hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state[:, -self._num_new - 1 : -1]
+        logps = linear_token_logps(hidden.flatten(0, 1), head_weight(model), targets.flatten(), **head.options())
+        return logps.view_as(targets)

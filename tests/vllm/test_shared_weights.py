@@ -122,6 +122,18 @@ def test_bfloat16_weights_are_shared_and_stay_within_the_limit(llama_dir, learne
     assert engine.last_refresh.bytes_copied == 0
 
 
+def test_logits_of_bfloat16_weights_are_float32(llama_dir, learner):
+    _, engine = learner(llama_dir, model__full=True, model__dtype="bfloat16")
+    engine.refresh(4)
+    with mock.patch.object(loader, "unrounded_logits", wraps=loader.unrounded_logits) as head:
+        _, drawn = greedy(engine, prompts(4))
+        assert head.call_count == NUM_NEW
+        head.side_effect = lambda *inputs: loader.linear(*inputs)
+        _, rounded = greedy(engine, prompts(4))
+    first, others = (torch.tensor([logps[0] for logps in found]) for found in (drawn, rounded))
+    assert 0 < float((first - others).abs().max()) < 0.1
+
+
 class Fused(torch.nn.Module):
     """The outside of vLLM's fused layers, enough to find views in."""
 
