@@ -122,14 +122,19 @@ def read_state(path: Path) -> TrainerState:
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Tensor] | None:
     """Puts weights and moments back, in place; returns the EMA weights if the checkpoint has them."""
-    if policy.lora:
-        for m in range(policy.num_members):
-            policy.lora.load_member(m, path / f"member-{m}" if policy.num_members > 1 else path)
-    else:
-        load_full(path, policy)
+    load_weights(path, policy)
     optimizer.load_state_dict([load_file(file) for file in moment_files(path)])
     ema = path / "ema.safetensors"
     return load_file(ema) if ema.exists() else None
+
+
+def load_weights(path: Path, policy: Policy) -> None:
+    """Puts the weights of a checkpoint into the policy, in place."""
+    if policy.lora is None:
+        load_full(path, policy)
+        return
+    for m in range(policy.num_members):
+        policy.lora.load_member(m, path / f"member-{m}" if policy.num_members > 1 else path)
 
 
 def moment_files(path: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from bpo_fast.ranks import Ranks
 from bpo_fast.reference import Reference
 from bpo_fast.run import Run
 from bpo_fast.scoring import PairScorer
-from bpo_fast.types import Completion, Pair, Prompt
+from bpo_fast.types import Completion, Dropped, Pair, Prompt
 
 
 class Collector:
@@ -47,7 +47,7 @@ class Collector:
         self.overlapped_s = 0.0
 
     def collect(self, phase: Phase, prompts: Sequence[Prompt], spare: Sequence[Prompt], version: int) -> PhasePairs:
-        """The pairs of a phase, and, with `annotator.refill`, of spare prompts in place of the dropped ones.
+        """The pairs of a phase, and, with `annotator.refill`, of spare prompts in place of tied and identical ones.
 
         Args:
             phase: which phase, for its number.
@@ -58,12 +58,13 @@ class Collector:
         self.overlapped_s = 0.0
         num_retried = self._engine.num_retried
         pairs, dropped, completions = self._sample(phase, prompts, version)
-        num_spare = 0
-        while self._config.annotator.refill and len(pairs) < len(prompts) and num_spare < len(spare):
-            more = spare[num_spare : num_spare + len(prompts) - len(pairs)]
+        num_spare, num_lacking = 0, _num_equal(dropped)
+        while self._config.annotator.refill and num_lacking and num_spare < len(spare):
+            more = spare[num_spare : num_spare + num_lacking]
             num_spare += len(more)
             new_pairs, new_dropped, new_completions = self._sample(phase, more, version)
             pairs, dropped, completions = pairs + new_pairs, dropped + new_dropped, completions + new_completions
+            num_lacking = _num_equal(new_dropped)
         metrics = _completion_metrics([c for c in completions if not c.aborted], pairs)
         metrics["completions/num_retried"] = sum(self._ranks.gather(self._engine.num_retried - num_retried))
         counts = PairCounts.of(pairs, (d.reason for d in dropped))
@@ -91,6 +92,11 @@ class Collector:
             self.overlapped_s += max(0.0, scorer.busy_s - (time.perf_counter() - start))
         pairs, dropped = make_pairs(prompts, completions, all_scores)
         return pairs, dropped, [c for both in completions for c in both]
+
+
+def _num_equal(dropped: Sequence[Dropped]) -> int:
+    """How many the annotator had no choice in."""
+    return sum(d.reason in ("tied", "identical") for d in dropped)
 
 
 def with_reference(

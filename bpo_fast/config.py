@@ -7,6 +7,7 @@ named, from the embedded default. Names follow TRL where TRL has one.
 import dataclasses
 import difflib
 import json
+import math
 import operator
 import os
 import re
@@ -22,9 +23,10 @@ ON_POLICY = "on-policy"
 LOSS_ALIASES = {"sigmoid": "dpo", "hinge": "slic"}
 
 
-def knob(default: Any, doc: str, *, choices=None, gt=None, ge=None, le=None) -> Any:
+def knob(default: Any, doc: str, *, choices=None, gt=None, ge=None, lt=None, le=None) -> Any:
     """A dataclass field that carries its one-line meaning and its range."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "gt": gt, "ge": ge, "le": le})
+    rules = {"choices": choices, "gt": gt, "ge": ge, "lt": lt, "le": le}
+    return dataclasses.field(default=default, metadata={"doc": doc} | rules)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class SamplingConfig:
 
     engine: str = knob("auto", "auto is vllm where it can run, else hf", choices=("auto", "hf", "vllm"))
     max_new_tokens: int | None = knob(None, "completion tokens", ge=1)
-    temperature: float = knob(1.0, "softmax temperature of the sampler", gt=0)
+    temperature: float = knob(1.0, "softmax temperature of the sampler", ge=1e-6, lt=math.inf)
     top_p: float = knob(1.0, "nucleus mass; 1 is off", gt=0, le=1)
     top_k: int = knob(0, "0 is off", ge=0)
     stop: tuple[str, ...] | None = knob(
@@ -137,8 +139,8 @@ class MethodConfig:
     """The algorithm: BPO is ref = behavior, sampler = policy."""
 
     loss: str = knob("dpo", "sigmoid means dpo, hinge means slic", choices=("dpo", "ipo", "slic"))
-    beta: float = knob(0.1, "loss temperature", gt=0)
-    label_smoothing: float = knob(0.0, "dpo only", ge=0, le=0.5)
+    beta: float = knob(0.1, "loss temperature", gt=0, lt=math.inf)
+    label_smoothing: float = knob(0.0, "dpo only", ge=0, lt=0.5)
     ipo_sum: bool = knob(False, "ipo on sums of log-probs instead of their means over a completion's tokens")
     ref: str = knob(
         "behavior",
@@ -400,6 +402,9 @@ def _checked(name: str, value: Any) -> Any:
     return value
 
 
+RANGES = {"gt": (">", operator.gt), "ge": (">=", operator.ge), "lt": ("<", operator.lt), "le": ("<=", operator.le)}
+
+
 def check_rules(what: str, value: Any, rules: Mapping[str, Any]) -> None:
     """ValueError `what = value` if a value is not among a knob's choices or out of its range; NaN is in no range."""
     if rules["choices"]:
@@ -407,7 +412,7 @@ def check_rules(what: str, value: Any, rules: Mapping[str, Any]) -> None:
             known = ", ".join(rules["choices"])
             raise ValueError(f"{what} = {value!r}: not one of {known}{did_you_mean(value, rules['choices'])}")
     elif not isinstance(value, str):
-        for rule, sign, holds in (("gt", ">", operator.gt), ("ge", ">=", operator.ge), ("le", "<=", operator.le)):
+        for rule, (sign, holds) in RANGES.items():
             if rules[rule] is not None and not holds(value, rules[rule]):
                 raise ValueError(f"{what} = {value}: must be {sign} {rules[rule]}")
 

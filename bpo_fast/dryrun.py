@@ -31,7 +31,13 @@ def dry_run(config: Config, *, from_pairs: str | None = None, quiet: bool = Fals
         parts = build(config, progress, from_pairs=from_pairs, ranks=_OneOf(config.run.devices))
         plan = parts.work.plan
         out: dict[str, Any] = {"steps": plan.num_steps, "phases": len(plan.phases), "pairs": plan.num_prompts}
-        ledger = make_ledger(parts.config, parts.policy, parts.optimizer, parts.engine)
+        ledger = make_ledger(
+            parts.config,
+            parts.policy,
+            parts.optimizer,
+            parts.engine,
+            reference_bytes=parts.reference.num_bytes,
+        )
         progress.print(ledger.words())
         out |= _try_steps(parts, ledger) | {"peak_memory_gib": machine.peak_memory_gib()}
         progress.print(

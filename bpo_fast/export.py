@@ -3,11 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from bpo_fast.checkpoint import complete_checkpoints, load_full
+from bpo_fast.checkpoint import complete_checkpoints, load_weights
 from bpo_fast.files import new_folder
 from bpo_fast.loading import pick_device
 from bpo_fast.policy import load_policy
 from bpo_fast.run import saved_config
+from bpo_fast.source import run_of
 
 
 def export(source: Path, out: Path, *, device: str = "cpu") -> None:
@@ -21,7 +22,8 @@ def export(source: Path, out: Path, *, device: str = "cpu") -> None:
     Raises:
         ValueError: no complete checkpoint, or `out` exists.
     """
-    run_dir = source.parent if source.name.startswith("checkpoint-") else source
+    source = source.resolve()
+    run_dir = run_of(str(source)) or source
     config = saved_config(run_dir)
     checkpoints = complete_checkpoints(run_dir)
     if source != run_dir:
@@ -32,12 +34,9 @@ def export(source: Path, out: Path, *, device: str = "cpu") -> None:
         raise ValueError(f"--out {out}: exists already")
     checkpoint = checkpoints[-1]
     form = dataclasses.replace(config.model, adapters=())
-    policy = load_policy(form, device=pick_device("--device", device), seed=0, temperature=1.0, max_length=0)
-    if policy.lora is None:
-        load_full(checkpoint, policy)
-    else:
-        for m in range(policy.num_members):
-            policy.lora.load_member(m, checkpoint / f"member-{m}" if policy.num_members > 1 else checkpoint)
+    place = pick_device("--device", device)
+    policy = load_policy(form, device=place, seed=0, temperature=1.0, max_length=0, keeps_start=False)
+    load_weights(checkpoint, policy)
     with policy.merged(), new_folder(out) as folder:
         policy.model.save_pretrained(folder)
         policy.tokenizer.save_pretrained(folder)

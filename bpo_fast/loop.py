@@ -22,7 +22,7 @@ from bpo_fast.plan import Phase, deal
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import POLL_S, Ranks
 from bpo_fast.run import Run
-from bpo_fast.run_folder import pairs_words
+from bpo_fast.run_folder import PHASE_STAGES, pairs_words
 from bpo_fast.sampler_reference import with_sampler_reference
 from bpo_fast.setup import Parts
 from bpo_fast.types import Pair
@@ -76,7 +76,13 @@ class Loop:
     def print_memory(self) -> None:
         """Prints the memory ledger before the first step; its parts stand in the line of every phase."""
         parts = self._parts
-        ledger = make_ledger(self._config, parts.policy, parts.optimizer, parts.engine)
+        ledger = make_ledger(
+            self._config,
+            parts.policy,
+            parts.optimizer,
+            parts.engine,
+            reference_bytes=parts.reference.num_bytes,
+        )
         self._progress.print(ledger.words())
         self._memory = ledger.metrics()
 
@@ -104,7 +110,7 @@ class Loop:
         for p in self._work.plan.phases if ahead and not self.num_steps else (phase,):
             if not self._run.pairs_path(p.index).exists():
                 new = self._collect_new(p)
-                nothing_scored = new.counts.unscored == p.last_prompt - p.first_prompt
+                nothing_scored = new.counts.unscored and not (new.counts.tied or new.counts.identical)
                 if not new.pairs and (p.num_steps > 1 or nothing_scored or self._is_last_chance(p)):
                     self._stop_without_pairs(new)
                 self._write_pairs(self._run.pairs_path(p.index), new)
@@ -160,7 +166,7 @@ class Loop:
         values: dict[str, float] = {"phase": phase.index, "policy_version": found.policy_version}
         values |= {f"pairs/{k}": v for k, v in vars(found.counts).items()}
         values |= self._refreshed | found.metrics
-        values |= {f"timing/{stage}_s": seconds.get(stage, 0.0) for stage in ("rollout", "annotate", "ref", "train")}
+        values |= {f"timing/{stage}_s": seconds.get(stage, 0.0) for stage in PHASE_STAGES}
         if self._parts.annotator is not None:
             values["timing/annotate_overlapped_s"] = self._collector.overlapped_s
         values |= {"perf/tokens_per_s": num_tokens / max(1e-9, seconds.get("rollout", 0.0))}
@@ -204,7 +210,8 @@ class Loop:
             if not self._ranks.is_main:
                 self._evaluated_step = self.num_steps
                 return
-            summary = self._summarise(mine) | {"kl": self._held_out_kl() if self.num_steps else 0.0}
+            self._kl = self._held_out_kl() if self.num_steps else 0.0
+            summary = self._summarise(mine) | {"kl": self._kl}
         seconds = self._run.seconds["eval"] - seconds_before
         with self._run.critical():
             self._metrics.log("eval", self.num_steps, as_metrics(when, summary) | {"timing/eval_s": seconds})
@@ -214,6 +221,7 @@ class Loop:
         """Writes a checkpoint of the step reached, unless it is there."""
         if self._saved_step == self.num_steps or not self._ranks.is_main:
             return
+        self._policy.put_back_()
         state = TrainerState(
             step=self.num_steps,
             phase=self._phase,
@@ -248,7 +256,8 @@ class Loop:
         judges = [j.name for j in self._parts.judges]
         judge = judges[0] if judges else None
         first, last = ([r for r in rows if r["when"] == when] for when in ("before", "after"))
-        before: dict[str, Any] = self._summarise(first) | {"kl": 0.0} if first else {}
+        start = None if self._kl is None else 0.0  # where it was measured
+        before: dict[str, Any] = self._summarise(first) | {"kl": start} if first else {}
         after: dict[str, Any] = self._summarise(last) | {"kl": self._kl} if last else {}
         summary = {
             "task": config.task,
@@ -288,7 +297,7 @@ class Loop:
         save_moments(folder, self._parts.optimizer, self._ranks)
 
     _note = ""
-    _kl = 0.0
+    _kl: float | None = None
 
     def _run_peak_gib(self) -> float:
         """Peak of the whole run, while the mark of the machine begins anew with every phase."""
@@ -302,8 +311,9 @@ class Loop:
             if phase.index == 0:  # of the whole source
                 counts += self._work.not_replayed
             return PhasePairs(phase.index, self.num_steps, pairs, counts, {})
-        num_used = sum(read_pairs(self._run.pairs_path(f)).num_spare for f in range(phase.index))
-        spare = self._work.spare[num_used:]
+        spare = self._work.spare
+        if self._config.annotator.refill:
+            spare = spare[sum(read_pairs(self._run.pairs_path(f)).num_spare for f in range(phase.index)) :]
         return self._collector.collect(phase, self._work.prompts[owned], spare, self.num_steps)
 
     def _score_reference(self, phase: Phase, found: PhasePairs) -> PhasePairs:
@@ -366,8 +376,7 @@ class Loop:
         pairs = [Pair(p, a, b, 1.0, 0.0) for p, (a, b) in zip(prompts, sampled, strict=True) if a.ids and b.ids]
         if not pairs:
             return None
-        self._kl = divergence(pairs, self._policy, self._budget, ref="none")["kl"]
-        return self._kl
+        return divergence(pairs, self._policy, self._budget, ref="none")["kl"]
 
     def _is_last_chance(self, phase: Phase) -> bool:
         """Whether the run trains on the pairs of this phase or on none at all."""

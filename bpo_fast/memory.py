@@ -117,13 +117,16 @@ def token_budget(config: Config, policy: Policy) -> TokenBudget:
     return TokenBudget(tokens, longest=longest)
 
 
-def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, engine: Engine) -> Ledger:
+def make_ledger(
+    config: Config, policy: Policy, optimizer: Optimizer, engine: Engine, *, reference_bytes: int = 0
+) -> Ledger:
     """Counts and measures; leaves no gradient behind.
 
     Args:
         config: resolved settings.
         policy, optimizer: as they will train.
         engine: the sampler, for its KV cache.
+        reference_bytes: of a reference that has weights of its own.
     """
     assert config.data.max_prompt_length, "resolve() has set it"
     step_pairs = longest_pairs(config, policy, step_share(config))
@@ -134,7 +137,8 @@ def make_ledger(config: Config, policy: Policy, optimizer: Optimizer, engine: En
     low, high = _activations(policy, few), _activations(policy, more)
     a_token = (high - low) / max(1, more.input_ids.numel() - few.input_ids.numel())
     return Ledger(
-        weights=_bytes([*policy.model.parameters(), *(policy.lora.parameters() if policy.lora else [])]),
+        weights=reference_bytes
+        + _bytes([*policy.model.parameters(), *(policy.lora.parameters() if policy.lora else [])]),
         gradients=optimizer.gradient_bytes,
         optimizer=optimizer.num_bytes(policy.device),
         activations=int(high + a_token * (largest.input_ids.numel() - more.input_ids.numel())),

@@ -129,8 +129,8 @@ def write_pairs(path: Path, phase: PhasePairs) -> None:
 
 def read_pairs(path: Path) -> PhasePairs:
     """Reads what `write_pairs` wrote; ValueError if it is not that."""
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     try:
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
         header = json.loads(lines[0])
         if header.get("format") != FORMAT:
             raise ValueError

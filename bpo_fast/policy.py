@@ -77,9 +77,19 @@ class Policy:
         config: form of training (LoRA or full, members).
         seed: start of the LoRA members.
         temperature: of the sampler; log-probs are those of the tempered distribution.
+        keeps_start: whether there is an `initial` view; of a fully trained model it takes a copy of all weights.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer, config: ModelConfig, *, seed: int, temperature: float = 1.0):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer,
+        config: ModelConfig,
+        *,
+        seed: int,
+        temperature: float = 1.0,
+        keeps_start: bool = True,
+    ):
         self.model, self.tokenizer, self.config, self.temperature = model, tokenizer, config, temperature
         self.version = 0
         _disable_dropout(model)
@@ -116,9 +126,12 @@ class Policy:
         self.shares_prompts = not config.attn_implementation and _share_prompts(self)
         if config.compile:
             self._trunk = torch.compile(self._trunk, dynamic=True)
-        self._initial = (
-            self.lora.state() if self.lora else {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
-        )
+        self._kept: dict[str, Tensor] = {}
+        self._initial: dict[str, Tensor] | None = None
+        if keeps_start and self.lora:
+            self._initial = self.lora.state()
+        elif keeps_start:
+            self._initial = {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
 
     @property
     def num_members(self) -> int:
@@ -155,6 +168,7 @@ class Policy:
     @contextmanager
     def initial(self) -> Iterator[None]:
         """Forwards inside run the weights at the start of the run."""
+        assert self._initial is not None, "keeps_start"
         with self.lora.average(self._initial) if self.lora else self._swapped(self._initial):
             yield
 
@@ -281,16 +295,20 @@ class Policy:
 
     @contextmanager
     def _swapped(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        kept = {}
+        self._kept = {name: parameter.data for name, parameter in self.model.named_parameters()}
         try:
             for name, parameter in self.model.named_parameters():
-                kept[name] = parameter.data
                 parameter.data = weights[name].to(parameter.device, parameter.dtype)
             yield
         finally:
+            self.put_back_()
+
+    def put_back_(self) -> None:
+        """Ends a view; again where an interrupt has cut its end short, and the weights of two would be mixed."""
+        if self._kept:
             for name, parameter in self.model.named_parameters():
-                if name in kept:
-                    parameter.data = kept[name]
+                parameter.data = self._kept[name]
+            self._kept = {}
 
 
 def load_policy(
@@ -301,6 +319,7 @@ def load_policy(
     temperature: float,
     max_length: int,
     place: Callable[[PreTrainedModel], None] | None = None,
+    keeps_start: bool = True,
 ) -> Policy:
     """Loads a policy from a folder or the Hub.
 
@@ -311,6 +330,7 @@ def load_policy(
         temperature: of the sampler.
         max_length: longest prompt plus completion in tokens.
         place: moves the model from the host to the device in a way of its own, such as into storages that exist.
+        keeps_start: whether the policy has an `initial` view.
 
     Raises:
         ValueError: not a causal LM, a tokenizer that does not fit, positions that do not reach `max_length`.
@@ -327,7 +347,7 @@ def load_policy(
         place(model)
     else:
         move_(model, device)
-    return Policy(model, tokenizer, config, seed=seed, temperature=temperature)
+    return Policy(model, tokenizer, config, seed=seed, temperature=temperature, keeps_start=keeps_start)
 
 
 def load_model(config: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

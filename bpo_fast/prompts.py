@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,10 +87,10 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
     for path in _files(name, split):
         if path.suffix.lower() in (".csv", ".tsv"):
             raise ValueError(f"{path}: a table of text is not read; write JSONL (a JSON object a line) or Parquet")
-        for row in _parquet_rows(path) if path.name.endswith(".parquet") else _json_rows(path):
-            if stop is not None and len(rows) >= stop:
-                break
-            rows.append(row)
+        read = _parquet_rows if path.name.endswith(".parquet") else _json_rows
+        rows += islice(read(path), None if stop is None else stop - len(rows))
+        if stop is not None and len(rows) == stop:  # and the files behind it are not opened
+            break
     rows = rows[start:]
     if not rows:
         raise ValueError(f"{source}: no rows")
@@ -224,7 +225,7 @@ def _asked(
     label = row_label(row, data, column)
     if isinstance(value, str) and is_turns:
         turns, answer = split_answer(value)
-        if len(turns) > 1 or answer or not _is_closed(turns[0]["content"], task):  # else _plain() wrote it
+        if len(turns) != 1 or answer or not _is_closed(turns[0]["content"], task):  # else _plain() wrote it
             value, label = turns, label or answer
     elif isinstance(value, str) and data.prompt_column is None:
         value = _conversation(row, value) or value
@@ -263,7 +264,7 @@ def missing(row: Row, index: int, what: str, knob: str, source: str) -> ValueErr
 def row_label(row: Row, data: DataConfig, prompt_column: str | None) -> str | None:
     """The reference text of a row, from the label column or the first of the usual ones; None if it has none."""
     names = (data.label_column,) if data.label_column else [c for c in LABEL_COLUMNS if c != prompt_column]
-    value = next((row[c] for c in names if row.get(c)), None)
+    value = next((row[c] for c in names if row.get(c) and isinstance(row[c], str | list)), None)
     if isinstance(value, str):
         if _TURN.match(value):
             return split_answer(value)[1]
@@ -380,8 +381,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
 def _json_row(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: invalid JSON: {error.msg}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: invalid JSON: {getattr(error, 'msg', error)}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: not a JSON object")
     if "\\u" in line:  # half of a surrogate pair can be escaped in JSON, but no tokenizer and no file can hold it

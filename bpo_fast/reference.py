@@ -35,13 +35,24 @@ class Reference:
             form = dataclasses.replace(model, path=method.golden, full=True, members=1, adapters=())
             try:
                 self._golden = load_policy(
-                    form, device=policy.device, seed=0, temperature=policy.temperature, max_length=max_length
+                    form,
+                    device=policy.device,
+                    seed=0,
+                    temperature=policy.temperature,
+                    max_length=max_length,
+                    keeps_start=False,
                 )
             except ValueError as error:
                 raise ValueError(f"method.golden: {error}") from None
             same = self._golden.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
             if not same:
                 raise ValueError(f"method.golden = {method.golden}: its tokenizer is not the policy's")
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its own weights, beside those of the policy."""
+        golden = self._golden.model.parameters() if self._golden else ()
+        return sum(t.numel() * t.element_size() for t in (*golden, *(self.ema or {}).values()))
 
     def is_policy(self, num_steps: int) -> bool:
         """True if a phase of `num_steps` steps needs no reference pass: one step of one member from the reference."""

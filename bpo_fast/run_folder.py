@@ -17,6 +17,8 @@ METHOD_NAMES = {
     ("initial", "ema"): "EMA reference on fixed data",
     ("initial", "golden"): "golden reference on fixed data",
 }
+PHASE_STAGES: tuple[str, ...] = ("rollout", "annotate", "ref", "train")
+STAGES = (*PHASE_STAGES, "eval")
 LOSS_NAMES = {"dpo": "DPO", "ipo": "IPO", "slic": "SLiC"}
 REFERENCES = {
     "behavior": "the behavior LLM (the policy at the start of the phase)",
@@ -194,19 +196,12 @@ def results(run: RunFolder, when: str) -> dict[str, Any]:
 
 
 def stage_seconds(run: RunFolder) -> dict[str, float]:
-    """Seconds by stage: from summary.json (with "other" for the rest of the total), else summed over metrics.jsonl."""
-    found = {name: value for name, value in (run.summary.get("seconds") or {}).items() if value is not None}
-    if found:
-        seconds = {name: value for name, value in found.items() if name != "total"}
-        other = found.get("total", 0.0) - sum(seconds.values())
-        return seconds | ({"other": other} if other >= 0.05 else {})
-    sums: dict[str, float] = {}
-    for line in run.phases + run.evals:
-        for name, value in line.items():
-            if name.startswith("timing/") and value is not None:
-                stage = name.removeprefix("timing/").removesuffix("_s")
-                sums[stage] = sums.get(stage, 0.0) + value
-    return sums
+    """Seconds by stage: from summary.json, else summed over metrics.jsonl."""
+    found = run.summary.get("seconds") or {}
+    if not found:
+        lines = run.phases + run.evals
+        found = {stage: sum(line.get(f"timing/{stage}_s") or 0.0 for line in lines) for stage in STAGES}
+    return {stage: found[stage] for stage in STAGES if found.get(stage)}
 
 
 def measures(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Measure]:

@@ -280,7 +280,7 @@ def fit(
     fuse_layers_(model.train())  # a layer with dropout is tried with it, and stays
     generator = torch.Generator().manual_seed(seed)
     epochs = [length_batches(rows.lengths, config.batch_tokens, generator) for _ in range(math.ceil(config.epochs))]
-    epochs[-1] = epochs[-1][: math.ceil(len(epochs[-1]) * (config.epochs - len(epochs) + 1))]
+    epochs[-1] = epochs[-1][: math.ceil(round(len(epochs[-1]) * (config.epochs - len(epochs) + 1), 6))]
     num_steps = sum(len(batches) for batches in epochs)
     steps = Steps(list(trained.parameters()), config, rows, num_steps, ranks)
     if ranks.size > 1:

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bpo_fast.drawing import (
-    AMBER,
     BLUE,
     FULL_WIDTH_IN,
     GRAY,
@@ -26,10 +25,9 @@ from bpo_fast.drawing import (
     stack,
 )
 from bpo_fast.groups import Group, curve_groups, group_words, of_place, place_words, tasks_and_losses, without
-from bpo_fast.run_folder import stage_seconds
+from bpo_fast.run_folder import PHASE_STAGES, STAGES, stage_seconds
 
-PHASE_STAGES = ("rollout", "annotate", "ref", "train")
-STAGES = {"rollout": BLUE, "annotate": ORANGE, "ref": GREEN, "train": PINK, "eval": GRAY, "other": AMBER}
+COLORS: dict[str, str] = dict(zip(STAGES, (BLUE, ORANGE, GREEN, PINK, GRAY), strict=True))
 NUM_COLUMNS = 4
 NUM_TITLE_CHARS = 22
 MAX_MARKERS = 24
@@ -83,7 +81,7 @@ def costs_of_runs(groups: Sequence[Group]) -> Figure | None:
     figure = Figure(figsize=(FULL_WIDTH_IN, 0.27 * len(rows) + 1.3))
     axes = figure.subplots(1, 2, sharey=True, width_ratios=(2.4, 1))
     left = np.zeros(len(rows))
-    for name, color in STAGES.items():
+    for name, color in COLORS.items():
         seconds = np.array([stages[name] for _, stages, _ in rows])
         if seconds.any():
             axes[0].barh(range(len(rows)), seconds, left=left, color=color, height=0.66, label=name)
@@ -124,7 +122,7 @@ def costs_by_phase(groups: Sequence[Group]) -> Figure | None:
         upper.remove()
         lower.remove()
     for n, ((upper, lower), (label, costs)) in enumerate(zip(columns, shown, strict=False)):
-        parts = [(stage, STAGES[stage], values) for stage, values in costs.seconds.items()]
+        parts = [(stage, COLORS[stage], values) for stage, values in costs.seconds.items()]
         stack(upper, costs.phases, parts, width=0.7 if len(costs.phases) <= 8 else 1.0)
         upper.set_title(textwrap.fill(label, NUM_TITLE_CHARS))
         if costs.peak_gib is not None:

@@ -24,9 +24,9 @@ from bpo_fast.groups import (
     without,
 )
 from bpo_fast.report import REPORT_FILE, badges, figures, html, html_page, html_text, notice, score_notes
-from bpo_fast.run_folder import loss_name, number_text
+from bpo_fast.run_folder import PHASE_STAGES, loss_name, number_text
 from bpo_fast.stats import Interval
-from bpo_fast.sweep_costs import PHASE_STAGES, PhaseCosts, phase_costs
+from bpo_fast.sweep_costs import PhaseCosts, phase_costs
 from bpo_fast.sweep_plots import aggregate_rows, sweep_plots
 
 SUMMARY_FILE = "summary.json"

@@ -52,6 +52,14 @@ def test_annotators_see_no_chat_template_of_the_policy(tmp_path):
     assert RecordedAnnotator(recorded).score([prompt], answers) == [2.0]
 
 
+def test_a_generator_that_raises_is_named():
+    def halves(prompts, **_):
+        yield from (1 / 0 for _ in prompts)
+
+    with pytest.raises(ValueError, match=r"^annotator halves: .*ZeroDivisionError"):
+        CallableAnnotator(halves, "halves").score(PROMPTS, COMPLETIONS)
+
+
 def test_a_callable_is_found_by_module_and_name():
     texts, ids = [c.text for c in COMPLETIONS], [c.ids for c in COMPLETIONS]
     assert score("toy_annotator:letters") == toy_annotator.letters([], texts, ids)

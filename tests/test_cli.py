@@ -270,6 +270,13 @@ def test_every_prompt_is_sampled_once_and_every_pair_is_stored(trained):
             assert pair.ref_logps is not None
 
 
+def test_what_was_not_measured_is_not_reported(tiny_args, tmp_path):
+    code, out, _ = call(*tiny_args, "--pairs", "8", "--set", "eval.kl_prompts=0", "--out", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (code, summary["before"]["kl"], summary["after"]["kl"]) == (0, None, None)
+    assert "KL to the start" not in out
+
+
 def test_the_metrics_and_the_summary_agree(trained):
     _, run = trained
     lines, summary = lines_of(run / "metrics.jsonl"), json.loads((run / "summary.json").read_text())
@@ -343,8 +350,10 @@ def test_an_exported_model_is_that_of_peft_and_loads_alone(trained, tmp_path, ti
     assert relative_error(merged(ids).logits, plain) > 1e-3, "training changed the model"
 
 
-def test_one_checkpoint_is_exported_by_its_folder(trained, tmp_path):
+def test_one_checkpoint_is_exported_by_its_folder(trained, tmp_path, monkeypatch):
     _, run = trained
+    monkeypatch.chdir(run / "checkpoint-3")
+    assert call("export", ".", "--out", tmp_path / "here")[0] == 0
     assert call("export", run / "checkpoint-3", "--out", tmp_path / "third")[0] == 0
     assert call("export", run / "checkpoint-6", "--out", tmp_path / "sixth")[0] == 0
     third, sixth = (

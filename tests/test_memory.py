@@ -15,12 +15,14 @@ from transformers import DynamicCache
 
 from bpo_fast import machine
 from bpo_fast.attention import has_native
-from bpo_fast.config import MethodConfig
+from bpo_fast.config import MethodConfig, ModelConfig
 from bpo_fast.engine import SamplingParams, decode
 from bpo_fast.engine.decode import cache_bytes
 from bpo_fast.engine.hf import HfEngine
 from bpo_fast.gradients import microbatches, step_gradients
 from bpo_fast.memory import Ledger, _activations, _LiveBytes, longest_pairs, make_ledger
+from bpo_fast.policy import load_policy
+from bpo_fast.reference import Reference
 from bpo_fast.types import Prompt
 
 SMALL = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256}
@@ -120,11 +122,24 @@ def test_the_cache_of_a_batch(monkeypatch):
     pair, apart = (cache_bytes(model, 128 // shared + 64) for shared in (2, 1))
     monkeypatch.setattr(decode, "MIN_ROWS", 1)
     monkeypatch.setattr(decode, "CPU_BYTES", 8 * apart)
-    for top_k in (0, 3):  # with a tail to cut, logits are made and every row has its prompt to itself
+    for top_k in (0, 3):  # with a tail to cut, logits are made
         sampling = replace(parts.config.sampling, batch_size=None, top_k=top_k)
         config, engine = replace(parts.config, sampling=sampling), HfEngine.of(parts.policy, None)
         kv.append(make_ledger(config, parts.policy, parts.optimizer, engine).kv)
-    assert kv == [8 * apart // pair * pair, 8 * apart // (apart + 4 * 4096) * apart]
+    assert kv == [8 * apart // (pair + logits) * pair for logits in (0, 4 * 4096)]
+
+
+def test_a_reference_with_weights_of_its_own_is_counted(tiny_model_dir):
+    form = ModelConfig(path=str(tiny_model_dir), lora_r=4)
+    policy = load_policy(form, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=16)
+    of_all = sum(p.numel() * 4 for p in policy.model.parameters())
+    merged = sum(policy.lora.delta(name).numel() * 4 for name in policy.lora.names)
+    for ref, num_bytes in (("behavior", 0), ("ema", merged), ("golden", of_all)):
+        method = MethodConfig(ref=ref, golden=str(tiny_model_dir) if ref == "golden" else None)
+        reference = Reference(policy, method, form, max_length=16)
+        assert reference.num_bytes == num_bytes
+        if ref == "golden":  # and once: its own start is not kept beside it
+            assert reference._golden._initial is None
 
 
 @pytest.mark.skipif(not has_native(), reason="no native kernels")

@@ -198,6 +198,12 @@ def test_another_file_is_not_read_as_pairs(content, tmp_path):
         read_pairs(tmp_path / "p.jsonl")
 
 
+def test_what_is_no_text_is_not_read_as_pairs(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match=r"p\.jsonl: not a file of recorded pairs$"):
+        read_pairs(tmp_path / "p.jsonl")
+
+
 def test_a_damaged_pair_is_not_skipped(tmp_path):
     write_pairs(tmp_path / "p.jsonl", a_phase(a_pair(0), a_pair(1)))
     text = (tmp_path / "p.jsonl").read_text()

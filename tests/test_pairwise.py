@@ -123,6 +123,19 @@ def test_an_endpoint_that_is_down_is_given_up():
     answers = completions(*["a"] * len(prompts))
     assert asked.compare(prompts, answers, answers) == [None] * len(prompts)
     assert "was given up after" in asked.tally.last_error
+
+
+def test_an_endpoint_that_answers_without_a_verdict_is_not_given_up():
+    prompts = [Prompt(i, f"Q{i}", (1,)) for i in range(DOWN_AFTER + 5)]
+    answers = completions(*["a"] * len(prompts))
+    with endpoint(lambda question, number: said("Hard to say.")) as server:
+        asked = judge(server.spec, retries=0, requests=1)
+        assert asked.compare(prompts, answers, answers) == [None] * len(prompts)
+        assert len(server.seen) == len(prompts)
+    assert "no clear verdict" in asked.tally.last_error
+
+
+def test_credentials_in_an_address_are_refused():
     with pytest.raises(ValueError, match="no credentials"):
         judge("http://me:secret@host/v1#m")
 

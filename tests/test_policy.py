@@ -115,6 +115,31 @@ def test_dropout_of_the_model_is_off_in_training():
     assert torch.equal(policy.logps(batch), before)
 
 
+def test_a_view_whose_end_is_interrupted_can_be_ended_again(tiny_model_dir, monkeypatch):
+    form = ModelConfig(path=str(tiny_model_dir), full=True)
+    policy = load_policy(form, device=torch.device("cpu"), seed=0, temperature=1.0, max_length=64)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1.0)
+    trained, own = policy.model.state_dict(), policy.model.named_parameters
+
+    def cut_short():
+        for i, found in enumerate(own()):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield found
+
+    with pytest.raises(KeyboardInterrupt), policy.initial():
+        monkeypatch.setattr(policy.model, "named_parameters", cut_short)
+    monkeypatch.undo()
+    mixed = [not torch.equal(now, trained[name]) for name, now in policy.model.state_dict().items()]
+    assert any(mixed)
+    assert not all(mixed)
+    for _ in range(2):
+        policy.put_back_()
+        assert all(torch.equal(now, trained[name]) for name, now in policy.model.state_dict().items())
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_initial_is_where_the_run_began(tiny_model_dir, full):
     form = ModelConfig(path=str(tiny_model_dir), full=full, members=1, lora_r=4, lora_alpha=8.0)

@@ -214,6 +214,17 @@ def test_a_row_without_a_prompt_is_named(row, tiny_tokenizer):
         load([{"prompt": "Q?"}, row], tiny_tokenizer)
 
 
+@pytest.mark.parametrize("row", [{"prompt": "Assistant:"}, {"chosen": "\n\nAssistant: "}], ids=str)
+def test_an_empty_answer_alone_is_no_prompt(row, tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"^rows: row 1 has no prompt before the answer"):
+        one(row, tiny_tokenizer)
+
+
+@pytest.mark.parametrize("label", [True, False, 1])
+def test_a_label_that_is_a_verdict_is_no_reference_text(label, tiny_tokenizer):
+    assert one({"prompt": "Q?", "completion": "Yes.", "label": label}, tiny_tokenizer).label == "Yes."
+
+
 def test_the_missing_column_is_named(tiny_tokenizer):
     with pytest.raises(ValueError, match=r"row 1 has no prompt \(column title\)"):
         one({"prompt": "Q?"}, tiny_tokenizer, prompt_column="title")
@@ -298,6 +309,21 @@ def test_the_seed_alone_decides_the_order(tiny_tokenizer):
 
 
 ROWS = [{"prompt": f"Q{i}\u2028ü?", "n": i} for i in range(5)]
+
+
+def test_files_behind_the_last_row_that_is_wanted_are_not_read(tmp_path):
+    for i in range(2):
+        write_rows(tmp_path / f"train-{i}.jsonl", ROWS)
+    (tmp_path / "train-2.jsonl").write_text("no rows")
+    assert read_rows(f"{tmp_path}[3:10]") == ROWS[3:] + ROWS
+    with pytest.raises(ValueError, match=r"train-2\.jsonl: line 1: invalid JSON"):
+        read_rows(f"{tmp_path}[:11]")
+
+
+def test_a_number_that_is_too_long_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Q?", "n": ' + "7" * 5000 + "}\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 1: invalid JSON: Exceeds the limit"):
+        read_rows(str(tmp_path / "a.jsonl"))
 
 
 def test_jsonl_gz_and_parquet_hold_the_same_rows(tmp_path):

@@ -88,7 +88,7 @@ def test_page_tells_the_whole_run(tmp_path):
     assert f"rubric : {100 * before:.1f}% before, {100 * after:.1f}% after" in page.text
     assert f"({100 * (after - before):+.1f} points, 95% interval" in page.text
     assert "BPO: DPO against the behavior LLM (the policy at the start of the phase), 2 phases, 1 member" in page.text
-    assert "40 steps, 109.3 seconds, 455 pairs, 2,310 tokens a second, peak memory 1.33 GiB" in page.text
+    assert "40 steps, 104.8 seconds, 455 pairs, 2,310 tokens a second, peak memory 1.33 GiB" in page.text
     assert "AMD EPYC, 2 cores, 23.5 GiB" in page.text
     assert "bpo-fast train --task helpfulness --phases 2" in page.text
     assert "truncated 9.0% 6.0% -3.0 points" in page.text

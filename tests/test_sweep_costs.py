@@ -8,7 +8,8 @@ import pytest
 from fake_sweep import STEPS, phase_values, write_fake_sweep
 
 from bpo_fast.groups import Group, find_runs, read_groups
-from bpo_fast.sweep_costs import PHASE_STAGES, phase_costs
+from bpo_fast.run_folder import PHASE_STAGES
+from bpo_fast.sweep_costs import phase_costs
 from bpo_fast.sweep_plots import sweep_plots
 from bpo_fast.sweep_report import write_sweep_report
 

@@ -65,9 +65,9 @@ class CallableAnnotator:
                 completion_ids=[list(c.ids) for c in completions],
                 **columns,
             )
-        if isinstance(scores, str | Mapping | Set) or not hasattr(scores, "__iter__"):
-            raise ValueError(f"annotator {self._name}: returned {scores!r}, not a list of scores")
-        return list(scores)
+            if hasattr(scores, "__iter__") and not isinstance(scores, str | Mapping | Set):
+                return list(scores)  # a generator is at work here
+        raise ValueError(f"annotator {self._name}: returned {scores!r}, not a list of scores")
 
 
 class RecordedAnnotator:

@@ -60,11 +60,11 @@ class Tally:
 
 
 class _NoVerdictError(Exception):
-    """The endpoint gave no verdict; `again` says whether asking again can help."""
+    """The endpoint gave no verdict; `again` says whether asking again can help, `answered` that it is there."""
 
-    def __init__(self, reason: str, *, again: bool, wait_s: float = 0.0):
+    def __init__(self, reason: str, *, again: bool, wait_s: float = 0.0, answered: bool = False):
         super().__init__(reason)
-        self.again, self.wait_s = again, wait_s
+        self.again, self.wait_s, self.answered = again, wait_s, answered
 
 
 class HttpJudge:
@@ -149,7 +149,7 @@ class HttpJudge:
             there = self._share(prompt, first, second)
             back = self._share(prompt, second, first)
         except _NoVerdictError as error:
-            self._num_failed_in_a_row += error.again
+            self._num_failed_in_a_row = 0 if error.answered else self._num_failed_in_a_row + error.again
             if self._unwarned.acquire(blocking=False):
                 log.warning("judge %s: %s", self.name, error)
             return None, False, str(error)
@@ -233,10 +233,11 @@ def read_verdict(text: str) -> str:
         content = json.loads(text)["choices"][0]["message"]["content"]
         said = str(content or "").strip()
     except (ValueError, RecursionError, KeyError, IndexError, TypeError):
-        raise _NoVerdictError(f"not a chat completion: {' '.join(text.split())[:80]!r}", again=True) from None
+        said = " ".join(text.split())[:80]
+        raise _NoVerdictError(f"not a chat completion: {said!r}", again=True) from None
     found = set(_VERDICT.findall(said)) or ({said} & set(SHARES))
     if len(found) != 1:
-        raise _NoVerdictError(f"no clear verdict in {' '.join(said.split())[-80:]!r}", again=True)
+        raise _NoVerdictError(f"no clear verdict in {' '.join(said.split())[-80:]!r}", again=True, answered=True)
     return found.pop()
 
 

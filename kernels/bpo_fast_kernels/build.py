@@ -114,12 +114,15 @@ def compile_library(command: list[str], target: Path) -> None:
     except OSError as error:
         raise NativeUnavailable(f"cannot write to the cache folder {target.parent}: {error.strerror}") from error
     os.close(handle)
-    done = subprocess.run([*command, "-o", draft], capture_output=True, text=True)
-    if done.returncode:
-        Path(draft).unlink(missing_ok=True)  # linkers remove what they could not finish
-        reason = next(
-            (line for line in done.stderr.splitlines() if re.search("error|cannot find", line)),
-            done.stderr.strip()[-200:],
-        )
-        raise NativeUnavailable(f"{Path(command[0]).name} could not compile csrc: {reason}")
-    os.replace(draft, target)
+    compiler = Path(command[0]).name
+    try:
+        done = subprocess.run([*command, "-o", draft], capture_output=True, text=True)
+        if done.returncode:
+            lines = (line for line in done.stderr.splitlines() if re.search("error|cannot find", line))
+            reason = next(lines, done.stderr.strip()[-200:])
+            raise NativeUnavailable(f"{compiler} could not compile csrc: {reason}")
+        os.replace(draft, target)
+    except OSError as error:
+        raise NativeUnavailable(f"{compiler} could not be run: {error.strerror}") from error
+    finally:
+        Path(draft).unlink(missing_ok=True)

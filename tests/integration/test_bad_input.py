@@ -312,12 +312,12 @@ def test_an_annotator_without_a_preference(annotator, fate, tiny_args, tmp_path)
     assert [d.reason for d in read_pairs(tmp_path / "new" / "no-pairs.jsonl").dropped] == [fate] * 12
 
 
-def test_an_annotator_that_scores_nothing_ends_an_on_policy_run(tiny_args):
+@pytest.mark.parametrize("refill", ["false", "true"])
+def test_an_annotator_that_scores_nothing_ends_an_on_policy_run(refill, tiny_args):
     args = [*with_option(tiny_args, "--annotator", "toy_annotator:none"), "--phases", "on-policy"]
-    line = refused(
-        [*args, "--set", "eval.prompts=0", "--out", "new"], "error: phase 1: no pair left to train on (0 kept"
-    )
-    assert " 0 tied, 0 identical" in line
+    args += ["--set", "eval.prompts=0", "--set", f"annotator.refill={refill}", "--pairs", "8", "--out", "new"]
+    line = refused(args, "error: phase 1: no pair left to train on (0 kept")
+    assert " 0 tied, 0 identical, 4 unscored" in line
 
 
 def test_an_annotator_that_prefers_nothing_ends_an_on_policy_run(tiny_args, tmp_path):

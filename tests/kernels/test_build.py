@@ -85,6 +85,26 @@ def test_without_a_compiler_native_is_refused(fresh, monkeypatch):
         linear_token_logps(case.hidden, case.weight, case.targets, backend="native")
 
 
+def test_a_compiler_that_cannot_be_run_is_named(fresh, small, tmp_path, monkeypatch):
+    broken = tmp_path / "broken-g++"
+    broken.write_bytes(b"\x7fELF")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(build.NativeUnavailable, match=r"^broken-g\+\+ could not be run: "):
+        small("int one() { return 1; }", ())
+    assert not list(fresh.iterdir())
+
+
+def test_an_interrupted_build_leaves_nothing(fresh, small, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build.subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        small("int one() { return 1; }", ())
+    assert not list(fresh.iterdir())
+
+
 @pytest.mark.parametrize(("text", "libraries"), [("nonsense", ()), ("int one() { return 1; }", ("no_such",))])
 def test_a_failed_build_names_the_error_and_leaves_nothing(fresh, small, text, libraries):
     with pytest.raises(build.NativeUnavailable, match=r"could not compile csrc: .*(error|-lno_such)") as caught:
