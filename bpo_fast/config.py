@@ -76,8 +76,12 @@ class DataConfig:
     eval_path: str | None = knob(None, "the same for held-out rows")
     split: str = knob("train", "split of a folder or Hub data set")
     eval_split: str = knob("test", "split of the evaluation data")
-    prompt_column: str | None = knob(None, "none: prompt, question, post, messages or chosen, whichever is there")
-    label_column: str | None = knob(None, "reference text; none: label, completion, response or summary")
+    prompt_column: str | None = knob(
+        None, "none: prompt, question, query, post, messages or chosen, whichever is there"
+    )
+    label_column: str | None = knob(
+        None, "reference text; none: label, completion, response, answer, summary or chosen"
+    )
     chat_template: bool | None = knob(None, "apply the tokenizer's; none: to conversational rows, if it has one")
     max_prompt_length: int | None = knob(None, "prompt tokens", ge=1)
     long_prompts: str = knob("drop", "prompts over the limit", choices=("drop", "truncate"))
@@ -221,6 +225,18 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest prompt with the longest completion, which `resolve` has set."""
+        assert self.data.max_prompt_length, "resolve() has set it"
+        assert self.sampling.max_new_tokens, "resolve() has set it"
+        return self.data.max_prompt_length + self.sampling.max_new_tokens
+
+    @property
+    def samples_members(self) -> bool:
+        """Whether every completion comes from one member of several."""
+        return self.sampling.members == "single" and self.model.members > 1
 
 
 def knobs(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:

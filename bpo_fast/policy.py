@@ -1,7 +1,7 @@
 """The policy: a transformers model, trained whole or through a LoRA ensemble, and its sequence log-probs.
 
-A policy has views, each a context manager: `member(m)` is what an optimizer step trains, `behavior()` is the average of
-the members, `initial()` is where the run began, `merged()` is the behavior as dense weights for fast sampling.
+A policy has views, each a context manager: `members()` is what an optimizer step trains, `member(m)` one of them,
+`behavior()` their average, `initial()` where the run began, `merged()` the behavior as dense weights for sampling.
 """
 
 import logging

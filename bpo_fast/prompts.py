@@ -195,7 +195,19 @@ class RowText(NamedTuple):
 
 
 def row_text(row: Row, index: int, data: DataConfig, task: Task, tokenizer: Any, source: str) -> RowText:
-    """What a row asks; without a tokenizer there is no chat template."""
+    """What a row asks.
+
+    Args:
+        row: a row of the data.
+        index: its position, for error messages.
+        data: columns, and whether the chat template is applied.
+        task: closes bare questions.
+        tokenizer: with the chat template; None: there is none.
+        source: name of the rows in error messages.
+
+    Raises:
+        ValueError: no prompt, one of another form, or a chat template that refuses it.
+    """
     value, label = _asked(row, index, data, task, source)
     has_template = getattr(tokenizer, "chat_template", None) is not None
     wanted = data.chat_template if data.chat_template is not None else has_template and not isinstance(value, str)

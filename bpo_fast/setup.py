@@ -92,9 +92,7 @@ def build(config: Config, progress: Progress, *, from_pairs: str | None = None, 
         ValueError: whatever a user can have got wrong, by name.
     """
     device = pick_device("run.device", config.run.device)
-    assert config.sampling.max_new_tokens, "resolve() has set it"
-    assert config.data.max_prompt_length, "resolve() has set it"
-    max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
+    max_length = config.max_length
     if config.optim.offload and device.type == "cpu":
         raise ValueError("optim.offload = true: on a CPU the moments are in host memory already")
     check_sampler_reference(config, from_pairs)
@@ -146,6 +144,12 @@ def load_learner(
         device: of both.
         max_length: longest prompt plus completion in tokens.
         say: told in one line which engine it is.
+
+    Returns:
+        (policy, engine), which may share their weights.
+
+    Raises:
+        ValueError: the model cannot be loaded, or vLLM is asked for and cannot run it here.
     """
     wanted = config.sampling.engine
     reason = versions.trouble() if wanted == "auto" else None

@@ -42,10 +42,7 @@ def load_source(source: str, config: Config, say: Callable[[str], None]) -> tupl
         ValueError: the source is none of these, or cannot be loaded.
     """
     config = dataclasses.replace(config, model=_form(source, config))
-    assert config.data.max_prompt_length, "resolve() has set it"
-    assert config.sampling.max_new_tokens, "resolve() has set it"
-    max_length = config.data.max_prompt_length + config.sampling.max_new_tokens
-    return load_learner(config, pick_device("run.device", config.run.device), max_length, say)
+    return load_learner(config, pick_device("run.device", config.run.device), config.max_length, say)
 
 
 def check_source(source: str, config: Config) -> None:

@@ -29,7 +29,9 @@ class StageConfig:
     split: str = knob("train", "split of a folder or Hub data set")
     eval_split: str = knob("test", "split of the held-out rows")
     task: str = knob("helpfulness", "closes bare questions: helpfulness, tldr, harmlessness")
-    prompt_column: str | None = knob(None, "none: prompt, question, post, messages, whichever is there")
+    prompt_column: str | None = knob(
+        None, "none: prompt, question, query, post, messages or chosen, whichever is there"
+    )
     model: str | None = knob(None, "model folder or Hub id to start from; none: from scratch")
     tokenizer: str | None = knob(None, "tokenizer folder or Hub id; none: the model's, or trained on the data")
     arch: str = knob("llama", "architecture from scratch", choices=ARCHS)
@@ -92,7 +94,9 @@ class SftConfig(StageConfig):
     """Settings of `train_sft`; ValueError with the dotted name for a value out of range."""
 
     stage = "sft"
-    label_column: str | None = knob(None, "completion text; none: label, completion, response or summary")
+    label_column: str | None = knob(
+        None, "completion text; none: label, completion, response, answer, summary or chosen"
+    )
     chat_template: bool | None = knob(None, "apply the tokenizer's; none: to conversational rows, if it has one")
     members: int = knob(1, "models trained, each from its own seed: seed, seed + 1, ...", ge=1)
     lora_r: int = knob(0, "rank of LoRA adapters on a frozen model; 0: train all weights", ge=0)

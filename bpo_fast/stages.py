@@ -260,6 +260,7 @@ def fit(
     Args:
         model: switched between training and evaluation mode; its norms and MLPs get kernels where these fit.
         trained: holds the parameters that are trained: the model, or the adapters on it.
+        config: epochs, batch sizes and the optimizer's settings.
         rows: what on; the loss of a step is the mean over its terms.
         evaluate: held-out numbers with the key `loss`, the same on all ranks, or None.
         name: what the progress lines call this.

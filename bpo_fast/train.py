@@ -41,10 +41,10 @@ def train(
         What summary.json holds: win rates before and after, counts, seconds.
 
     Raises:
-        ValueError: bad settings or data, by name; nothing is left half-written.
+        ValueError: bad settings or data, by name: before the run folder is made where that can be known.
         OSError: the run folder cannot be written.
         RuntimeError: the loss stayed NaN or infinite for `optim.max_bad_steps` steps.
-        KeyboardInterrupt: after a checkpoint was written.
+        KeyboardInterrupt: after a checkpoint was written, if there was a run to write one of.
     """
     config = resolve(config)
     check_trackers(config.run.report_to)

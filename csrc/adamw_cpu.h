@@ -1,4 +1,4 @@
-// AdamW a block of 256 elements at a time, with moments of float32 or of 8 bits; adamw_8bit.py says what their codes mean.
+// AdamW a block of 256 elements at a time, with moments of float32 or of 8 bits; adamw_moments.py says what their codes mean.
 #pragma once
 
 #include <algorithm>

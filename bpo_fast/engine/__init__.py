@@ -58,7 +58,16 @@ class Request:
         stop: StopStrings,
         policy_version: int,
     ) -> Completion:
-        """What was sampled, cut before a stop string; without ids if the engine gave it up."""
+        """What was sampled, cut before a stop string; without ids if the engine gave it up.
+
+        Args:
+            ids: sampled token ids.
+            logps: their log-probs in nats, or None.
+            tokenizer: writes the text.
+            eos_ids: ids that end a completion.
+            stop: the stop strings.
+            policy_version: of the weights that sampled it.
+        """
         kept = stop.cut(ids)
         ids, logps = (ids, logps) if kept is None else (ids[:kept], logps and logps[:kept])
         return Completion(
@@ -80,7 +89,7 @@ class Engine(Protocol):
 
     Attributes:
         name: what it is called in settings.
-        kv_stays: whether that cache keeps its memory while the policy trains.
+        kv_stays: whether its KV cache keeps its memory while the policy trains.
         num_retried: completions so far that it has sampled a second time.
     """
 
@@ -134,7 +143,7 @@ def sampling_params(config: Config) -> SamplingParams:
         top_k=sampling.top_k,
         logps=config.method.ref_logps == "sampler",
         stop=sampling.stop or (),
-        single_members=sampling.members == "single" and config.model.members > 1,
+        single_members=config.samples_members,
     )
 
 
@@ -147,6 +156,12 @@ def make_requests(
     prompts: Sequence[Prompt], params: SamplingParams, *, run_seed: int, policy_version: int, num_members: int
 ) -> list[Request]:
     """One request a completion, the samples of a prompt side by side, short prompts first.
+
+    Args:
+        prompts: with their token ids.
+        params: how many completions of each, and whether from single members.
+        run_seed, policy_version: what the seeds are made of, beside the ids of prompt and sample.
+        num_members: of the ensemble; the seed draws the member.
 
     Raises:
         ValueError: a prompt without tokens, which no model can go on from.

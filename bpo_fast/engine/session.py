@@ -69,9 +69,12 @@ class Session:
         llm: the engine.
         held: how it holds the weights.
         kv_bytes: budget of the KV cache on the trainer's device.
+        block_size: tokens of a block of the KV cache.
         logps_temperature: temperature of the log-probs that vLLM returns.
+        own_group: whether vLLM made the process group, which goes with it.
         member_rows: opened for sampling from single members.
         stream: of a GPU, on which vLLM was opened.
+        policy: whose weights these are, once it is there.
     """
 
     llm: Any
@@ -229,7 +232,7 @@ def open_session(config: Config, model: PreTrainedModel, device: torch.device, m
 def _check_merging(config: Config, module: nn.Module) -> None:
     """ValueError where members that cannot be read in place are to be, by a setting."""
     for knob, is_set in (
-        ("sampling.members = single", single_members(config)),
+        ("sampling.members = single", config.samples_members),
         ("sampling.merge_lora = false", config.sampling.merge_lora is False),
     ):
         if is_set:
@@ -261,18 +264,13 @@ def merges_lora(config: Config, device: torch.device) -> bool:
     times as fast as five members read in place and as fast as one, and a merge costs milliseconds a refresh, so it is
     merged. On a GPU, where a second copy is what memory lacks, the members are read in place.
     """
-    if single_members(config):
+    if config.samples_members:
         return False  # a merged copy is one policy, not several
     if config.sampling.tensor_parallel > 1:
         return True  # other processes have copies
     if config.sampling.merge_lora is not None:
         return config.sampling.merge_lora
     return device.type == "cpu"
-
-
-def single_members(config: Config) -> bool:
-    """Whether completions come from single members: one alone is the average."""
-    return config.sampling.members == "single" and config.model.members > 1
 
 
 def _start(
@@ -292,7 +290,7 @@ def _start(
     if num_workers > 1:
         options = _workers().options(num_workers)
         environ |= _workers().environ(num_workers, device)
-    if single_members(config):
+    if config.samples_members:
         environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # MemberRows hooks into the first one
     if on_gpu and "PYTORCH_ALLOC_CONF" in os.environ:
         # vLLM 0.25 looks for expandable segments, which its pool is not made of, under PyTorch's older name alone
@@ -414,7 +412,7 @@ def _live_lora(config: Config, device: torch.device, names: tuple[str, ...], max
         return None
     model = config.model
     assert model.lora_r, "resolve() has set it"
-    rows = MemberRows(_batched_tokens(max_length), model.members, device) if single_members(config) else None
+    rows = MemberRows(_batched_tokens(max_length), model.members, device) if config.samples_members else None
     return loader.LiveLora(names, model.members, model.lora_r, model.alpha / (model.lora_r * model.members), rows)
 
 

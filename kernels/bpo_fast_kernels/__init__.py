@@ -1,4 +1,4 @@
-"""Fused operators for preference training: sequence log-probs and the pair loss."""
+"""Fused operators for preference training: log-probs, losses, sampling, attention, norms, gates and AdamW."""
 
 from bpo_fast_kernels.adamw import adamw_
 from bpo_fast_kernels.linear_draw import linear_draw

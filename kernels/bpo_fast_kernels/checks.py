@@ -9,7 +9,7 @@ LOSSES = ("dpo", "ipo", "slic")
 MODES = ("auto", "fused", "store", "recompute", "forward")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32 = torch.finfo(torch.float32)
-NATIVE_FLOATS = (torch.float32, torch.bfloat16)  # of attention, norms and gates on a CPU
+NATIVE_FLOATS = (torch.float32, torch.bfloat16)  # of what a CPU computes natively, but for the head
 
 
 def require(condition: bool, argument: str, value: object, expected: str) -> None:

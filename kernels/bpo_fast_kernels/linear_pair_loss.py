@@ -103,7 +103,7 @@ def linear_pair_loss(
             step of a phase): every margin is exactly 0.
         loss, beta, label_smoothing: as in `pair_loss`.
         num_pairs: pairs of the whole step, the divisor of the loss; P if None.
-        lengths: [2P]. divisors of ipo; the sequence lengths if None.
+        lengths: [2P] int32, int64 or float32. divisors of ipo, 0 counts as 1; the sequence lengths if None.
         low_rank: a trained delta on a frozen head: 4T(H + r)V + 2TrV, no [V, H] gradient; modes "auto", "fused" and
             "forward". Its product is one with the head's, of width H + r, from a copy [V, H + r] made for the call.
         mode: "fused" (gradients formed in the forward pass, chunk by chunk of whole pairs), "store" and "recompute" (as
