@@ -52,6 +52,7 @@ class Sweep:
         self._lock = threading.Condition()
         self._running: set[str] = set()
         self._stopped = False
+        self._error: Exception | None = None
         results = folder / RESULTS_FILE
         before = {row["run"]: row for row in read_results(results)} if results.exists() else {}
         for spec in self.specs:
@@ -83,6 +84,7 @@ class Sweep:
             progress: shows how far the sweep is.
 
         Raises:
+            OSError: results cannot be written, or no worker be started.
             KeyboardInterrupt: after the workers have written their checkpoints.
         """
         remove_temporaries(self.folder)
@@ -103,10 +105,10 @@ class Sweep:
                     for thread in threads:
                         while thread.is_alive():  # join() without a limit would keep signals waiting
                             thread.join(0.2)
+                if self._error is not None:
+                    raise self._error
             except KeyboardInterrupt:
-                with self._lock:
-                    self._stopped = True
-                    self._lock.notify_all()
+                self._stop()
                 progress.print("interrupted: the runs write checkpoints; the same command goes on")
                 raise
             finally:
@@ -114,7 +116,19 @@ class Sweep:
                     worker.stop()
 
     def _serve(self, worker: "_Worker", tell: Callable[[Row], None]) -> None:
-        """Feeds one worker until nothing is left for it."""
+        """Feeds one worker until nothing is left for it; what cannot be recorded or started ends the sweep."""
+        try:
+            self._feed(worker, tell)
+        except Exception as error:  # of a thread, which nobody would hear
+            self._error = error
+            self._stop()
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            self._lock.notify_all()
+
+    def _feed(self, worker: "_Worker", tell: Callable[[Row], None]) -> None:
         while (spec := self._next()) is not None:
             golden = str(self.run_dir(spec.needs)) if spec.needs else None
             request = {"out": str(self.run_dir(spec.name)), "values": dict(spec.values), "golden": golden}

@@ -16,6 +16,7 @@ from tiny_world import run_cli
 from bpo_fast import sweep
 from bpo_fast.config import Config, replace, to_toml, with_full_paths
 from bpo_fast.grid import RunSpec
+from bpo_fast.progress import Progress
 from bpo_fast.sweep import Sweep, read_results, row_words
 from bpo_fast.tasks import resolve
 
@@ -182,6 +183,26 @@ def test_an_interrupted_sweep_goes_on(settings, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = read_results(tmp_path / "sweeps" / "g" / "results.jsonl")
     assert [(r["seed"], r["status"], r["steps"]) for r in rows] == [(1, "finished", 6), (2, "finished", 6)]
+
+
+def test_a_disk_that_is_full_ends_the_sweep(tmp_path, monkeypatch):
+    """The thread that writes results is not the one that is waited for."""
+    specs = [dataclasses.replace(SPEC, name=name, needs=needs) for name, needs in (("a", None), ("b", "a"))]
+    written, own = [], sweep.write_atomic
+
+    def write(path, text):
+        written.append(path)
+        if len(written) > 1:
+            raise OSError(28, "No space left on device")
+        own(path, text)
+
+    monkeypatch.setattr(sweep, "write_atomic", write)
+    monkeypatch.setattr(
+        sweep._Worker, "ask", lambda self, request: {"status": "finished", "error": None, "summary": {}}
+    )
+    with pytest.raises(OSError, match="No space left"):
+        Sweep(specs, tmp_path).run(2, Progress(quiet=True))
+    assert read_results(tmp_path / "results.jsonl") == []
 
 
 def test_one_line_of_a_run():
