@@ -1,12 +1,14 @@
-"""Files that are either whole or not there: temporary name, fsync, rename."""
+"""Files that are either whole or not there: temporary name, fsync, rename; and locks between commands."""
 
 import errno
+import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -33,6 +35,20 @@ def check_writable(path: Path) -> None:
     number = errno.EACCES if above.is_dir() else errno.ENOTDIR
     if number == errno.ENOTDIR or not os.access(above, os.W_OK | os.X_OK):
         raise OSError(number, os.strerror(number), str(path))
+
+
+def take_lock(path: Path, busy: str) -> IO[str]:
+    """Opens a file, made if need be, and locks it until it is closed; ValueError(busy) if it is locked already."""
+    with errors_name(path):
+        file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(busy) from None
+    except OSError:  # of a file system without locks
+        pass
+    return file
 
 
 @contextmanager

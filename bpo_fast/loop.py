@@ -281,14 +281,16 @@ class Loop:
             "tokens_per_s": self._num_tokens / max(1e-9, seconds.get("train", 0.0)),
             "peak_memory_gib": self._run_peak_gib(),
         }
-        self._run.write_json("summary.json", summary)
-        report.write_report(self._run.path)
+        with self._run.critical():  # a run with a summary has finished, and has a report
+            self._run.write_json("summary.json", summary)
+            report.write_report(self._run.path)
         return summary
 
     def close(self) -> None:
-        """Closes the metrics and the engine."""
+        """Closes the metrics, the engine and the run."""
         self._metrics.close()
         self._parts.engine.close()
+        self._run.close()
 
     def _save_moments(self, folder: Path, step: int) -> None:
         """Beside rank 0, in a thread: those of a step that rank 0 has taken, and without which there is no next one."""

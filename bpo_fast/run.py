@@ -9,14 +9,14 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bpo_fast import config as configs
 from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.config import Config
 from bpo_fast.doctor import environment
 from bpo_fast.evaluate import EvalRow
-from bpo_fast.files import remove_temporaries, write_atomic
+from bpo_fast.files import remove_temporaries, take_lock, write_atomic
 from bpo_fast.interrupts import interrupts_call
 from bpo_fast.ranks import Ranks
 
@@ -44,12 +44,22 @@ class Run:
         self.seconds: dict[str, float] = {}
         self._critical = False
         self._pending = False
+        self._lock: IO[str] | None = None
 
     @property
     def checkpoint(self) -> Path | None:
         """The newest complete checkpoint of a resumed run."""
         found = complete_checkpoints(self.path)
         return found[-1] if self.resume and found else None
+
+    def hold(self) -> None:
+        """Keeps other commands from going on with the run until `close`; ValueError if one is doing so."""
+        self._lock = take_lock(self.path / "config.toml", f"{self.path}: another command is at work on this run")
+
+    def close(self) -> None:
+        """Lets other commands go on with the run."""
+        if self._lock is not None:
+            self._lock.close()
 
     def pairs_path(self, phase: int) -> Path:
         """Where the pairs of a phase are."""
@@ -136,8 +146,10 @@ def open_run(
 def _open_as_main(config: Config, resume: Path | None, command: list[str]) -> tuple[Config, Run]:
     if resume is not None:
         check_same(config, resume)
-        remove_temporaries(resume)
         run = Run(resume, resume=True)
+        if not run.was_finished:
+            run.hold()
+        remove_temporaries(resume)
         if not (resume / "env.json").exists():
             run.write_json("env.json", environment(command))
         return config, run
@@ -147,6 +159,7 @@ def _open_as_main(config: Config, resume: Path | None, command: list[str]) -> tu
     path.mkdir(parents=True, exist_ok=True)
     write_atomic(path / "config.toml", configs.to_toml(configs.with_full_paths(config)))
     run = Run(path, resume=False)
+    run.hold()
     run.write_json("env.json", environment(command))
     return config, run
 

@@ -1,13 +1,12 @@
 """What the stages before the loop share: tokenizer and model, batches, fitting, saving."""
 
 import dataclasses
-import fcntl
 import math
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from bpo_fast.batches import TokenBudget, length_batches, microbatch_tokens
 from bpo_fast.checkpoint import put_weights
 from bpo_fast.config import OptimConfig
-from bpo_fast.files import errors_name, new_folder
+from bpo_fast.files import errors_name, new_folder, take_lock
 from bpo_fast.fused_layers import fuse_layers_
 from bpo_fast.interrupts import interrupts_call
 from bpo_fast.loading import generation_eos_ids, named_load_errors
@@ -77,13 +76,9 @@ def _alone(out: Path, what: str) -> Iterator[None]:
     """ValueError if another command writes the same folder: each would remove what the other has half written."""
     path = out.with_name(f".{out.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as until_written:
-        with errors_name(out):
-            lock = until_written.enter_context(path.open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{what}: another command is writing it") from None
+    with errors_name(out):
+        lock = take_lock(path, f"{what}: another command is writing it")
+    with lock:
         try:
             yield
         finally:

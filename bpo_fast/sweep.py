@@ -16,7 +16,7 @@ from typing import Any
 
 from bpo_fast import config as configs
 from bpo_fast.config import Config
-from bpo_fast.files import remove_temporaries, write_atomic
+from bpo_fast.files import remove_temporaries, take_lock, write_atomic
 from bpo_fast.grid import RunSpec
 from bpo_fast.interrupts import interrupts_call
 from bpo_fast.progress import Progress
@@ -24,6 +24,7 @@ from bpo_fast.run_folder import number_text
 from bpo_fast.tasks import resolve
 
 RESULTS_FILE = "results.jsonl"
+LOCK_FILE = ".lock"
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 # of summary.json; the rest is in the run folder
 KEPT = ("before", "after", "pairs", "steps", "seconds", "num_tokens", "tokens_per_s", "peak_memory_gib", "judges")
@@ -84,9 +85,15 @@ class Sweep:
             progress: shows how far the sweep is.
 
         Raises:
+            ValueError: another command makes them.
             OSError: results cannot be written, or no worker be started.
             KeyboardInterrupt: after the workers have written their checkpoints.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with take_lock(self.folder / LOCK_FILE, f"{self.folder}: another command is at work on this sweep"):
+            self._run(num_jobs, progress)
+
+    def _run(self, num_jobs: int, progress: Progress) -> None:
         remove_temporaries(self.folder)
         self._write()
         todo = self.waiting
@@ -183,6 +190,7 @@ class _Worker:
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request; a worker that dies over it has failed it."""
         process = self._started()
+        log_size = self._log.stat().st_size
         assert process.stdin is not None
         assert process.stdout is not None
         line = ""
@@ -195,8 +203,9 @@ class _Worker:
         code = process.wait()
         self._process = None
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        last = next((text for text in reversed(self._log_lines()) if text.strip()), "")
-        return {"status": FAILED, "error": f"the process ended with {how}: {last.strip()}", "summary": None}
+        said = self._log.read_bytes()[log_size:].decode(errors="replace").split("\n")
+        last = next((f": {text.strip()}" for text in reversed(said) if text.strip()), "")
+        return {"status": FAILED, "error": f"the process ended with {how}{last}", "summary": None}
 
     def stop(self) -> None:
         """Ends the process; a run in it writes a checkpoint first."""
@@ -228,9 +237,6 @@ class _Worker:
                     start_new_session=True,  # Ctrl-C is for the sweep, which asks its workers to stop
                 )
         return self._process
-
-    def _log_lines(self) -> list[str]:
-        return self._log.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def default_jobs(specs: Sequence[RunSpec]) -> int:

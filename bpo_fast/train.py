@@ -89,6 +89,8 @@ def run_rank(
     config, run = open_run(parts.config, resume=Path(resume) if resume else None, command=sys.argv, ranks=ranks)
     if run.was_finished:
         progress.print(f"{run.path}: this run has finished")
+        if ranks.is_main and not (run.path / report.REPORT_FILE).exists():  # killed when all else was done
+            report.write_report(run.path)
         return run, run.read_summary() or {}
     loop = Loop(replace(parts, config=config), run, progress, ranks)
     with run.interruptible() if ranks.is_main else nullcontext():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bpo_fast.files import check_writable, new_folder, write_atomic
+from bpo_fast.files import check_writable, new_folder, take_lock, write_atomic
 
 
 def test_a_file_is_written_with_its_folders(tmp_path):
@@ -145,3 +145,18 @@ def test_what_could_not_be_written_is_said_before(tmp_path, monkeypatch):
     with pytest.raises(PermissionError) as caught:
         check_writable(tmp_path / "new" / "c.txt")
     assert caught.value.filename == str(tmp_path / "new" / "c.txt")
+
+
+def test_a_lock_is_taken_by_one_and_let_go(tmp_path, monkeypatch):
+    path = tmp_path / "config.toml"
+    path.write_text("seed = 1\n")
+    with take_lock(path, ""), pytest.raises(ValueError, match="at work"):
+        take_lock(path, "at work")
+    take_lock(path, "at work").close()
+    assert path.read_text() == "seed = 1\n"
+
+    def no_locks(handle, kind):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    take_lock(path, "at work").close()

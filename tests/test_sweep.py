@@ -15,6 +15,7 @@ from tiny_world import run_cli
 
 from bpo_fast import sweep
 from bpo_fast.config import Config, replace, to_toml, with_full_paths
+from bpo_fast.files import take_lock
 from bpo_fast.grid import RunSpec
 from bpo_fast.progress import Progress
 from bpo_fast.sweep import Sweep, read_results, row_words
@@ -203,6 +204,30 @@ def test_a_disk_that_is_full_ends_the_sweep(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         Sweep(specs, tmp_path).run(2, Progress(quiet=True))
     assert read_results(tmp_path / "results.jsonl") == []
+
+
+def test_a_second_sweep_does_not_disturb_the_first(tmp_path):
+    busy = f"^{tmp_path}: another command is at work on this sweep$"
+    with take_lock(tmp_path / sweep.LOCK_FILE, ""), pytest.raises(ValueError, match=busy):
+        Sweep([], tmp_path).run(1, Progress(quiet=True))
+    Sweep([], tmp_path).run(1, Progress(quiet=True))
+
+
+@pytest.mark.parametrize(("says", "said"), [("", ""), ("echo no room >&2; ", ": no room")])
+def test_a_worker_that_dies_is_not_given_the_words_of_one_before(says, said, tmp_path, monkeypatch):
+    log = tmp_path / "worker-0.log"
+    log.write_text("ValueError: of yesterday\n")
+    worker = sweep._Worker(log)
+    with log.open("a") as stderr:
+        process = subprocess.Popen(
+            ["sh", "-c", f"read line; {says}kill -9 $$"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    monkeypatch.setattr(worker, "_started", lambda: process)
+    assert worker.ask({})["error"] == f"the process ended with SIGKILL{said}"
 
 
 def test_one_line_of_a_run():

@@ -14,7 +14,9 @@ from forks import Forked
 from safetensors.torch import load_file
 
 from bpo_fast import config as configs
+from bpo_fast import report
 from bpo_fast.checkpoint import complete_checkpoints
+from bpo_fast.loop import Loop
 from bpo_fast.metrics import read_metrics
 from bpo_fast.run import check_same, saved_config
 from bpo_fast.setup import Work
@@ -127,6 +129,42 @@ def test_interrupt_writes_a_checkpoint_and_leaves_with_130(tiny_model_dir, tiny_
         load_file(complete_checkpoints(tmp_path / d)[-1] / "adapter_model.safetensors") for d in ("run", "straight")
     )
     assert all((ours[k] == theirs[k]).all() for k in theirs)
+
+
+def test_a_second_command_does_not_disturb_the_first(tiny_model_dir, tiny_data, tmp_path, monkeypatch):
+    config = settings(tiny_model_dir, tiny_data, tmp_path / "run", method__pairs=8, method__phases=1)
+    end_phase = Loop.end_phase
+
+    def with_another(loop, *args):
+        with pytest.raises(ValueError, match=f"^{tmp_path / 'run'}: another command is at work on this run$"):
+            train(saved_config(tmp_path / "run"), resume=tmp_path / "run", quiet=True)
+        end_phase(loop, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Loop, "end_phase", with_another)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, quiet=True)
+    monkeypatch.setattr(Loop, "end_phase", end_phase)
+    train(saved_config(tmp_path / "run"), resume=tmp_path / "run", quiet=True)
+
+
+def test_a_finished_run_has_its_report(tiny_model_dir, tiny_data, tmp_path, monkeypatch):
+    config = settings(tiny_model_dir, tiny_data, tmp_path / "run", method__pairs=8, method__phases=1)
+    write_report = report.write_report
+
+    def interrupted(run_dir):
+        os.kill(os.getpid(), signal.SIGINT)
+        return write_report(run_dir)
+
+    monkeypatch.setattr(report, "write_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, quiet=True)
+    monkeypatch.setattr(report, "write_report", write_report)
+    page = tmp_path / "run" / "report.html"
+    assert page.exists()
+    page.unlink()  # as after SIGKILL between summary and report
+    train(saved_config(tmp_path / "run"), resume=tmp_path / "run", quiet=True)
+    assert page.exists()
 
 
 def test_how_an_endpoint_is_asked_may_change_at_resume(tmp_path):
