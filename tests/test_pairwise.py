@@ -1,6 +1,8 @@
 import json
 import socket
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 from judge_server import by_length, endpoint, said
@@ -90,10 +92,13 @@ def test_a_judge_without_verdicts_warns_once(caplog):
     assert [r.getMessage().partition(": ")[2] for r in caplog.records] == ["no clear verdict in 'no idea'"]
 
 
-def test_a_verdict_on_the_second_try_counts():
-    with endpoint(lambda q, n: by_length(q, n) if n % 2 else (503, "")) as server:
-        assert judge(server.spec, requests=1).compare(PROMPTS, FIRST, SECOND) == [1.0, 0.0, 0.5]
+def test_a_verdict_on_the_second_try_counts(caplog):
+    with endpoint(lambda q, n: by_length(q, n) if n % 2 else (503, "\x1b[31mbusy")) as server:
+        asked = judge(server.spec, requests=1)
+        assert asked.compare(PROMPTS, FIRST, SECOND) == [1.0, 0.0, 0.5]
     assert len(server.seen) == 12
+    told = f"judge {asked.name}: status 503 Service Unavailable: \N{REPLACEMENT CHARACTER}[31mbusy; it is asked again"
+    assert [record.getMessage() for record in caplog.records] == [told]
 
 
 def test_a_bare_letter_is_a_verdict():
@@ -112,6 +117,26 @@ def test_silence_ends_at_the_limit():
         assert asked.compare(PROMPTS, FIRST, SECOND) == [None, 0.0, 0.5]
         assert time.monotonic() - start < 3
     assert asked.tally.last_error == "no answer within 0.2 s"
+
+
+@pytest.mark.parametrize(
+    "part", [b"HTTP/1.1 100 Continue\r\n\r\n", b"X", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["interim", "head", "body"]
+)
+def test_an_answer_that_never_ends_ends_at_the_limit(part):
+    def serve():
+        with suppress(OSError):  # the judge is gone
+            while True:
+                sock = listening.accept()[0]
+                with suppress(OSError), sock:
+                    while True:
+                        sock.sendall(part)
+                        time.sleep(0.01)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, daemon=True).start()
+        asked = judge(f"http://127.0.0.1:{listening.getsockname()[1]}/v1#m", timeout_s=0.3, retries=0, requests=1)
+        assert asked.compare(PROMPTS[:1], FIRST[:1], SECOND[:1]) == [None]
+    assert asked.tally.last_error == "no answer within 0.3 s"
 
 
 def test_an_endpoint_that_is_down_is_given_up():

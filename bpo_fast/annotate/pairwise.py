@@ -10,13 +10,16 @@ import json
 import logging
 import os
 import re
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from bpo_fast.run_folder import printable
 from bpo_fast.threads import Threads
 from bpo_fast.types import Completion, Prompt
 
@@ -63,7 +66,7 @@ class _NoVerdictError(Exception):
     """The endpoint gave no verdict; `again` says whether asking again can help, `answered` that it is there."""
 
     def __init__(self, reason: str, *, again: bool, wait_s: float = 0.0, answered: bool = False):
-        super().__init__(reason)
+        super().__init__(printable(" ".join(reason.split())))
         self.again, self.wait_s, self.answered = again, wait_s, answered
 
 
@@ -111,7 +114,7 @@ class HttpJudge:
         self._timeout_s, self._retries, self._requests, self._backoff_s = timeout_s, retries, requests, backoff_s
         self.tally = Tally()
         self._num_failed_in_a_row = 0
-        self._unwarned = threading.Lock()  # held from the one warning on
+        self._unwarned, self._untold = threading.Lock(), threading.Lock()  # held from the one warning on
 
     def compare(
         self, prompts: Sequence[Prompt], firsts: Sequence[Completion], seconds: Sequence[Completion]
@@ -172,6 +175,8 @@ class HttpJudge:
                 if attempt == self._retries or not error.again:
                     raise
                 self.tally.retries += 1
+                if self._untold.acquire(blocking=False):  # minutes can pass before a pair is left unjudged
+                    log.warning("judge %s: %s; it is asked again", self.name, error)
                 time.sleep(min(MAX_WAIT_S, max(error.wait_s, self._backoff_s * 2**attempt)))
         raise AssertionError("the last attempt returns or raises")
 
@@ -191,6 +196,7 @@ class HttpJudge:
             return SHARES[read_verdict(text)]
         said = " ".join(text.split())[:200]
         message = f"status {status} {reason}" + (f": {said.replace(key, '***') if key else said}" if said else "")
+        message = printable(message)
         if status in FATAL_STATUS:
             needs_key = not key and status in KEY_STATUS
             raise ValueError(f"judge {self.name}: {message}" + (f" ({KEY_VARIABLE} is not set)" if needs_key else ""))
@@ -198,33 +204,50 @@ class HttpJudge:
 
     def _post(self, body: str, headers: dict[str, str]) -> tuple[int, str, str | None, str]:
         """(status, reason, Retry-After, body) of one request. No redirect is followed: it could carry the key away."""
-        deadline = time.monotonic() + self._timeout_s
         if self._secure:
             connection = http.client.HTTPSConnection(
                 self._host, self._port, timeout=self._timeout_s, context=ssl.create_default_context()
             )
         else:
             connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+        deadline = time.monotonic() + self._timeout_s
         try:
-            connection.request("POST", self._path, body.encode(), headers)
-            sock = connection.sock
-            response = connection.getresponse()
-            parts, size = [], 0
-            while part := response.read1(65536):
-                parts.append(part)
-                size += len(part)
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError
-                if size > MAX_BODY_BYTES:
-                    raise http.client.HTTPException(f"an answer of over {MAX_BODY_BYTES} bytes")
-                if response.isclosed():  # after the last byte, from Python 3.13 on, and the socket with it
-                    break
-                sock.settimeout(left)
+            connection.connect()
+            with _cut_at(deadline, connection.sock):
+                connection.request("POST", self._path, body.encode(), headers)
+                response = connection.getresponse()
+                parts, size = [], 0
+                while part := response.read1(65536):
+                    parts.append(part)
+                    size += len(part)
+                    if size > MAX_BODY_BYTES:
+                        raise http.client.HTTPException(f"an answer of over {MAX_BODY_BYTES} bytes")
             text = b"".join(parts).decode("utf-8", errors="replace")
             return response.status, response.reason, response.getheader("Retry-After"), text
         finally:
             connection.close()
+
+
+@contextmanager
+def _cut_at(deadline: float, sock: socket.socket) -> Iterator[None]:
+    """Ends what a connection gives at the deadline, which raises TimeoutError; its own limit is one of silence."""
+
+    def cut() -> None:
+        with suppress(OSError):  # it is closed already
+            sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(deadline - time.monotonic(), cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException):
+        if time.monotonic() < deadline:
+            raise
+    finally:
+        timer.cancel()
+    if time.monotonic() >= deadline:
+        raise TimeoutError
 
 
 def read_verdict(text: str) -> str:
