@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bpo_fast.files import errors_name, new_folder
+from bpo_fast.files import errors_name, new_folder, read_json
 from bpo_fast.optim import Optimizer
 from bpo_fast.policy import Policy, load_model
 from bpo_fast.ranks import Ranks
@@ -117,7 +117,7 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 def read_state(path: Path) -> TrainerState:
     """Where the loop was at a checkpoint."""
-    return TrainerState(**json.loads((path / "trainer_state.json").read_text(encoding="utf-8")))
+    return TrainerState(**read_json(path / "trainer_state.json"))
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Tensor] | None:

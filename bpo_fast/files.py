@@ -2,13 +2,14 @@
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -26,6 +27,22 @@ def write_atomic(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError, naming it, if it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """What the lines of a JSONL file hold; ValueError, naming it, if one is not JSON."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
 
 
 def check_writable(path: Path) -> None:

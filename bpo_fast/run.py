@@ -16,7 +16,7 @@ from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.config import Config
 from bpo_fast.doctor import environment
 from bpo_fast.evaluate import EvalRow
-from bpo_fast.files import remove_temporaries, take_lock, write_atomic
+from bpo_fast.files import read_json, read_jsonl, remove_temporaries, take_lock, write_atomic
 from bpo_fast.interrupts import interrupts_call
 from bpo_fast.ranks import Ranks
 
@@ -72,14 +72,12 @@ class Run:
     def read_summary(self) -> dict[str, Any] | None:
         """summary.json, which only a finished run has."""
         path = self.path / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def read_eval(self) -> list[EvalRow]:
         """Rows of eval.jsonl."""
         path = self.path / "eval.jsonl"
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        return read_jsonl(path) if path.exists() else []
 
     def write_eval(self, rows: list[EvalRow]) -> None:
         """Writes eval.jsonl anew."""

@@ -52,8 +52,8 @@ def check_source(source: str, config: Config) -> None:
 
 def run_of(source: str) -> Path | None:
     """The run folder that a source is, or is a checkpoint of."""
-    path = Path(source)
-    candidates = (path, path.parent) if path.name.startswith("checkpoint-") else (path,)
+    path, place = Path(source), Path(source).resolve()  # "." and links have other names
+    candidates = (path, place.parent) if place.name.startswith("checkpoint-") else (path,)
     return next((p for p in candidates if (p / "config.toml").is_file()), None)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from bpo_fast import config as configs
 from bpo_fast.config import Config
-from bpo_fast.files import remove_temporaries, take_lock, write_atomic
+from bpo_fast.files import read_json, remove_temporaries, take_lock, write_atomic
 from bpo_fast.grid import RunSpec
 from bpo_fast.interrupts import interrupts_call
 from bpo_fast.progress import Progress
@@ -270,7 +270,7 @@ def row_words(row: Row) -> str:
 
 def _summary(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _check_same(wanted: Mapping[str, Any], run_dir: Path, asked_pairs: int | None) -> None:

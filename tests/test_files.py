@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bpo_fast.files import check_writable, new_folder, take_lock, write_atomic
+from bpo_fast.files import check_writable, new_folder, read_json, read_jsonl, take_lock, write_atomic
 
 
 def test_a_file_is_written_with_its_folders(tmp_path):
@@ -160,3 +160,16 @@ def test_a_lock_is_taken_by_one_and_let_go(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     take_lock(path, "at work").close()
+
+
+def test_what_is_no_json_is_named(tmp_path):
+    path = tmp_path / "summary.json"
+    for read, text in ((read_json, '{"a": 1'), (read_jsonl, '{"a": 1}\n{"b"'), (read_json, "\x00")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"^{path}: damaged: "):
+            read(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=f"^{path}: damaged: "):
+        read_jsonl(path)
+    path.write_text('{"a": "\u2028"}\n\n[1]\n')
+    assert read_jsonl(path) == [{"a": "\u2028"}, [1]]

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from bpo_fast.checkpoint import complete_checkpoints
 from bpo_fast.cli import app
+from bpo_fast.source import run_of
 
 
 def call(*args):
@@ -48,6 +49,18 @@ def test_a_run_in_every_form_gives_the_same_samples(run, tiny_data, tiny_model_d
         assert code == 0, err
         found = [(r["prompt"], r["completion"]) for r in rows_of(out)]
         assert (found == after) == (source != tiny_model_dir), source
+
+
+def test_a_checkpoint_is_known_from_within_and_by_a_link(run, tmp_path, monkeypatch):
+    checkpoint = complete_checkpoints(run)[-1]
+    (tmp_path / "best").symlink_to(checkpoint)
+    monkeypatch.chdir(checkpoint)
+    assert [run_of(name) for name in (".", "../" + checkpoint.name, str(tmp_path / "best"))] == [run.resolve()] * 3
+    for i, name in enumerate((".", tmp_path / "best")):
+        out = tmp_path / f"merged-{i}"
+        assert call("export", name, "--out", out) == (0, f"{out}\n", "")
+    monkeypatch.chdir(run)
+    assert run_of(".") == Path()
 
 
 def test_rows_that_are_left_out_are_counted(tiny_model_dir, tiny_data, tmp_path):
