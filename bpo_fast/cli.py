@@ -192,7 +192,7 @@ def evaluate(
     device: Annotated[str | None, _flag("--device", "run.device")] = None,
     devices: Annotated[str | None, _flag("--devices", "run.devices")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="any knob, as NAME=VALUE; see bpo-fast knobs")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="folder to write; none: evals/<time>")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder to write; none: evals/<time>-<process>")] = None,
 ) -> None:
     """Judge greedy answers of a model against the reference text, or two models against each other."""
     check_alone()

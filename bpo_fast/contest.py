@@ -7,6 +7,7 @@ them, and verdicts as soon as a judge has gone through the answers of one contes
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -124,7 +125,7 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
         source: a run folder, a checkpoint, a model or adapter folder, a Hub id, or a file of outputs: text with a line
             a row of the data, or JSONL with `completion` (null: not judged).
         against: the same, for a head-to-head comparison.
-        out: folder to write; none: evals/<time>.
+        out: folder to write; none: evals/<time>-<process>.
 
     Returns:
         What EVAL/eval.json holds.
@@ -133,7 +134,7 @@ def evaluate(config: Config, source: str, against: str | None, out: Path | None)
         ValueError: bad models, data or judges by name; outputs that do not line up with the data, with both counts.
     """
     config = resolved(config, source)
-    out = out or Path("evals") / time.strftime("%Y%m%d-%H%M%S")
+    out = out or _new_name()
     _check_out(out)
     options: dict[str, Any] = {"source": source, "against": against}
     job = {"name": "eval", "config": configs.to_flat(config)} | options
@@ -274,6 +275,11 @@ def _output(row: Mapping[str, Any], number: int, source: str) -> str | None:
     if column is None or not isinstance(row[column], str | None):
         raise ValueError(f"{source}: row {number} has no text in {' or '.join(OUTPUT_COLUMNS)}")
     return row[column]
+
+
+def _new_name() -> Path:
+    """Where an eval is written that was given no place; many can begin in one second."""
+    return Path("evals") / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 def _check_out(out: Path) -> None:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bpo_fast.checkpoint import moment_files, put_weights, save_moments, step_of
-from bpo_fast.files import errors_name, new_folder, remove_temporaries
+from bpo_fast.files import errors_name, new_folder, read_json, remove_temporaries
 from bpo_fast.interrupts import interrupts_call
 from bpo_fast.optim import Optimizer
 from bpo_fast.progress import Progress
@@ -144,7 +144,7 @@ class StageCheckpoint:
         if not path:
             return Fitted()
         folder = Path(path)
-        state, weights = json.loads((folder / STATE).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+        state, weights = read_json(folder / STATE), load_file(folder / WEIGHTS)
         put_weights(trained, weights)
         is_main = self._ranks.is_main
         fitted = Fitted(**{name: state[name] for name in ("num_steps", "history", "seconds", "sums")})
@@ -214,7 +214,7 @@ class StageCheckpoint:
         root = checkpoint_folder(self._config)
         remove_temporaries(root)
         for path in root.rglob(STATE):  # those of other members too: all of them go when OUT is there
-            self._check(json.loads(path.read_text(encoding="utf-8")))
+            self._check(read_json(path))
         return max(self._folder.glob("step-*"), key=step_of, default=None)
 
     def _check(self, begun: Mapping[str, Any]) -> None:

@@ -338,3 +338,18 @@ def test_head_to_head_by_hand():
     assert [found[k] for k in ("wins", "ties", "losses", "unjudged")] == [1, 1, 1, 1]
     assert found["win_rate"]["mean"] == 0.5
     assert found["win_rate_difference"]["mean"] == pytest.approx(2 / 3)
+
+
+def test_evals_that_begin_in_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": question(0), "label": answer(0)}])
+    (tmp_path / "outputs.txt").write_text("yes\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "20260101-000000")
+    folders = []
+    for process in (7, 8):
+        monkeypatch.setattr("os.getpid", lambda process=process: process)
+        args = ["--outputs", "outputs.txt", "--data", "rows.jsonl", "--judge", "toy_annotator:cues"]
+        code, text, err = call("eval", *args)
+        assert code == 0, err
+        folders.append(text.splitlines()[-1])
+    assert folders == ["evals/20260101-000000-7", "evals/20260101-000000-8"]
