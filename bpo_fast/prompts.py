@@ -393,7 +393,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 def _json_row(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: invalid JSON: {getattr(error, 'msg', error)}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: not a JSON object")

@@ -320,9 +320,12 @@ def test_files_behind_the_last_row_that_is_wanted_are_not_read(tmp_path):
         read_rows(f"{tmp_path}[:11]")
 
 
-def test_a_number_that_is_too_long_is_named(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "Q?", "n": ' + "7" * 5000 + "}\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl: line 1: invalid JSON: Exceeds the limit"):
+@pytest.mark.parametrize(
+    ("value", "reason"), [("7" * 5000, "Exceeds the limit"), ("[" * 100_000, "maximum recursion depth")]
+)
+def test_a_value_that_python_cannot_hold_is_named(value, reason, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Q?", "n": ' + value + "}\n")
+    with pytest.raises(ValueError, match=rf"a\.jsonl: line 1: invalid JSON: {reason}"):
         read_rows(str(tmp_path / "a.jsonl"))
 
 

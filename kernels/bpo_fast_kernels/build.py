@@ -34,10 +34,13 @@ def source_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """The folder that built libraries live in."""
+    """The folder that built libraries live in; NativeUnavailable where nobody is at home."""
     if chosen := os.environ.get("BPO_FAST_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpo-fast"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpo-fast"
+    except RuntimeError as error:  # HOME is not set, and the user has no entry
+        raise NativeUnavailable(f"there is no cache folder: {error}; BPO_FAST_CACHE names one") from error
 
 
 def find_cxx() -> str:

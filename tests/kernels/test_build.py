@@ -85,6 +85,17 @@ def test_without_a_compiler_native_is_refused(fresh, monkeypatch):
         linear_token_logps(case.hidden, case.weight, case.targets, backend="native")
 
 
+def test_who_has_no_home_needs_to_name_a_cache(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("BPO_FAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(build.Path, "home", homeless)
+    with pytest.raises(build.NativeUnavailable, match="BPO_FAST_CACHE names one"):
+        build.cache_dir()
+
+
 def test_a_compiler_that_cannot_be_run_is_named(fresh, small, tmp_path, monkeypatch):
     broken = tmp_path / "broken-g++"
     broken.write_bytes(b"\x7fELF")
