@@ -227,7 +227,7 @@ def _command_line(command: Sequence[str]) -> str | None:
         return None
     # `python -m bpo_fast` calls itself by the path of its __main__.py.
     program = "bpo-fast" if command[0].endswith("__main__.py") else Path(command[0]).name
-    line = shlex.join([program, *command[1:]]).replace(str(Path.home()), "~")
+    line = shlex.join([program, *command[1:]]).replace(os.path.expanduser("~"), "~")
     return re.sub(r"//[^/@\s]+@", "//***@", line)
 
 
