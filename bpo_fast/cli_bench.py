@@ -60,7 +60,15 @@ def bench_kernels(
     check_ours(record)
 
 
+DEVICE = typer.Option(help="auto, cpu or cuda")
+SHAPE = typer.Option(help="toy, 0.5b, 1.5b or HIDDENxLAYERSxVOCABULARY; toy on a CPU, 0.5b on a GPU by default")
 DTYPE = typer.Option(help="float32 or bfloat16, of all contenders; float32 on a CPU, bfloat16 on a GPU by default")
+PAIRS = typer.Option(help="pairs an optimizer step; 8 on a CPU, 16 on a GPU by default", min=1)
+PEERS = typer.Option(help="trl, none, or auto: trl if it is installed")
+FIRST_LENGTHS = typer.Option(help="tldr, helpfulness, long; the first two by default")
+BLOCKS = typer.Option(help="blocks of each contender", min=1)
+THREADS = typer.Option(help="CPU threads of each contender", min=1)
+ROWS = typer.Option("--json", help="measurements; rows are added")
 
 
 @bench.command("sampling")
@@ -93,16 +101,6 @@ def bench_sampling(
         json_path=json_path,
     )
     print(table(run(options)))
-
-
-DEVICE = typer.Option(help="auto, cpu or cuda")
-SHAPE = typer.Option(help="toy, 0.5b, 1.5b or HIDDENxLAYERSxVOCABULARY; toy on a CPU, 0.5b on a GPU by default")
-PAIRS = typer.Option(help="pairs an optimizer step; 8 on a CPU, 16 on a GPU by default", min=1)
-PEERS = typer.Option(help="trl, none, or auto: trl if it is installed")
-FIRST_LENGTHS = typer.Option(help="tldr, helpfulness, long; the first two by default")
-BLOCKS = typer.Option(help="blocks of each contender", min=1)
-THREADS = typer.Option(help="CPU threads of each contender", min=1)
-ROWS = typer.Option("--json", help="measurements; rows are added")
 
 
 @bench.command("step")

@@ -36,7 +36,7 @@ class Ledger:
     """Bytes of a training step of the greatest lengths.
 
     Attributes:
-        weights: of the model and the adapters.
+        weights: of the model and the adapters, and of a reference that has its own.
         gradients: of all that is trained.
         optimizer: moments and float32 masters where they are on the device.
         activations: of the largest micro-batch, at their peak.

@@ -19,7 +19,6 @@ MAX_LENGTH = 1_000_000  # a tokenizer without a limit says 1e30
 ENCODED_TOGETHER = 4096  # texts; an encoding of the tokenizers library takes kilobytes
 _CLOSING = re.compile(r"\s*\b(assistant|answer)\s*:\s*$", re.IGNORECASE)
 
-
 log = logging.getLogger(__name__)
 
 
