@@ -14,12 +14,15 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ON_POLICY = "on-policy"
+# of a row, the first that is there
+PROMPT_COLUMNS = ("prompt", "question", "query", "post", "messages", "chosen")
+LABEL_COLUMNS = ("label", "completion", "response", "answer", "summary", "chosen")
 LOSS_ALIASES = {"sigmoid": "dpo", "hinge": "slic"}
 
 
@@ -27,6 +30,11 @@ def knob(default: Any, doc: str, *, choices=None, gt=None, ge=None, lt=None, le=
     """A dataclass field that carries its one-line meaning and its range."""
     rules = {"choices": choices, "gt": gt, "ge": ge, "lt": lt, "le": le}
     return dataclasses.field(default=default, metadata={"doc": doc} | rules)
+
+
+def one_of(columns: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return " or ".join([", ".join(columns[:-1]), columns[-1]])
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,8 @@ class DataConfig:
     eval_path: str | None = knob(None, "the same for held-out rows")
     split: str = knob("train", "split of a folder or Hub data set")
     eval_split: str = knob("test", "split of the evaluation data")
-    prompt_column: str | None = knob(
-        None, "none: prompt, question, query, post, messages or chosen, whichever is there"
-    )
-    label_column: str | None = knob(
-        None, "reference text; none: label, completion, response, answer, summary or chosen"
-    )
+    prompt_column: str | None = knob(None, f"none: {one_of(PROMPT_COLUMNS)}, whichever is there")
+    label_column: str | None = knob(None, f"reference text; none: {one_of(LABEL_COLUMNS)}")
     chat_template: bool | None = knob(None, "apply the tokenizer's; none: to conversational rows, if it has one")
     max_prompt_length: int | None = knob(None, "prompt tokens", ge=1)
     long_prompts: str = knob("drop", "prompts over the limit", choices=("drop", "truncate"))

@@ -7,7 +7,7 @@ from typing import Any
 from bpo_fast import machine
 from bpo_fast.config import Config
 from bpo_fast.gradients import step_gradients
-from bpo_fast.memory import GIB, Ledger, longest_pair_tokens, longest_pairs, make_ledger, step_share, token_budget
+from bpo_fast.memory import GIB, Ledger, longest_pair_tokens, longest_pairs, step_share, token_budget
 from bpo_fast.progress import Progress
 from bpo_fast.ranks import Ranks
 from bpo_fast.setup import Parts, build, devices_of
@@ -31,13 +31,7 @@ def dry_run(config: Config, *, from_pairs: str | None = None, quiet: bool = Fals
         parts = build(config, progress, from_pairs=from_pairs, ranks=_OneOf(config.run.devices))
         plan = parts.work.plan
         out: dict[str, Any] = {"steps": plan.num_steps, "phases": len(plan.phases), "pairs": plan.num_prompts}
-        ledger = make_ledger(
-            parts.config,
-            parts.policy,
-            parts.optimizer,
-            parts.engine,
-            reference_bytes=parts.reference.num_bytes,
-        )
+        ledger = parts.ledger()
         progress.print(ledger.words())
         out |= _try_steps(parts, ledger) | {"peak_memory_gib": machine.peak_memory_gib()}
         progress.print(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bpo_fast_kernels import rowwise_linear
+from bpo_fast_kernels.torch_backend import mm_f32
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -56,8 +57,7 @@ def unrounded_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None)
         [..., V] float32.
     """
     if hidden.is_cuda and hidden.dtype != torch.float32:
-        rows = torch.mm(hidden.reshape(-1, hidden.shape[-1]), weight.T, out_dtype=torch.float32)
-        logits = rows.view(*hidden.shape[:-1], len(weight))
+        logits = mm_f32(hidden.reshape(-1, hidden.shape[-1]), weight.T).view(*hidden.shape[:-1], len(weight))
         return logits if bias is None else logits + bias
     if hidden.is_cpu and hidden.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and has_native():
         return rowwise_linear(hidden, weight, bias)

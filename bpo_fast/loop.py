@@ -14,7 +14,7 @@ from bpo_fast.evaluate import EvalRow, as_metrics, judge_greedy, prompt_tokens, 
 from bpo_fast.flops import StepFlop
 from bpo_fast.gradients import step_gradients, sum_over_ranks
 from bpo_fast.machine import peak_memory_gib, reset_peak
-from bpo_fast.memory import make_ledger, token_budget
+from bpo_fast.memory import token_budget
 from bpo_fast.metrics import Metrics, Unlogged, read_metrics
 from bpo_fast.optim import learning_rate
 from bpo_fast.pairs import PairCounts, PhasePairs, read_pairs, write_pairs
@@ -75,14 +75,7 @@ class Loop:
 
     def print_memory(self) -> None:
         """Prints the memory ledger before the first step; its parts stand in the line of every phase."""
-        parts = self._parts
-        ledger = make_ledger(
-            self._config,
-            parts.policy,
-            parts.optimizer,
-            parts.engine,
-            reference_bytes=parts.reference.num_bytes,
-        )
+        ledger = self._parts.ledger()
         self._progress.print(ledger.words())
         self._memory = ledger.metrics()
 

@@ -16,12 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bpo_fast.config import SLICED, DataConfig, did_you_mean, read_spec
+from bpo_fast.config import LABEL_COLUMNS, PROMPT_COLUMNS, SLICED, DataConfig, did_you_mean, read_spec
 from bpo_fast.tasks import ENDINGS, Task
 from bpo_fast.types import Prompt, Turn
 
-PROMPT_COLUMNS = ("prompt", "question", "query", "post", "messages", "chosen")
-LABEL_COLUMNS = ("label", "completion", "response", "answer", "summary", "chosen")
 SPLIT_STEMS = {"train": ("train", "prompts"), "test": ("test", "dev", "eval", "validation")}
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")  # as the Hub names them, the split first
 _TURN = re.compile(r"\s*\n\n(Human|Assistant):[ ]?")

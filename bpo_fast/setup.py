@@ -16,7 +16,7 @@ from bpo_fast.config import Config
 from bpo_fast.engine import Engine, versions
 from bpo_fast.engine.hf import HfEngine
 from bpo_fast.loading import num_embeddings, pick_device
-from bpo_fast.memory import token_budget
+from bpo_fast.memory import Ledger, make_ledger, token_budget
 from bpo_fast.optim import Optimizer
 from bpo_fast.pairs import PairCounts, replay_pairs
 from bpo_fast.plan import Plan, make_plan
@@ -77,6 +77,11 @@ class Parts:
     optimizer: Optimizer
     annotator: Checked | None
     judges: tuple[Checked, ...]
+
+    def ledger(self) -> Ledger:
+        """What a step will take; see `make_ledger`."""
+        own = self.reference.num_bytes
+        return make_ledger(self.config, self.policy, self.optimizer, self.engine, reference_bytes=own)
 
 
 def build(config: Config, progress: Progress, *, from_pairs: str | None = None, ranks: Ranks | None = None) -> Parts:

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bpo_fast.config import check_rules, knob
+from bpo_fast.config import LABEL_COLUMNS, PROMPT_COLUMNS, check_rules, knob, one_of
 from bpo_fast.tasks import get_task
 from bpo_fast.tokenizer import MIN_VOCAB
 
@@ -29,9 +29,7 @@ class StageConfig:
     split: str = knob("train", "split of a folder or Hub data set")
     eval_split: str = knob("test", "split of the held-out rows")
     task: str = knob("helpfulness", "closes bare questions: helpfulness, tldr, harmlessness")
-    prompt_column: str | None = knob(
-        None, "none: prompt, question, query, post, messages or chosen, whichever is there"
-    )
+    prompt_column: str | None = knob(None, f"none: {one_of(PROMPT_COLUMNS)}, whichever is there")
     model: str | None = knob(None, "model folder or Hub id to start from; none: from scratch")
     tokenizer: str | None = knob(None, "tokenizer folder or Hub id; none: the model's, or trained on the data")
     arch: str = knob("llama", "architecture from scratch", choices=ARCHS)
@@ -94,9 +92,7 @@ class SftConfig(StageConfig):
     """Settings of `train_sft`; ValueError with the dotted name for a value out of range."""
 
     stage = "sft"
-    label_column: str | None = knob(
-        None, "completion text; none: label, completion, response, answer, summary or chosen"
-    )
+    label_column: str | None = knob(None, f"completion text; none: {one_of(LABEL_COLUMNS)}")
     chat_template: bool | None = knob(None, "apply the tokenizer's; none: to conversational rows, if it has one")
     members: int = knob(1, "models trained, each from its own seed: seed, seed + 1, ...", ge=1)
     lora_r: int = knob(0, "rank of LoRA adapters on a frozen model; 0: train all weights", ge=0)

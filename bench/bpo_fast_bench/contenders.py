@@ -118,12 +118,17 @@ class Options:
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
+def check_dtype(dtype: str | None) -> None:
+    """ValueError for a type that no bench takes; None is the device's own."""
+    if dtype not in (None, *DTYPES.values()):
+        raise ValueError(f"bench.dtype = {dtype}: not one of {', '.join(DTYPES.values())}")
+
+
 def resolved(options: AnyOptions) -> AnyOptions:
     """Options with what depends on the device filled in; ValueError for a device that is not there, or another type."""
     from bpo_fast.loading import pick_device
 
-    if options.dtype not in (None, *DTYPES.values()):
-        raise ValueError(f"bench.dtype = {options.dtype}: not one of {', '.join(DTYPES.values())}")
+    check_dtype(options.dtype)
     on_gpu = pick_device("bench.device", options.device).type == "cuda"
     return replace(
         options,

@@ -37,7 +37,7 @@ from bpo_fast.scoring import PairScorer
 from bpo_fast.setup import load_learner
 from bpo_fast.tasks import ASSETS, get_task, resolve
 from bpo_fast.types import Completion, Pair, Prompt
-from bpo_fast_bench.contenders import DTYPES
+from bpo_fast_bench.contenders import check_dtype
 
 FORMS: dict[str, dict[str, Any]] = {
     "full": {"model.full": True},
@@ -98,8 +98,7 @@ def run(options: SamplingBench) -> dict[str, Any]:
     unknown = [form for form in options.forms if form not in FORMS]
     if unknown:
         raise ValueError(f"bench.form = {unknown[0]}: not one of {'; '.join(FORMS)}")
-    if options.dtype not in (None, *DTYPES.values()):
-        raise ValueError(f"bench.dtype = {options.dtype}: not one of {', '.join(DTYPES.values())}")
+    check_dtype(options.dtype)
     given = {name: value for name, value in asdict(options).items() if name != "json_path"}
     out = {"options": given, "environment": environment(sys.argv), "forms": {}, "memory": {}}
 

@@ -110,11 +110,8 @@ def _pair_rows(case: Case, texts: Sequence[dict[str, str]], active: ExitStack) -
     close_pairs_with_eos(tokenizer)
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(case.model, num_labels=1, dtype=case.dtype)
     scorer = RewardScorer(loaded.to(case.device), tokenizer, name="reward")
-    return (
-        loaded,
-        loaded,
-        training_rows(scorer, [TextPair(row["prompt"], row["chosen"], row["rejected"]) for row in texts]),
-    )
+    pairs = [TextPair(row["prompt"], row["chosen"], row["rejected"]) for row in texts]
+    return loaded, loaded, training_rows(scorer, pairs)
 
 
 def _trl(case: Case, peer: str, form: str) -> Iterator[Any]:

@@ -196,10 +196,11 @@ class HttpJudge:
             return SHARES[read_verdict(text)]
         said = " ".join(text.split())[:200]
         message = f"status {status} {reason}" + (f": {said.replace(key, '***') if key else said}" if said else "")
-        message = printable(message)
         if status in FATAL_STATUS:
             needs_key = not key and status in KEY_STATUS
-            raise ValueError(f"judge {self.name}: {message}" + (f" ({KEY_VARIABLE} is not set)" if needs_key else ""))
+            raise ValueError(
+                f"judge {self.name}: {printable(message)}" + (f" ({KEY_VARIABLE} is not set)" if needs_key else "")
+            )
         raise _NoVerdictError(message, again=status in RETRIED_STATUS, wait_s=_seconds(wait))
 
     def _post(self, body: str, headers: dict[str, str]) -> tuple[int, str, str | None, str]:

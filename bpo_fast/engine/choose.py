@@ -17,10 +17,12 @@ from bpo_fast.engine import SamplingParams
 from bpo_fast.head import Head
 
 
-def draws_natively(weight: Tensor, *, top_p: float, top_k: int) -> bool:
+def draws_natively(head: tuple[Head, Tensor] | None, *, top_p: float = 1.0, top_k: int = 0) -> bool:
     """Whether tokens are drawn from hidden states without logits: on a CPU, and where no tail is cut off."""
-    is_known = weight.is_cpu and weight.dtype in NATIVE_FLOATS and has_native()
-    return is_known and not top_k and top_p >= 1
+    if head is None or top_k or top_p < 1:
+        return False
+    _, weight = head
+    return weight.is_cpu and weight.dtype in NATIVE_FLOATS and has_native()
 
 
 class Chooser:
@@ -46,7 +48,7 @@ class Chooser:
     ):
         self._params, self._head = params, head
         self.reads_hidden = head is not None
-        self._draws = head is not None and draws_natively(head[1], top_p=params.top_p, top_k=params.top_k)
+        self._draws = draws_natively(head, top_p=params.top_p, top_k=params.top_k)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         streams = [
             torch.rand(params.max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64)

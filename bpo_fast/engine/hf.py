@@ -60,8 +60,7 @@ class HfEngine:
         cache_argument(model)  # or there is none, and this says so
         self._eos_ids, self._pad_id, self._batch_size = eos_ids, pad_id, batch_size
         self._head = head if head is not None and head.fused and takes_cache(trunk_of(model)) else None
-        native = self._head is not None and draws_natively(head_weight(model), top_p=1.0, top_k=0)
-        self._shares_rows = shares_prompts and native and shares_rows(model)
+        self._shares_rows = shares_prompts and draws_natively(self._head_now()) and shares_rows(model)
 
     @classmethod
     def of(cls, policy: Policy, batch_size: int | None) -> Self:
@@ -133,18 +132,20 @@ class HfEngine:
 
     def _batch(self, prompt_tokens: int, params: SamplingParams) -> tuple[int, int]:
         """(sequences decoded together; bytes of the KV cache of one at most)"""
-        weight = head_weight(self._model)
-        draws = self._head is not None and draws_natively(weight, top_p=params.top_p, top_k=params.top_k)
+        draws = draws_natively(self._head_now(), top_p=params.top_p, top_k=params.top_k)
         shared = self._shares_rows and not params.single_members  # whose members share no prompts
         sharing = min(params.n, self._batch_size or params.n) if shared else 1
         a_row = row_bytes(self._model, prompt_tokens, params.max_new_tokens, sharing=sharing)
         return self._batch_size or rows_together(self._model, a_row, logits=not draws), a_row
 
+    def _head_now(self) -> tuple[Head, Tensor] | None:
+        """The head with the weights of the view in force."""
+        return self._head and (self._head, head_weight(self._model))
+
     def _decode(
         self, requests: Sequence[Request], params: SamplingParams, stop: StopStrings
     ) -> list[tuple[tuple[int, ...], tuple[float, ...] | None]]:
-        head = self._head and (self._head, head_weight(self._model))
-        choose = Chooser([r.seed for r in requests], params, self._model.device, head)
+        choose = Chooser([r.seed for r in requests], params, self._model.device, self._head_now())
         with rowwise_linears(self._model):
             sampled = decode(
                 self._model,
